@@ -1,0 +1,31 @@
+# make demo and make test do everything on a fresh machine; each target does what it needs of the ones before it.
+.PHONY: install demo test bench lint clean
+PYTHON ?= python3
+BIN := .venv/bin
+
+install: .venv/installed
+
+# The constraints hold for the editable build too: without build isolation it uses the setuptools installed here.
+.venv/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,bench]'
+	touch $@
+
+demo: install
+	$(BIN)/ser-fast demo
+
+test: lint
+	$(BIN)/python -m pytest tests --cov --cov-report=term
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,288 @@
+"""`LatticeMap`: an affine map of the image plane, acting on a lattice of tokens or of pixels.
+
+Coordinates (y down, x right). A lattice of H x W tokens covers [0, H] x [0, W]; token (i, j) has its centre at
+(i + 1/2, j + 1/2). Pixels likewise. With patches of p pixels, u_token = u_pixel / p, so the same map moves pixels and
+tokens; a resize to h x w is u' = u * (h/H, w/W), which is PyTorch's half-pixel convention (align_corners=False).
+
+A map is stored the way resampling needs it, from OUTPUT to INPUT, about the two lattices' centres:
+
+    u_in - (H, W)/2  =  linear (u_out - (h, w)/2) + offset
+
+About the centres the elements of D4 (rotations by 90 degrees and flips) have entries 0 and +-1, token centres are
+half-integers, and all arithmetic on them is exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+# A centre this close to the edge of the lattice (in tokens) lies in it; a position this close to the border between
+# two tokens lies on it. Far above the rounding of composed maps, far below anything an image shows.
+TOLERANCE = 1e-4
+
+_ROT90 = ((0.0, 1.0), (-1.0, 0.0))
+_HFLIP = ((1.0, 0.0), (0.0, -1.0))
+
+
+def _d4_table() -> Tensor:
+    """(8, 2, 2) linear parts of D4 by code: code = k + 4 f is hflip f times, then rot90 k times."""
+    rot90, hflip = torch.tensor(_ROT90, dtype=torch.float64), torch.tensor(_HFLIP, dtype=torch.float64)
+    power = torch.linalg.matrix_power
+    return torch.stack([power(hflip, f) @ power(rot90, k) for f in range(2) for k in range(4)]) + 0.0  # no -0
+
+
+_D4 = _d4_table()
+
+
+def positions(linear: Tensor, offset: Tensor, size_in: Sequence[int], size_out: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where each output token's centre comes from: input lattice coordinates y and x, each (B, h*w)."""
+    h, w = size_out
+    y = torch.arange(h, dtype=linear.dtype, device=linear.device) + (0.5 - h / 2)
+    x = torch.arange(w, dtype=linear.dtype, device=linear.device) + (0.5 - w / 2)
+    y, x = y[:, None].expand(h, w).reshape(-1), x[None, :].expand(h, w).reshape(-1)  # (h*w,)
+    source = linear[:, :, :1] * y + linear[:, :, 1:] * x + offset[:, :, None]  # (B, 2, h*w)
+    return source[:, 0] + size_in[0] / 2, source[:, 1] + size_in[1] / 2
+
+
+@dataclass(frozen=True, eq=False)
+class LatticeMap:
+    """A batch of affine maps from one lattice to another.
+
+    Attributes:
+        linear: (B, 2, 2) float64, output to input, rows and columns in the order (y, x).
+        offset: (B, 2) float64, in input tokens, (y, x).
+        size_in: (H, W) tokens of the lattice it acts on.
+        size_out: (h, w) tokens of the lattice it gives.
+        axis_aligned: known, without reading `linear`, to be a D4 element with scales and shifts along the axes.
+
+    `a @ b` applies b first. Build one with `identity`, `rot90`, `hflip`, `vflip`, `d4`, `resize`, `rotate`, `crop` or
+    `affine`: the input size comes first, and per-sample arguments are tensors of B values.
+
+    Example:
+        >>> g0 = LatticeMap.resize((14, 14), (12, 16), batch=8)
+        >>> g1 = LatticeMap.rot90((14, 14), torch.randint(4, (8,)))
+        >>> LatticeMap.relative(g0, g1).size_in  # from view 0 to view 1, one map
+        (12, 16)
+    """
+
+    linear: Tensor
+    offset: Tensor
+    size_in: Size
+    size_out: Size
+    axis_aligned: bool = False
+
+    # ---------------------------------------------------------------- constructors
+
+    @classmethod
+    def identity(cls, size: Size, *, batch: int = 1) -> "LatticeMap":
+        """The map that changes nothing."""
+        return cls.rot90(size, torch.zeros(batch, dtype=torch.long))
+
+    @classmethod
+    def rot90(cls, size: Size, k: int | Tensor, *, batch: int = 1) -> "LatticeMap":
+        """torch.rot90(x, k, dims=(H, W)): counter-clockwise quarter turns; k is an int or (B,) integers."""
+        return cls.d4(size, (_integers("k", k, batch) % 4))
+
+    @classmethod
+    def hflip(cls, size: Size, *, batch: int = 1) -> "LatticeMap":
+        """Mirror left and right: x.flip(W)."""
+        return cls.d4(size, 4, batch=batch)
+
+    @classmethod
+    def vflip(cls, size: Size, *, batch: int = 1) -> "LatticeMap":
+        """Mirror top and bottom: x.flip(H)."""
+        return cls.d4(size, 6, batch=batch)
+
+    @classmethod
+    def d4(cls, size: Size, code: int | Tensor, *, batch: int = 1) -> "LatticeMap":
+        """An element of D4 by its code k + 4 f: hflip f times, then rot90 k times; an int or (B,) integers.
+
+        Raises:
+            ValueError: a code outside 0..7, or turns that would give one batch two sizes (H x W and W x H).
+        """
+        size, code = _size("size", size), _integers("code", code, batch)
+        if code.numel() and not 0 <= int(code.min()) <= int(code.max()) <= 7:
+            raise ValueError(f"code: got {int(code.min())} to {int(code.max())}, takes 0..7 (k + 4 f)")
+        turned = code % 2 == 1
+        if size[0] != size[1] and bool(turned.any()) and not bool(turned.all()):
+            raise ValueError(f"code: odd and even quarter turns of a {size[0]}x{size[1]} lattice differ in size")
+        swap = bool(turned.any()) and size[0] != size[1]
+        linear = _D4.to(code.device)[code]
+        return cls(linear, linear.new_zeros(len(code), 2), size, size[::-1] if swap else size, axis_aligned=True)
+
+    @classmethod
+    def resize(cls, size: Size, size_out: Size, *, batch: int = 1) -> "LatticeMap":
+        """Stretch the whole lattice onto another: F.interpolate(size=size_out, align_corners=False)."""
+        size, size_out = _size("size", size, least=1), _size("size_out", size_out, least=1)
+        return cls.identity((1, 1), batch=batch).on(size, size_out)
+
+    @classmethod
+    def rotate(cls, size: Size, angle: float | Tensor, *, batch: int = 1) -> "LatticeMap":
+        """Rotate about the centre, counter-clockwise, within the same frame; degrees, a float or (B,)."""
+        angle = torch.as_tensor(angle, dtype=torch.float64)
+        radians = torch.deg2rad(angle.expand(batch) if angle.ndim == 0 else angle)
+        # 15 decimals make quarter turns exact (cos(pi/2) is 6e-17) and change no other angle that float32 can tell.
+        cos, sin = radians.cos().round(decimals=15) + 0.0, radians.sin().round(decimals=15) + 0.0
+        return cls.affine(size, torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2)))
+
+    @classmethod
+    def crop(cls, size: Size, box: Sequence[float] | Tensor, size_out: Size) -> "LatticeMap":
+        """Cut out a box and resize it to `size_out`.
+
+        Args:
+            size: (H, W) of the input lattice.
+            box: (B, 4) or (4,): top, left, height, width in input tokens, not necessarily whole.
+            size_out: (h, w) of the result.
+        """
+        size, size_out = _size("size", size), _size("size_out", size_out, least=1)
+        box = torch.as_tensor(box, dtype=torch.float64)
+        if box.ndim not in (1, 2) or box.shape[-1] != 4:
+            raise ValueError(f"box: got shape {tuple(box.shape)}, takes (B, 4): top, left, height, width")
+        box = box.reshape(-1, 4)
+        if not bool((box[:, 2:] > 0).all()):
+            raise ValueError("box: height and width must be positive")
+        extent = box[:, 2:]  # (B, 2)
+        linear = torch.diag_embed(extent / extent.new_tensor(size_out))
+        offset = box[:, :2] + extent / 2 - extent.new_tensor(size) / 2
+        return cls(linear, offset, size, size_out, axis_aligned=True)
+
+    @classmethod
+    def affine(
+        cls, size: Size, linear: Tensor, offset: Tensor | None = None, size_out: Size | None = None
+    ) -> "LatticeMap":
+        """Any invertible affine map, output to input about the lattices' centres.
+
+        Args:
+            size: (H, W) of the input lattice.
+            linear: (B, 2, 2) or (2, 2), in the order (y, x).
+            offset: (B, 2) or (2,) in input tokens; default zero.
+            size_out: (h, w) of the result; default the input's.
+
+        Raises:
+            ValueError: wrong shapes, values that are not finite, or a `linear` that can't be inverted.
+        """
+        size = _size("size", size)
+        size_out = size if size_out is None else _size("size_out", size_out)
+        linear = torch.as_tensor(linear, dtype=torch.float64)
+        if linear.ndim not in (2, 3) or linear.shape[-2:] != (2, 2):
+            raise ValueError(f"linear: got shape {tuple(linear.shape)}, takes (B, 2, 2)")
+        linear = linear.reshape(-1, 2, 2)
+        offset = linear.new_zeros(2) if offset is None else torch.as_tensor(offset).to(linear)
+        if offset.ndim not in (1, 2) or offset.shape[-1] != 2 or (offset.ndim == 2 and len(offset) != len(linear)):
+            raise ValueError(f"offset: got shape {tuple(offset.shape)}, takes ({len(linear)}, 2)")
+        offset = offset.expand(len(linear), 2)
+        if not bool(torch.isfinite(linear).all() & torch.isfinite(offset).all()):
+            raise ValueError("linear, offset: every value must be finite")
+        if bool((torch.linalg.det(linear) == 0).any()):
+            raise ValueError("linear: every map must be invertible (determinant other than 0)")
+        return cls(linear, offset, size, size_out)
+
+    # ---------------------------------------------------------------- algebra
+
+    def __matmul__(self, first: "LatticeMap") -> "LatticeMap":
+        """`self @ first`: apply `first`, then `self`, as one map (one resampling)."""
+        return self.compose(first)
+
+    def compose(self, first: "LatticeMap") -> "LatticeMap":
+        """`self @ first` under a name (torch.compile traces methods, but not the operator)."""
+        if self.size_in != first.size_out:
+            raise ValueError(f"a @ b: b gives a {first.size_out} lattice, a takes {self.size_in}")
+        if len(self) != len(first) and 1 not in (len(self), len(first)):
+            raise ValueError(f"a @ b: batches of {len(self)} and {len(first)} maps")
+        linear = first.linear @ self.linear
+        offset = (first.linear @ self.offset[:, :, None])[:, :, 0] + first.offset
+        return LatticeMap(
+            linear, offset, first.size_in, self.size_out, axis_aligned=self.axis_aligned and first.axis_aligned
+        )
+
+    def inverse(self) -> "LatticeMap":
+        """The map that undoes this one: g.inverse() @ g is the identity of size_in."""
+        a, b, c, d = self.linear.flatten(1).unbind(-1)
+        # The adjugate keeps D4 exact; adding 0 turns its -0 into 0.
+        adjugate = torch.stack([d, -b, -c, a], -1).unflatten(-1, (2, 2))
+        linear = adjugate / (a * d - b * c)[:, None, None] + 0.0
+        offset = -(linear @ self.offset[:, :, None])[:, :, 0] + 0.0
+        return LatticeMap(linear, offset, self.size_out, self.size_in, axis_aligned=self.axis_aligned)
+
+    @staticmethod
+    def relative(g0: "LatticeMap", g1: "LatticeMap") -> "LatticeMap":
+        """g1 o g0^-1, for g0 and g1 that take one image to its views: it takes view 0 to view 1, in one resampling."""
+        return g1.compose(g0.inverse())
+
+    def on(self, size_in: Size, size_out: Size) -> "LatticeMap":
+        """The same map of the plane on other lattices that cover the same two areas.
+
+        `g.on((14, 14), (12, 16))` takes a map between images of 224 x 224 and 192 x 256 pixels to their tokens.
+        """
+        (height, width), (h, w) = self.size_in, self.size_out
+        # Products of whole numbers first: a ratio that is 1 comes out as exactly 1, and D4 stays D4.
+        ratio = [
+            [size_in[0] * h / (height * size_out[0]), size_in[0] * w / (height * size_out[1])],
+            [size_in[1] * h / (width * size_out[0]), size_in[1] * w / (width * size_out[1])],
+        ]
+        linear = self.linear * self.linear.new_tensor(ratio)
+        offset = self.offset * self.offset.new_tensor([size_in[0] / height, size_in[1] / width])
+        return LatticeMap(linear, offset, size_in, size_out, axis_aligned=self.axis_aligned)
+
+    # ---------------------------------------------------------------- reading
+
+    def __len__(self) -> int:
+        return self.linear.shape[0]
+
+    def __getitem__(self, samples: slice | Tensor) -> "LatticeMap":
+        """The maps of some samples, by a slice or a (K,) tensor of indices."""
+        return LatticeMap(self.linear[samples], self.offset[samples], self.size_in, self.size_out, self.axis_aligned)
+
+    @property
+    def device(self) -> torch.device:
+        return self.linear.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "LatticeMap":
+        """The same maps on another device."""
+        linear = self.linear.to(device, non_blocking=non_blocking)
+        offset = self.offset.to(device, non_blocking=non_blocking)
+        return LatticeMap(linear, offset, self.size_in, self.size_out, self.axis_aligned)
+
+    @property
+    def d4_code(self) -> Tensor:
+        """(B,) the code k + 4 f (see `d4`) of the samples that are exactly an element of D4; -1 for the others.
+
+        Read off `linear`: products of signed permutations are exact, so nothing is lost by composing them.
+        """
+        turned = torch.arange(8, device=self.device) % 2 == 1
+        fits = torch.where(turned, self.size_out == self.size_in[::-1], self.size_out == self.size_in)
+        same = (self.linear[:, None] == _D4.to(self.device)).flatten(2).all(-1)  # (B, 8)
+        same = same & fits & (self.offset == 0).all(-1, keepdim=True)
+        return torch.where(same.any(-1), same.int().argmax(-1), -1)
+
+    def theta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B, 2, 3) for torch.nn.functional.affine_grid(theta, (B, C, h, w), align_corners=False)."""
+        half_in = self.linear.new_tensor(self.size_in[::-1]) / 2  # (x, y), as affine_grid has it
+        half_out = self.linear.new_tensor(self.size_out[::-1]) / 2
+        linear = self.linear.flip(-1, -2) * half_out / half_in[:, None]
+        return torch.cat([linear, (self.offset.flip(-1) / half_in)[:, :, None]], -1).to(dtype)
+
+    def valid(self) -> Tensor:
+        """(B, h*w) bool: the preimage of the token's centre lies in the input lattice (its edge included)."""
+        y, x = positions(self.linear, self.offset, self.size_in, self.size_out)
+        height, width = self.size_in
+        inside_y = (y >= -TOLERANCE) & (y <= height + TOLERANCE)
+        return inside_y & (x >= -TOLERANCE) & (x <= width + TOLERANCE)
+
+
+def _size(name: str, size: Size, least: int = 0) -> Size:
+    if len(size) != 2 or any(int(n) != n or n < least for n in size):
+        raise ValueError(f"{name}: got {tuple(size)}, takes (H, W), whole numbers of at least {least}")
+    return int(size[0]), int(size[1])
+
+
+def _integers(name: str, value: int | Tensor, batch: int) -> Tensor:
+    if isinstance(value, int):
+        return torch.full((batch,), value)
+    if value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
+        raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, takes an int or (B,) integers")
+    return value.long()
