@@ -96,7 +96,8 @@ def axis_weights(
     reach = (step + 1) / 2 - TOLERANCE if area else _KERNELS[interpolation][1] * stretch  # farthest centre with weight
     cut = padding == "border" and (area or antialias)
     if cut:
-        position = position.clamp(0, size)
+        # On the far edge "nearest" would want the token past it, and be left with none.
+        position = position.clamp(0, size - 2 * TOLERANCE if interpolation == "nearest" else size)
 
     # Taps in unfolded coordinates: every centre within `reach` of the position, (B, T, K).
     taps = torch.arange(int(2 * reach.max()) + 2, device=position.device)

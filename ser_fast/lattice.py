@@ -124,6 +124,8 @@ class LatticeMap:
     def rotate(cls, size: Size, angle: float | Tensor, *, batch: int = 1) -> "LatticeMap":
         """Rotate about the centre, counter-clockwise, within the same frame; degrees, a float or (B,)."""
         angle = torch.as_tensor(angle, dtype=torch.float64)
+        if angle.ndim > 1 or not bool(torch.isfinite(angle).all()):
+            raise ValueError(f"angle: got {angle}, takes finite degrees, a float or (B,)")
         radians = torch.deg2rad(angle.expand(batch) if angle.ndim == 0 else angle)
         # 15 decimals make quarter turns exact (cos(pi/2) is 6e-17) and change no other angle that float32 can tell.
         cos, sin = radians.cos().round(decimals=15) + 0.0, radians.sin().round(decimals=15) + 0.0
@@ -143,8 +145,8 @@ class LatticeMap:
         if box.ndim not in (1, 2) or box.shape[-1] != 4:
             raise ValueError(f"box: got shape {tuple(box.shape)}, takes (B, 4): top, left, height, width")
         box = box.reshape(-1, 4)
-        if not bool((box[:, 2:] > 0).all()):
-            raise ValueError("box: height and width must be positive")
+        if not bool(torch.isfinite(box).all() & (box[:, 2:] > 0).all()):
+            raise ValueError("box: every value must be finite, height and width positive")
         extent = box[:, 2:]  # (B, 2)
         linear = torch.diag_embed(extent / extent.new_tensor(size_out))
         offset = box[:, :2] + extent / 2 - extent.new_tensor(size) / 2
@@ -235,7 +237,10 @@ class LatticeMap:
 
     def __getitem__(self, samples: slice | Tensor) -> "LatticeMap":
         """The maps of some samples, by a slice or a (K,) tensor of indices."""
-        return LatticeMap(self.linear[samples], self.offset[samples], self.size_in, self.size_out, self.axis_aligned)
+        linear = self.linear[samples]
+        if linear.ndim != 3:
+            raise TypeError(f"samples: got {samples!r}, takes a slice or a (K,) tensor of indices")
+        return LatticeMap(linear, self.offset[samples], self.size_in, self.size_out, self.axis_aligned)
 
     @property
     def device(self) -> torch.device:
@@ -283,6 +288,6 @@ def _size(name: str, size: Size, least: int = 0) -> Size:
 def _integers(name: str, value: int | Tensor, batch: int) -> Tensor:
     if isinstance(value, int):
         return torch.full((batch,), value)
-    if value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
-        raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, takes an int or (B,) integers")
+    if not isinstance(value, Tensor) or value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
+        raise ValueError(f"{name}: got {value!r}, takes an int or (B,) integers")
     return value.long()

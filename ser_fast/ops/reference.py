@@ -54,9 +54,9 @@ def _apply(weights: Tensor, x: Tensor) -> Tensor:
     blended = (weights.to(accumulate) @ x.to(accumulate)).to(x.dtype)
     used = weights != 0
     copied = (used.sum(-1) == 1) & (weights.sum(-1) == 1)  # (B, R)
-    source = used.int().argmax(-1)[..., None].expand(-1, -1, x.shape[2])
-    # A product would turn -0 into 0, and 0 x Inf into NaN.
-    out = torch.where(copied[..., None], x.gather(1, source), blended)
+    sample, source = torch.arange(x.shape[0], device=x.device)[:, None], used.int().argmax(-1)
+    # A product would turn -0 into 0, and 0 x Inf into NaN; `gather` on CPU rewrites the bits of a bfloat16 NaN.
+    out = torch.where(copied[..., None], x[sample, source], blended)
     return torch.where(used.any(-1)[..., None], out, torch.zeros_like(out))
 
 

@@ -1,0 +1,358 @@
+"""Contrastive losses over tokens: `nt_xent` between two views, `info_nce` from queries to keys.
+
+Each loss is an op that returns one value per anchor, and an op for its gradient that takes one weight per anchor:
+reductions are plain PyTorch around them. Optional arguments are made explicit before the op, so that every backend
+meets one rule: key b is a negative of anchor t where both take part and their images differ.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ser_fast.ops import reference_nce as reference
+from ser_fast.ops.backends import choose
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_REDUCTIONS = ("mean", "sum", "none")
+
+_NT_XENT: dict[str, Callable[..., Tensor]] = {"reference": reference.nt_xent}
+_NT_XENT_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.nt_xent_backward}
+_INFO_NCE: dict[str, Callable[..., Tensor]] = {"reference": reference.info_nce}
+_INFO_NCE_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.info_nce_backward}
+
+
+@torch.library.custom_op("ser_fast::nt_xent", mutates_args=())
+def _nt_xent(
+    z0: Tensor, z1: Tensor, image: Tensor, valid: Tensor, temperature: float, normalize: bool, backend: str
+) -> Tensor:
+    # Autocast would round the products of the oracle to half precision.
+    with torch.autocast(z0.device.type, enabled=False):
+        return _NT_XENT[backend](z0, z1, image, valid, temperature, normalize)
+
+
+@torch.library.custom_op("ser_fast::nt_xent_backward", mutates_args=())
+def _nt_xent_backward(
+    weight: Tensor,
+    z0: Tensor,
+    z1: Tensor,
+    image: Tensor,
+    valid: Tensor,
+    loss: Tensor,
+    temperature: float,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(z0.device.type, enabled=False):
+        return _NT_XENT_BACKWARD[backend](weight, z0, z1, image, valid, loss, temperature, normalize)
+
+
+@torch.library.custom_op("ser_fast::info_nce", mutates_args=())
+def _info_nce(
+    query: Tensor,
+    key: Tensor,
+    image: Tensor,
+    key_image: Tensor,
+    valid: Tensor,
+    key_valid: Tensor,
+    positive: Tensor,
+    temperature: float,
+    normalize: bool,
+    backend: str,
+) -> Tensor:
+    with torch.autocast(query.device.type, enabled=False):
+        return _INFO_NCE[backend](query, key, image, key_image, valid, key_valid, positive, temperature, normalize)
+
+
+@torch.library.custom_op("ser_fast::info_nce_backward", mutates_args=())
+def _info_nce_backward(
+    weight: Tensor,
+    query: Tensor,
+    key: Tensor,
+    image: Tensor,
+    key_image: Tensor,
+    valid: Tensor,
+    key_valid: Tensor,
+    positive: Tensor,
+    loss: Tensor,
+    temperature: float,
+    normalize: bool,
+    need_query: bool,
+    need_key: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(query.device.type, enabled=False):
+        return _INFO_NCE_BACKWARD[backend](
+            weight,
+            query,
+            key,
+            image,
+            key_image,
+            valid,
+            key_valid,
+            positive,
+            loss,
+            temperature,
+            normalize,
+            need_query,
+            need_key,
+        )
+
+
+@_nt_xent.register_fake
+def _(z0: Tensor, *rest: Any) -> Tensor:
+    return z0.new_empty(2 * z0.shape[0], dtype=torch.promote_types(z0.dtype, torch.float32))
+
+
+@_nt_xent_backward.register_fake
+def _(weight: Tensor, z0: Tensor, z1: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return z0.new_empty(z0.shape), z1.new_empty(z1.shape)
+
+
+@_info_nce.register_fake
+def _(query: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(query.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+@_info_nce_backward.register_fake
+def _(weight: Tensor, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, need_query, need_key, _ = rest
+    return query.new_empty(query.shape if need_query else 0), key.new_empty(key.shape if need_key else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.temperature, ctx.normalize, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _nt_xent_gradient(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+    d_z0, d_z1 = _nt_xent_backward(weight, *ctx.saved_tensors, ctx.temperature, ctx.normalize, ctx.backend)
+    return d_z0, d_z1, *(None,) * 5
+
+
+def _info_nce_gradient(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+    need_query, need_key = ctx.needs_input_grad[:2]
+    d_query, d_key = _info_nce_backward(
+        weight, *ctx.saved_tensors, ctx.temperature, ctx.normalize, need_query, need_key, ctx.backend
+    )
+    return d_query if need_query else None, d_key if need_key else None, *(None,) * 8
+
+
+_nt_xent.register_autograd(_nt_xent_gradient, setup_context=_save)
+_info_nce.register_autograd(_info_nce_gradient, setup_context=_save)
+
+
+def nt_xent(
+    z0: Tensor,  # (T, D)
+    z1: Tensor,  # (T, D)
+    *,
+    temperature: float,
+    image: Tensor | None = None,  # (T,)
+    valid: Tensor | None = None,  # (T,)
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """The symmetric contrastive loss between two views, with negatives from other images only.
+
+    With Z = [z0; z1], s(a, b) = <a, b> / (|a| |b| temperature) and p(a) the same row of the other view, anchor a has
+
+        loss(a) = -log e^s(a,p(a)) / ( e^s(a,p(a)) + sum over rows b of both views, image(b) != image(a), of e^s(a,b) )
+
+    A row without negatives has loss 0 and no gradient. NaN or Inf in a row that takes part gives NaN.
+    Differentiable once, in z0 and z1. Never synchronises with the device.
+
+    Args:
+        z0, z1: (T, D) float32, bfloat16, float16 or float64, both alike; row t of each is a positive pair.
+        temperature: finite and positive.
+        image: (T,) integers, the source image of each row, in any order. None: every row is its own image, which
+            makes all other rows negatives (classic SimCLR).
+        valid: (T,) bool; a False row takes no part in either view, as anchor, positive or negative, whatever it holds:
+            its gradient is exactly 0. None: all take part.
+        reduction: "mean" over the anchors that take part (0 if none does), "sum", or "none".
+        normalize: divide each row by max(|row|, 1e-12). False: the rows are taken as they are.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, or (2T,) with the anchors of z0 first for "none"; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: an argument is not a tensor or a number, or has another dtype than it takes.
+        ValueError: a shape, device, temperature, reduction or backend that is not taken.
+        RuntimeError: the backend asked for can't run here.
+
+    Source: NT-Xent of SimCLR (arXiv 2002.05709, eq. 1), patch-wise as in SER (arXiv 2603.06693).
+
+    Example:
+        >>> tokens0, tokens1 = torch.randn(2, 6, 32, requires_grad=True)
+        >>> loss = nt_xent(tokens0, tokens1, temperature=0.3, image=torch.tensor([0, 0, 0, 1, 1, 1]))
+        >>> loss.backward()
+    """
+    _check_rows("z0", z0)
+    _check_rows("z1", z1)
+    _check_alike("z1", z1, "z0", z0)
+    if z1.shape != z0.shape:
+        raise ValueError(f"z1: got shape {tuple(z1.shape)}, takes that of z0, {tuple(z0.shape)}")
+    _check_options(temperature, reduction)
+    _check_vector("image", image, _INTEGERS, z0)
+    _check_vector("valid", valid, (torch.bool,), z0)
+    name = choose("nt_xent", backend, z0)
+
+    if image is None:
+        image = torch.arange(z0.shape[0], device=z0.device)
+    if valid is None:
+        valid = torch.ones(z0.shape[0], dtype=torch.bool, device=z0.device)
+    loss = _nt_xent(z0, z1, image.long(), valid, float(temperature), normalize, name)
+    return _reduce(loss, 2 * valid.sum(), reduction)
+
+
+def info_nce(
+    query: Tensor,  # (T, D)
+    key: Tensor,  # (M, D)
+    *,
+    temperature: float,
+    image: Tensor | None = None,  # (T,)
+    key_image: Tensor | None = None,  # (M,)
+    valid: Tensor | None = None,  # (T,)
+    positive: Tensor | None = None,  # (T,)
+    key_valid: Tensor | None = None,  # (M,)
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """The one-directional contrastive loss from queries to keys, with negatives among the keys of other images only.
+
+    With s(a, b) = <a, b> / (|a| |b| temperature) and k+ = key[positive[t]], query t has
+
+        loss(t) = -log e^s(q_t,k+) / ( e^s(q_t,k+) + sum over keys b, key_image(b) != image(t), of e^s(q_t,k_b) )
+
+    A query without negatives has loss 0 and no gradient. NaN or Inf in a row that takes part gives NaN.
+    Differentiable once, in query and key; where either needs no gradient, none is computed. Never synchronises with the
+    device.
+
+    Args:
+        query: (T, D) float32, bfloat16, float16 or float64.
+        key: (M, D), dtype and device of query.
+        temperature: finite and positive.
+        image: (T,) integers, the source image of each query. None: every query is its own image, whose one key is its
+            positive; all other keys are negatives.
+        key_image: (M,) integers, the source image of each key. None: that of the queries, which then needs M = T.
+            A positive is meant to be of its query's image: one of another image counts as a negative, too.
+        valid: (T,) bool; a False query takes no part, whatever it holds: its gradient is 0. None: all take part.
+        positive: (T,) integers, the row of key that is each query's positive; read only where valid. None: the same
+            row, which needs M >= T. Its range is checked on the CPU only (elsewhere that would wait for the device) and
+            not under torch.compile.
+        key_valid: (M,) bool; a False key takes no part, nor does a query whose positive it is. None: `valid` if
+            positive is None and M = T, otherwise all take part.
+        reduction: "mean" over the queries that take part (0 if none does), "sum", or "none".
+        normalize: divide each row by max(|row|, 1e-12). False: the rows are taken as they are.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A scalar, or (T,) for "none"; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: an argument is not a tensor or a number, or has another dtype than it takes.
+        ValueError: a shape, device, temperature, reduction, positive or backend that is not taken.
+        RuntimeError: the backend asked for can't run here.
+
+    Source: InfoNCE (arXiv 1807.03748, eq. 4), patch-wise as in SER (arXiv 2603.06693).
+
+    Example:
+        >>> tokens, momentum_tokens = torch.randn(6, 32, requires_grad=True), torch.randn(6, 32)
+        >>> loss = info_nce(tokens, momentum_tokens, temperature=0.5, image=torch.tensor([0, 0, 0, 1, 1, 1]))
+        >>> loss.backward()
+    """
+    _check_rows("query", query)
+    _check_rows("key", key)
+    _check_alike("key", key, "query", query)
+    rows, keys = query.shape[0], key.shape[0]
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"key: got {key.shape[1]} columns, takes those of query, {query.shape[1]}")
+    if positive is None and keys < rows:
+        raise ValueError(f"key: got {keys} rows for {rows} of query, takes at least as many unless positive is given")
+    if keys == 0 and rows > 0:
+        raise ValueError(f"key: got no rows for {rows} of query, takes at least one")
+    _check_options(temperature, reduction)
+    _check_vector("image", image, _INTEGERS, query)
+    _check_vector("key_image", key_image, _INTEGERS, key)
+    if image is None and key_image is not None:
+        raise ValueError("key_image: got a tensor without image, takes both or neither")
+    if image is not None and key_image is None and keys != rows:
+        raise ValueError(f"key_image: got None with image and {keys} keys for {rows} queries, takes a ({keys},) tensor")
+    _check_vector("valid", valid, (torch.bool,), query)
+    _check_vector("key_valid", key_valid, (torch.bool,), key)
+    _check_vector("positive", positive, _INTEGERS, query)
+    name = choose("info_nce", backend, query)
+
+    if key_valid is None:
+        if valid is not None and positive is None and keys == rows:
+            key_valid = valid
+        else:
+            key_valid = torch.ones(keys, dtype=torch.bool, device=key.device)
+    if valid is None:
+        valid = torch.ones(rows, dtype=torch.bool, device=query.device)
+    if positive is None:
+        positive = torch.arange(rows, device=query.device)
+    else:
+        positive = positive.long().masked_fill(~valid, 0)
+        on_cpu = positive.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and ((positive < 0) | (positive >= keys)).any():
+            raise ValueError(f"positive: got rows {positive.min()} to {positive.max()}, takes 0 to {keys - 1}")
+    if image is None:
+        # One key is of query t's image, its positive; queries that share a positive are of one image.
+        image, key_image = positive, torch.arange(keys, device=key.device)
+    elif key_image is None:
+        key_image = image
+    anchors = valid & key_valid[positive]
+    loss = _info_nce(
+        query, key, image.long(), key_image.long(), anchors, key_valid, positive, float(temperature), normalize, name
+    )
+    return _reduce(loss, anchors.sum(), reduction)
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name}: got {x.dtype}, takes float32, bfloat16, float16 or float64")
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes rows and at least one column")
+
+
+def _check_alike(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name}: got {x.dtype}, takes that of {other}, {y.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"{name}: got device {x.device}, takes that of {other}, {y.device}")
+
+
+def _check_options(temperature: float, reduction: str) -> None:
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature: got {type(temperature).__name__}, takes a number")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: got {temperature}, takes a finite positive number")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, takes one of {', '.join(map(repr, _REDUCTIONS))}")
+
+
+def _check_vector(name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], rows: Tensor) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor or None")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: got {x.dtype}, takes one of {', '.join(map(str, dtypes))}")
+    if x.dim() != 1 or x.shape[0] != rows.shape[0]:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes ({rows.shape[0]},)")
+    if x.device != rows.device:
+        raise ValueError(f"{name}: got device {x.device}, takes that of the rows, {rows.device}")
+
+
+def _reduce(loss: Tensor, anchors: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / anchors.clamp(min=1)

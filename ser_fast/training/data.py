@@ -1,0 +1,421 @@
+"""Images for training and evaluation: fixed square uint8 tensors in an order that the seed and the epoch decide.
+
+Augmentation is not done here: ser_fast.views applies it to whole batches on the device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.v2 import functional as transforms
+
+# Left out of the files in scikit-image's wheel: motorcycle_right (its pixels are those of motorcycle_left: held-out
+# tiles would leak), cell and clock_motion (featureless almost everywhere), microaneurysms and lfw_subset (too small),
+# and what no camera took (chessboards, color, horse, logo, phantom and the tests of file formats).
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "page.png",
+    "retina.jpg",
+    "rocket.jpg",
+    "text.png",
+)
+
+
+class UnreadableImageError(Exception):
+    """An image file that cannot be decoded; `path` and `reason` say which and why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+
+class ImageDataset(Protocol):
+    """What open_dataset returns: item i is (image uint8 (3, S, S), label, i).
+
+    A file that cannot be decoded raises UnreadableImageError. The loaders of make_loader skip it instead, and enter it
+    once in `skipped` as (path, reason).
+    """
+
+    image_size: int
+    classes: list[str]
+    skipped: list[tuple[str, str]]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]: ...
+
+
+def open_dataset(source: str, *, train: bool, image_size: int) -> ImageDataset:
+    """Open the training images (train=True) or the held-out images of a source.
+
+    source: "photos" (tiles of photographs that scikit-image carries, see PhotoTiles), "folder:PATH" (see ImageFolder)
+    or "cifar10:PATH" (PATH holds torchvision's cifar-10-batches-py, or an image folder with train/ and test/).
+    image_size: the side of the square images in pixels.
+
+    Raises ValueError if the source is none of these, is missing, holds no readable image or no held-out part, or if
+    its photographs are too small for image_size.
+
+        dataset = open_dataset("photos", train=True, image_size=64)
+        image, label, index = dataset[0]  # uint8 (3, 64, 64), 0, 0
+        dataset.classes[label]  # "astronaut"
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    kind, _, location = source.partition(":")
+    if source == "photos":
+        return PhotoTiles(train=train, image_size=image_size)
+    if kind not in ("folder", "cifar10") or not location:
+        raise ValueError(f"data must be 'photos', 'folder:PATH' or 'cifar10:PATH', got {source!r}")
+    path = Path(location).expanduser().resolve()
+    if not path.is_dir():
+        raise ValueError(f"data={source!r}: there is no folder {path}")
+    if kind == "folder":
+        return ImageFolder(path, train=train, image_size=image_size)
+    if (path / CIFAR10.base_folder).is_dir():
+        return Cifar10(path, train=train, image_size=image_size)
+    if not (path / "train").is_dir() or not (path / "test").is_dir():
+        raise ValueError(f"data={source!r}: {path} holds neither {CIFAR10.base_folder}/ nor train/ and test/")
+    return ImageFolder(path, train=train, image_size=image_size)
+
+
+class Tile(NamedTuple):
+    """The pixels [top, top + size) x [left, left + size) of photograph number `label`."""
+
+    label: int
+    top: int
+    left: int
+    size: int
+
+
+class PhotoTiles:
+    """Square tiles of the PHOTOGRAPHS in scikit-image's wheel; the label is the photograph. Nothing is downloaded.
+
+    A photograph is cut into cells of about 3/2 image_size, of which every fifth, a knight's move apart, is held out.
+    Held-out tiles lie inside one such cell and training tiles touch none: no pixel is in both. Tiles of one part
+    overlap, a third of their side apart. At image_size=64 there are 3752 training and 361 held-out tiles of 16 classes.
+    Photographs longer than 800 pixels (hubble_deep_field, retina) are halved so that they do not outnumber the others.
+
+    image_size: up to 128 pixels; ValueError where a photograph is too small to give both training and held-out tiles.
+    """
+
+    def __init__(self, *, train: bool, image_size: int) -> None:
+        self.image_size = image_size
+        self.classes = [Path(name).stem for name in PHOTOGRAPHS]
+        self.skipped: list[tuple[str, str]] = []
+        self.photographs: list[Tensor] = []  # uint8 (3, H, W) each
+        self.tiles: list[Tile] = []
+        for label, name in enumerate(PHOTOGRAPHS):
+            with files("skimage").joinpath("data", name).open("rb") as file:
+                photograph = _decode_rgb(Image.open(file))
+            if max(photograph.size) > 800:
+                photograph = photograph.reduce(2)
+            corners = _tile_corners(photograph.height, photograph.width, train=train, size=image_size)
+            if not corners:
+                raise ValueError(f"image_size={image_size} is too large for 'photos': {name} is {photograph.size}")
+            self.photographs.append(transforms.pil_to_tensor(photograph))
+            self.tiles += [Tile(label, top, left, image_size) for top, left in corners]
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        label, top, left, size = self.tiles[index]
+        return self.photographs[label][:, top : top + size, left : left + size].clone(), label, index
+
+
+def _tile_corners(height: int, width: int, *, train: bool, size: int) -> list[tuple[int, int]]:
+    """The (top, left) of the tiles of one photograph; none where it has fewer than two cells in a row."""
+    cell, stride = size * 3 // 2, max(1, size // 3)
+    rows, columns = max(1, height // cell), width // cell
+    if height < size or columns < 2:
+        return []
+    held = [  # (top, left, bottom, right) of the cells held out
+        (i * height // rows, j * width // columns, (i + 1) * height // rows, (j + 1) * width // columns)
+        for i in range(rows)
+        for j in range(columns)
+        if (2 * i + j) % 5 == 1  # one in five of each row and column; (0, 1) makes it at least one a photograph
+    ]
+    if not train:
+        return [
+            (y, x)
+            for top, left, bottom, right in held
+            for y in range(top, bottom - size + 1, stride)
+            for x in range(left, right - size + 1, stride)
+        ]
+    return [
+        (y, x)
+        for y in range(0, height - size + 1, stride)
+        for x in range(0, width - size + 1, stride)
+        if not any(y < bottom and y + size > top and x < right and x + size > left for top, left, bottom, right in held)
+    ]
+
+
+class ImageFolder:
+    """Image files below a folder, each resized (shorter side, antialiased) and centre-cropped to image_size.
+
+    path: holds one folder a class, or image files alone (label -1, no classes), or either of these below train/ and
+    val/ (else test/). Held-out images need val/ or test/; their labels follow the class folders of train/.
+    Grey, palette, CMYK, 16-bit and transparent files become 8-bit RGB, turned upright by their EXIF orientation.
+
+    Raises ValueError naming the folder if it has no held-out part, classes unknown to train/ or no readable image.
+    Source: torchvision.datasets.ImageFolder, for the layout and the file name extensions.
+    """
+
+    def __init__(self, path: Path, *, train: bool, image_size: int) -> None:
+        self.image_size = image_size
+        self.skipped: list[tuple[str, str]] = []
+        wanted = ("train",) if train else ("val", "test")
+        parts = [path / name for name in wanted if (path / name).is_dir()]
+        if not parts and (not train or any((path / name).is_dir() for name in ("val", "test"))):
+            raise ValueError(f"{path} holds no folder named {' or '.join(wanted)}")
+        folder = parts[0] if parts else path
+        names = path / "train" if (path / "train").is_dir() else folder
+        self.classes = _class_folders(names)
+        if unknown := sorted(set(_class_folders(folder)) - set(self.classes)):
+            raise ValueError(f"{folder} has classes that {names} has not: {', '.join(unknown)}")
+        parent, labels = folder, {name: label for label, name in enumerate(self.classes)}
+        if not self.classes:
+            parent, labels = folder.parent, {folder.name: -1}
+        self.files = make_dataset(parent, labels, extensions=IMG_EXTENSIONS, allow_empty=True)  # (path, label) each
+        if not any(self._is_readable(index) for index in range(len(self.files))):
+            accepted = ", ".join(IMG_EXTENSIONS)
+            raise ValueError(f"{folder} holds no readable image ({len(self.files)} files named {accepted})")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        path, label = self.files[index]
+        try:
+            with Image.open(path) as file:
+                image = _decode_rgb(file)
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            raise UnreadableImageError(path, f"{type(error).__name__}: {error}") from error
+        return _square(transforms.pil_to_tensor(image), self.image_size), label, index
+
+    def _is_readable(self, index: int) -> bool:
+        try:
+            self[index]
+        except UnreadableImageError:
+            return False
+        return True
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+class Cifar10:
+    """CIFAR-10 as torchvision stores it; the test set is held out. Resized where image_size is not 32.
+
+    path: the folder that holds cifar-10-batches-py. Raises ValueError if its files are incomplete or damaged.
+    Source: torchvision.datasets.CIFAR10.
+    """
+
+    def __init__(self, path: Path, *, train: bool, image_size: int) -> None:
+        try:
+            self.cifar = CIFAR10(path, train=train, download=False)
+        except RuntimeError as error:
+            raise ValueError(f"{path / CIFAR10.base_folder} is incomplete or damaged") from error
+        self.image_size = image_size
+        self.classes: list[str] = self.cifar.classes
+        self.skipped: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.cifar)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        image = torch.from_numpy(self.cifar.data[index]).permute(2, 0, 1).contiguous()  # uint8 (3, 32, 32)
+        return _square(image, self.image_size), self.cifar.targets[index], index
+
+
+def _decode_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255; PIL's 16-bit RGB is 8-bit already
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # PIL warns where a palette with transparency becomes RGB directly
+    return image.convert("RGB")
+
+
+def _square(image: Tensor, size: int) -> Tensor:
+    """(3, H, W) -> (3, size, size)"""
+    if image.shape[1:] == (size, size):
+        return image
+    return transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a batch.
+
+    indices are the items' own: where an unreadable file was replaced, those of the replacement. skipped: (path, reason)
+    of the files that could not be read for this batch.
+    """
+
+    images: Tensor  # uint8 (B, 3, S, S)
+    labels: Tensor  # int64 (B,)
+    indices: Tensor  # int64 (B,)
+    skipped: list[tuple[str, str]]
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory; DataLoader calls it."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.skipped)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The batch on a device."""
+        return Batch(
+            self.images.to(device, non_blocking=non_blocking),
+            self.labels.to(device, non_blocking=non_blocking),
+            self.indices.to(device, non_blocking=non_blocking),
+            self.skipped,
+        )
+
+
+class EpochSampler(Sampler[list[int]]):
+    """The indices of one rank's part of each batch, batch after batch.
+
+    The order of an epoch is a permutation of the dataset that depends on (seed, epoch) alone. Batch b is its entries
+    [b * batch_size, (b + 1) * batch_size), and rank r takes the r-th of world_size equal slices of it: a batch
+    holds the same images for any number of ranks. train=False keeps the order of the dataset and its last, short batch.
+    """
+
+    def __init__(self, length: int, *, batch_size: int, seed: int, rank: int, world_size: int, train: bool) -> None:
+        self.length, self.batch_size, self.seed, self.train = length, batch_size, seed, train
+        self.rank, self.world_size = rank, world_size
+        self.batches = length // batch_size if train else -(-length // batch_size)
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        self.epoch, self.start = epoch, 0
+
+    def set_start(self, batch: int) -> None:
+        """Begin this epoch at a batch, to resume in its middle; the images before it are not loaded."""
+        if not 0 <= batch <= self.batches:
+            raise ValueError(f"batch must be in 0..{self.batches}, the batches of an epoch, got {batch}")
+        self.start = batch
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.length)
+        if self.train:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        share = self.batch_size // self.world_size
+        for batch in range(self.start, self.batches):
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield indices[self.rank * share : (self.rank + 1) * share].tolist()
+
+
+class _BatchReader(Dataset[Batch]):
+    """Reads whole batches, so that what becomes of an unreadable file is decided in one place.
+
+    In training the next readable item takes its place: batches keep their size, on every rank. In evaluation it is
+    left out: no item counts twice.
+    """
+
+    def __init__(self, images: ImageDataset, *, train: bool) -> None:
+        self.images, self.train = images, train
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        items: list[tuple[Tensor, int, int]] = []
+        skipped: list[tuple[str, str]] = []
+        for index in indices:
+            for offset in range(len(self.images) if self.train else 1):
+                try:
+                    items.append(self.images[(index + offset) % len(self.images)])
+                    break
+                except UnreadableImageError as error:
+                    skipped.append((error.path, error.reason))
+            else:
+                if self.train:
+                    raise ValueError(f"none of the {len(self.images)} images can be read any more: {skipped[-1]}")
+        size = self.images.image_size
+        return Batch(
+            images=torch.stack([image for image, _, _ in items]) if items else torch.empty(0, 3, size, size).byte(),
+            labels=torch.tensor([label for _, label, _ in items], dtype=torch.int64),
+            indices=torch.tensor([index for _, _, index in items], dtype=torch.int64),
+            skipped=skipped,
+        )
+
+
+class Loader(DataLoader[Batch]):
+    """The DataLoader of make_loader: iterates over Batch, and enters unreadable files in the dataset's `skipped`."""
+
+    sampler: EpochSampler
+    dataset: _BatchReader
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # Worker processes read copies of the dataset: what they could not read becomes known here, with the batch.
+        known = self.dataset.images.skipped
+        for batch in super().__iter__():
+            known += [entry for entry in dict.fromkeys(batch.skipped) if entry not in known]
+            yield batch
+
+
+def make_loader(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    train: bool,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Loader:
+    """Load a dataset in batches, in an order that (seed, epoch) decides whatever the number of ranks and workers.
+
+    batch_size: images in a batch over all ranks; each of world_size ranks loads batch_size / world_size of them.
+    train=True: shuffled, whole batches only, an unreadable file replaced by the next readable one. train=False: the
+    order of the dataset, all of it, an unreadable file left out (a rank's last batches may be shorter).
+    workers: processes that load, kept between epochs; 0 loads in this process. With CUDA, batches are in pinned memory.
+    loader.sampler.set_epoch(epoch) begins an epoch and set_start(batch) resumes in it; len(loader) counts what is left.
+
+    Raises ValueError if batch_size is not a positive multiple of world_size or, in training, exceeds the dataset, if
+    rank is not in 0..world_size-1, or if seed or workers are negative.
+
+        loader = make_loader(dataset, batch_size=256, train=True, seed=0, workers=2)
+        loader.sampler.set_epoch(3)
+        for batch in loader: ...  # Batch: images (256, 3, S, S), labels, indices, skipped
+    """
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in 0..world_size-1, got rank={rank} and world_size={world_size}")
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"batch_size must be a positive multiple of world_size={world_size}, got {batch_size}")
+    if train and batch_size > len(dataset):
+        raise ValueError(f"batch_size={batch_size} exceeds the {len(dataset)} images of the dataset")
+    if seed < 0 or workers < 0:
+        raise ValueError(f"seed and workers must not be negative, got seed={seed} and workers={workers}")
+    return Loader(
+        _BatchReader(dataset, train=train),
+        sampler=EpochSampler(
+            len(dataset), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, train=train
+        ),
+        batch_size=None,  # the sampler yields whole batches
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # DataLoader draws from it: the global random state stays as it was
+    )

@@ -1,0 +1,308 @@
+"""SplitViT: a timm vision transformer that keeps patch tokens alone up to a block, and inserts [CLS] there."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.models import checkpoint, is_model_in_modules
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+# Exact types: a subclass may embed or pool in a way of its own, and would silently become another function.
+SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva)
+SUPPORTED_MODULES = ("vision_transformer", "deit", "eva")
+SUPPORTED_NAMES = "timm's ViT, DeiT, DINOv2, EVA and DINOv3 models (VisionTransformer and Eva with a PatchEmbed)"
+METADATA_KEY = "split_vit"
+
+
+class SplitViT(nn.Module):
+    """A timm vision transformer in two halves: `early` sees patch tokens alone, `late` inserts the prefix tokens.
+
+    Blocks 0 .. split-1 run on the H x W patch tokens; class, distillation and register tokens enter before block
+    `split`, with their own position embeddings where the family has them. With split=0 this is timm's own forward.
+    With split=depth no block follows: a pooled [CLS] then carries nothing of the image. Sides of images may be any
+    multiples of the patch size: absolute positions are resized to the exact grid (bicubic, antialiased, as timm does)
+    and rotary positions are built for it.
+
+    Parameter names and state_dict keys are timm's. The timm instance is taken over, not copied: its parameters are
+    shared, and rotary attention in its blocks before the split no longer expects prefix tokens, so do not use it
+    for anything else. Train-time rotary coordinate augmentation, where asked for, is drawn once in each half.
+
+    Args:
+        model: a timm name, built with num_classes=0 and dynamic_img_size=True, or a timm instance that has
+            dynamic_img_size=True.
+        split: the number of blocks before the prefix tokens, 0 .. depth.
+        timm_kwargs: further arguments of timm.create_model; only with a name.
+
+    Raises:
+        ValueError: for a model that is not supported, has a fixed image size or drops patches, and for a split
+            outside 0 .. depth.
+
+    Example:
+        >>> vit = SplitViT("vit_small_patch16_224", split=3)
+        >>> tokens = vit.early(images)  # (B, H, W, C), for the equivariance loss
+        >>> embedding = vit.pool(vit.late(tokens))  # (B, C), for the invariance loss
+    """
+
+    _timm: VisionTransformer | Eva
+
+    def __init__(self, model: str | nn.Module, split: int, **timm_kwargs: Any) -> None:
+        super().__init__()
+        # What a checkpoint needs to rebuild the model; the weights themselves are in its file.
+        self._recipe: tuple[str, dict[str, Any]] | None = None
+        vit: Any
+        if isinstance(model, str):
+            name = model
+            if not is_model_in_modules(name, SUPPORTED_MODULES):
+                raise ValueError(f"model: {name!r} is not supported; SplitViT takes {SUPPORTED_NAMES}")
+            self._recipe = (name, {k: v for k, v in timm_kwargs.items() if k not in ("pretrained", "checkpoint_path")})
+            vit = timm.create_model(name, **{"num_classes": 0, "dynamic_img_size": True, **timm_kwargs})
+        elif timm_kwargs:
+            raise ValueError(f"timm_kwargs: {sorted(timm_kwargs)} came with a built model; they go with a timm name")
+        else:
+            name, vit = type(model).__name__, model
+        if type(vit) not in SUPPORTED or not isinstance(vit.patch_embed, PatchEmbed):
+            raise ValueError(f"model: {name!r} is not supported; SplitViT takes {SUPPORTED_NAMES}")
+        if not vit.dynamic_img_size:
+            raise ValueError(f"model: {name!r} has a fixed image size; create it with dynamic_img_size=True")
+        if not (vit.patch_drop is None or isinstance(vit.patch_drop, nn.Identity)):
+            raise ValueError(f"model: {name!r} drops patches, which leaves no token lattice; use patch_drop_rate=0")
+        if split not in range(len(vit.blocks) + 1):
+            raise ValueError(f"split: {name!r} can be split at 0 to {len(vit.blocks)} blocks, got {split}")
+
+        # The registries themselves are shared with the timm module, so that names and state_dict keys are timm's and
+        # both always hold the same tensors. The module is set past nn.Module, which would register it as a child.
+        self._parameters, self._modules = vit._parameters, vit._modules
+        object.__setattr__(self, "_timm", vit)
+        self.split = split
+        if getattr(vit, "rope", None) is not None:
+            # Rotary attention leaves its first num_prefix_tokens tokens unrotated. Set here for good and not around
+            # each call, since gradient checkpointing runs the blocks again during backward.
+            for i, block in enumerate(vit.blocks):
+                block.attn.num_prefix_tokens = 0 if i < split else vit.num_prefix_tokens
+
+    @property
+    def embed_dim(self) -> int:
+        """The number of channels C of a token."""
+        return self._timm.embed_dim
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self._timm.blocks)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return self._timm.patch_embed.patch_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model was made for, in pixels; others work too."""
+        return self._timm.patch_embed.img_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The number P of class, distillation and register tokens that `late` puts before the patch tokens."""
+        return self._timm.num_prefix_tokens
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm exempts from weight decay; timm.optim asks for it."""
+        return self._timm.no_weight_decay()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block, before and after the split, during backward instead of storing its activations."""
+        self._timm.set_grad_checkpointing(enable)
+
+    def fix_sincos_positions(self) -> None:
+        """Set the position embedding to the fixed 2-D sin-cos of MoCo-v3 and freeze it.
+
+        Prefix tokens get zeros. A checkpoint stores the values; that they are frozen is not part of it.
+
+        Raises:
+            ValueError: if the model has no absolute position embedding, or embed_dim is not a multiple of 4.
+        """
+        pos_embed = self._timm.pos_embed
+        if pos_embed is None or self.embed_dim % 4:
+            raise ValueError(
+                f"model: sin-cos positions need an absolute position embedding and an embed_dim that is a multiple "
+                f"of 4, got {'none' if pos_embed is None else 'one'} and {self.embed_dim}"
+            )
+        grid_size = self._timm.patch_embed.grid_size
+        sincos = build_sincos2d_pos_embed(grid_size, self.embed_dim, interleave_sin_cos=True)  # (H*W, C)
+        with torch.no_grad():
+            pos_embed.zero_()
+            pos_embed[0, -len(sincos) :] = sincos
+        pos_embed.requires_grad_(False)
+
+    def early(self, images: Tensor) -> Tensor:
+        """The patch tokens after block split-1 (after the embedding for split=0), without the final norm.
+
+        Args:
+            images: (B, 3, Hp, Wp), sides in pixels, multiples of the patch size.
+
+        Returns:
+            (B, H, W, C) with H = Hp / patch height and W = Wp / patch width.
+
+        Raises:
+            ValueError: if images has another shape.
+        """
+        tokens, grid = self._embed(images)
+        rope = self._rope(grid)
+        for i in range(self.split):
+            tokens = self._block(i, tokens, rope)
+        return tokens.unflatten(1, grid)
+
+    def late(self, tokens: Tensor) -> Tensor:
+        """The rest of the transformer on the patch tokens of `early`, with the prefix tokens inserted.
+
+        Args:
+            tokens: (B, H, W, C).
+
+        Returns:
+            (B, P + H*W, C) after the final norm, prefix tokens first, as timm's forward_features.
+
+        Raises:
+            ValueError: if tokens has another shape.
+        """
+        if tokens.ndim != 4 or tokens.shape[-1] != self.embed_dim:
+            raise ValueError(f"tokens: expected (B, H, W, {self.embed_dim}), got {tuple(tokens.shape)}")
+        rope = self._rope((tokens.shape[1], tokens.shape[2]))
+        sequence = self._insert_prefix(tokens.flatten(1, 2))  # (B, P + H*W, C)
+        for i in range(self.split, self.depth):
+            sequence = self._block(i, sequence, rope)
+        return self._timm.norm(sequence)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """The embedding (B, C) of `late`'s features (B, P + H*W, C), as timm's forward_head(pre_logits=True)."""
+        return self._timm.forward_head(features, pre_logits=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The pooled embedding (B, C) of images (B, 3, Hp, Wp): pool(late(early(images)))."""
+        return self.pool(self.late(self.early(images)))
+
+    def layer_maps(self, images: Tensor) -> list[Tensor]:
+        """The patch tokens after each block, before and after the split, without the final norm.
+
+        Args:
+            images: (B, 3, Hp, Wp), sides in pixels, multiples of the patch size.
+
+        Returns:
+            depth tensors (B, H, W, C); entry split-1 is `early`'s result.
+
+        Raises:
+            ValueError: if images has another shape.
+        """
+        tokens, grid = self._embed(images)
+        rope = self._rope(grid)
+        num_patches = tokens.shape[1]
+        maps = []
+        for i in range(self.depth):
+            if i == self.split:
+                tokens = self._insert_prefix(tokens)
+            tokens = self._block(i, tokens, rope)
+            maps.append(tokens[:, -num_patches:].unflatten(1, grid))
+        return maps
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patch tokens (B, H*W, C) with absolute positions, and their grid (H, W)."""
+        vit = self._timm
+        if (
+            images.ndim != 4
+            or images.shape[1] != vit.in_chans
+            or any(side == 0 or side % patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True))
+        ):
+            raise ValueError(
+                f"images: expected (B, {vit.in_chans}, height, width), the sides multiples of the patch size "
+                f"{self.patch_size}, got {tuple(images.shape)}"
+            )
+        tokens = vit.patch_embed(images)  # (B, H, W, C)
+        grid = (tokens.shape[1], tokens.shape[2])
+        tokens = tokens.flatten(1, 2)  # (B, H*W, C)
+        if vit.pos_embed is not None:
+            num_prefix_positions = 0 if vit.no_embed_class else vit.num_prefix_tokens
+            positions = resample_abs_pos_embed(
+                vit.pos_embed[:, num_prefix_positions:],
+                new_size=list(grid),
+                old_size=list(vit.patch_embed.grid_size),
+                num_prefix_tokens=0,
+            )  # (1, H*W, C)
+            tokens = tokens + positions
+        return vit.norm_pre(vit.pos_drop(tokens)), grid
+
+    def _insert_prefix(self, tokens: Tensor) -> Tensor:
+        """(B, P + H*W, C) from the patch tokens (B, H*W, C): what timm does to prefix tokens before block 0."""
+        vit = self._timm
+        prefix_tokens = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+        present = [token for token in prefix_tokens if token is not None]
+        if not present:
+            return tokens
+        prefix = torch.cat(present, dim=1).expand(tokens.shape[0], -1, -1)  # (B, P, C)
+        if vit.pos_embed is not None and not vit.no_embed_class:
+            prefix = prefix + vit.pos_embed[:, : vit.num_prefix_tokens]
+        return torch.cat([vit.norm_pre(vit.pos_drop(prefix)), tokens], dim=1)
+
+    def _rope(self, grid: tuple[int, int]) -> Tensor | None:
+        """Sines and cosines of the rotary families: (H*W, 2*D), or (depth, heads, H*W, 2*D) where blocks differ."""
+        rope = getattr(self._timm, "rope", None)
+        return None if rope is None else rope.get_embed(shape=grid)
+
+    def _block(self, i: int, tokens: Tensor, rope: Tensor | None) -> Tensor:
+        """Block i on tokens (B, N, C)."""
+        vit = self._timm
+        args: tuple[Tensor, ...] = (tokens,)
+        if rope is not None:
+            args += (rope[i] if vit.rope_mixed else rope,)
+        block = vit.blocks[i]
+        return checkpoint(block, *args) if vit.grad_checkpointing else block(*args)
+
+
+def save_split_vit(path: str | Path, model: SplitViT, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a SplitViT to a safetensors file that says how to rebuild it: timm name, its arguments, and the split.
+
+    The tensors have timm's names, but the split is part of the function they compute: loaded into plain timm, whose
+    prefix tokens enter at block 0, they give other features. `metadata` is stored beside them, for
+    safetensors.safe_open(path, "pt").metadata().
+
+    Raises:
+        TypeError: if model is not a SplitViT, such as a DistributedDataParallel or compiled one.
+        ValueError: if model wraps an instance rather than a timm name, or was built with arguments JSON cannot hold.
+    """
+    if not isinstance(model, SplitViT):
+        raise TypeError(f"model: expected a SplitViT, got {type(model).__name__}; give the module it wraps")
+    if model._recipe is None:
+        raise ValueError("model: wraps a timm instance; only a SplitViT built from a timm name can be rebuilt")
+    name, timm_kwargs = model._recipe
+    try:
+        recipe = json.dumps({"model": name, "split": model.split, "timm_kwargs": timm_kwargs})
+    except TypeError as error:
+        raise ValueError(f"model: was built with timm_kwargs={timm_kwargs}, which JSON cannot hold: {error}") from error
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt", **(metadata or {}), METADATA_KEY: recipe})
+
+
+def load_split_vit(path: str | Path) -> SplitViT:
+    """Rebuild the SplitViT that save_split_vit wrote to path, on the CPU, in training mode as any new module.
+
+    Raises:
+        ValueError: if the file does not say how to rebuild a SplitViT, as plain timm weights do not.
+    """
+    with safe_open(path, framework="pt") as file:
+        recipe = (file.metadata() or {}).get(METADATA_KEY)
+    if recipe is None:
+        raise ValueError(
+            f"path: {path} has no {METADATA_KEY!r} metadata, so the split is not known; build SplitViT(name, split) "
+            f"and load such weights with load_state_dict"
+        )
+    fields = json.loads(recipe)
+    model = SplitViT(fields["model"], fields["split"], **fields["timm_kwargs"])
+    model.load_state_dict(load_file(path))
+    return model

@@ -1,0 +1,19 @@
+"""Fixtures shared by the test files."""
+
+import pytest
+import torch
+
+from ser_fast.ops.backends import BACKENDS, reason_not
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[name for name in BACKENDS if reason_not(name, "cpu") is None])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that can run on CPU tensors in this installation."""
+    return request.param

@@ -1,0 +1,108 @@
+"""Which backend runs, what is said when one can't, and that importing the operations stays light."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ser_fast
+from ser_fast.ops import backends
+from ser_fast.ops.backends import BACKENDS, choose, reason_not
+
+X = torch.zeros(1)
+
+
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation that misses no part."""
+    for name in backends._MISSING:
+        monkeypatch.setitem(backends._MISSING, name, None)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation of plain Python."""
+    for name in backends._MISSING:
+        monkeypatch.setitem(backends._MISSING, name, f"no {name} in this box")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_the_reference_runs_anywhere(bare, device):
+    assert reason_not("reference", device) is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_a_missing_part_is_the_reason(bare, backend):
+    assert reason_not(backend, "cuda") == f"no {backend} in this box"
+
+
+@pytest.mark.parametrize(
+    ("backend", "runs", "fails"), [("cpu", "cpu", "cuda"), ("triton", "cuda", "cpu"), ("cuda", "cuda", "cpu")]
+)
+def test_a_wrong_device_is_the_reason(complete, backend, runs, fails):
+    assert reason_not(backend, runs) is None
+    reason = reason_not(backend, fails)
+    assert runs in reason
+    assert fails in reason
+
+
+def test_auto_is_the_reference_where_nothing_else_runs(bare):
+    assert choose("op", "auto", X) == "reference"
+
+
+def test_auto_takes_the_native_kernels(complete):
+    assert choose("op", "auto", X) == "cpu"
+    assert choose("op", "auto", X.to("meta")) == "reference"
+
+
+@pytest.mark.parametrize(("missing", "best"), [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")])
+def test_auto_takes_the_fastest_on_a_gpu(complete, monkeypatch, missing, best):
+    class OnGPU:
+        device = torch.device("cuda")
+
+    for name in missing:
+        monkeypatch.setitem(backends._MISSING, name, "not here")
+    assert choose("op", "auto", OnGPU()) == best
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_an_explicit_request_is_met(complete, name):
+    assert choose("op", name, X) == name
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_an_explicit_request_never_falls_back(bare, name):
+    with pytest.raises(RuntimeError, match=f"group_action: backend='{name}' .*no {name} in this box"):
+        choose("group_action", name, X)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_an_explicit_request_on_the_wrong_device(complete, name):
+    with pytest.raises(RuntimeError, match=f"backend='{name}' .*cuda tensors, not on cpu"):
+        choose("group_action", name, X)
+
+
+@pytest.mark.parametrize("name", ["numba", "", "CPU", None])
+def test_an_unknown_backend_is_named_with_what_is_taken(name):
+    with pytest.raises(ValueError, match="backend: got") as error:
+        choose("op", name, X)
+    assert repr(name) in str(error.value)
+    assert all(repr(known) in str(error.value) for known in ("auto", *BACKENDS))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import ser_fast.ops.group_action, ser_fast.lattice",
+        pytest.param(
+            "from ser_fast import SERLoss",
+            marks=pytest.mark.skipif(not hasattr(ser_fast, "SERLoss"), reason="ser_fast exports no SERLoss yet"),
+        ),
+    ],
+)
+def test_the_import_takes_torch_alone(statement):
+    heavy = {"timm", "torchvision", "matplotlib", "rich", "tyro", "skimage", "safetensors", "tensorboard", "PIL"}
+    program = f"import sys; {statement}; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,334 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ser_fast.vit import SplitViT, load_split_vit, save_split_vit
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+NATIVE, OTHER, NON_SQUARE = (32, 32), (48, 48), (24, 40)
+
+# One name for each way a family embeds positions, inserts prefix tokens, normalises or pools.
+PREFIX_FAMILIES = [
+    "vit_tiny_patch16_224",
+    "deit3_small_patch16_224",  # [CLS] without a position
+    "vit_small_patch14_reg4_dinov2",  # registers, LayerScale
+    "vit_base_patch16_clip_224",  # norm_pre
+    "eva02_tiny_patch14_224",  # absolute and rotary positions, SwiGLU, average pool
+    "vit_small_patch16_dinov3",  # rotary positions alone, registers
+    "vit_small_patch16_rope_mixed_224",  # rotary positions of each block its own
+]
+FAMILIES = [
+    *PREFIX_FAMILIES,
+    "deit_tiny_distilled_patch16_224",  # two tokens pooled
+    "vit_base_patch16_gap_224",  # no prefix tokens, fc_norm
+    "vit_small_patch16_18x2_224",  # parallel blocks
+    "vit_base_patch16_siglip_224",  # no prefix tokens, attention pool
+]
+ROTARY, PLAIN = "vit_small_patch16_dinov3", "vit_tiny_patch16_224"
+
+
+def timm_model(name: str, **kwargs: object) -> nn.Module:
+    """A tiny timm model, in eval mode, whose every parameter matters (LayerScale starts at 1e-5, biases at 0)."""
+    model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **{**TINY, **kwargs}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def split_vit(reference: nn.Module, name: str, split: int) -> SplitViT:
+    model = SplitViT(name, split, **TINY).eval()
+    model.load_state_dict(reference.state_dict(), strict=True)
+    return model
+
+
+def images_of(size: tuple[int, int]) -> Tensor:
+    return torch.randn(2, 3, *size)
+
+
+@pytest.mark.parametrize("size", [NATIVE, OTHER, NON_SQUARE])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_split_0_is_timm(name: str, size: tuple[int, int]) -> None:
+    reference = timm_model(name)
+    model = split_vit(reference, name, split=0)
+    images = images_of(size)
+    tokens = model.early(images)
+    assert tokens.shape == (2, size[0] // 8, size[1] // 8, 48)
+    torch.testing.assert_close(model.late(tokens), reference.forward_features(images), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(images), reference(images), rtol=0, atol=1e-6)
+
+
+def late_oracle(reference: nn.Module, tokens: Tensor, split: int) -> Tensor:
+    """timm's blocks from `split` on, by hand, on patch tokens (B, H, W, C) behind the prefix tokens."""
+    prefix = torch.cat([t for t in (reference.cls_token, getattr(reference, "reg_token", None)) if t is not None], 1)
+    if reference.pos_embed is not None and not reference.no_embed_class:
+        prefix = prefix + reference.pos_embed[:, : prefix.shape[1]]
+    prefix = reference.norm_pre(prefix).expand(len(tokens), -1, -1)
+    sequence = torch.cat([prefix, tokens.flatten(1, 2)], dim=1)
+    rope = reference.rope.get_embed(shape=tokens.shape[1:3]) if hasattr(reference, "rope") else None
+    for i in range(split, len(reference.blocks)):
+        block = reference.blocks[i]
+        rotary = {} if rope is None else {"rope": rope[i] if reference.rope_mixed else rope}
+        sequence = block(sequence, **rotary)
+    return reference.norm(sequence)
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("size", [NATIVE, NON_SQUARE])
+@pytest.mark.parametrize("name", PREFIX_FAMILIES)
+@torch.no_grad()
+def test_split_against_timm_without_prefix_tokens(name: str, size: tuple[int, int], split: int) -> None:
+    reference = timm_model(name)
+    # The same weights in a timm model that has no prefix tokens at all.
+    registers = {"num_reg_tokens": 0} if hasattr(reference, "rope") else {"reg_tokens": 0}
+    patches_only = timm_model(name, class_token=False, global_pool="avg", **registers)
+    weights = reference.state_dict()
+    if "pos_embed" in weights and not reference.no_embed_class:
+        weights["pos_embed"] = weights["pos_embed"][:, reference.num_prefix_tokens :]
+    patches_only.load_state_dict(weights, strict=False)
+    images = images_of(size)
+    maps = patches_only.forward_intermediates(images, norm=False, intermediates_only=True)  # depth x (B, C, H, W)
+
+    model = split_vit(reference, name, split)
+    tokens = model.early(images)
+    torch.testing.assert_close(tokens, maps[split - 1].permute(0, 2, 3, 1), rtol=0, atol=1e-5)
+    features = late_oracle(reference, tokens, split)
+    torch.testing.assert_close(model.late(tokens), features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(images), reference.forward_head(features, pre_logits=True), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PREFIX_FAMILIES)
+@torch.no_grad()
+def test_early_does_not_see_the_prefix_tokens(name: str) -> None:
+    model = split_vit(timm_model(name), name, split=2)
+    images = images_of(OTHER)
+    early = model.early(images)
+    patches = model.late(early)[:, model.num_prefix_tokens :]
+    for token in {"cls_token", "reg_token"} & set(model.state_dict()):
+        model.get_parameter(token).normal_()
+        assert torch.equal(model.early(images), early)
+        changed = model.late(early)[:, model.num_prefix_tokens :]
+        assert not torch.allclose(changed, patches, atol=1e-3)
+        patches = changed
+
+
+@pytest.mark.parametrize("split", [0, 2, 3])
+@pytest.mark.parametrize("name", [PLAIN, ROTARY, "vit_base_patch16_gap_224"])
+@torch.no_grad()
+def test_layer_maps(name: str, split: int) -> None:
+    model = split_vit(timm_model(name), name, split)
+    images = images_of(NON_SQUARE)
+    maps = model.layer_maps(images)
+    assert [m.shape for m in maps] == [(2, 3, 5, 48)] * 3
+    if split:
+        assert torch.equal(maps[split - 1], model.early(images))
+    features = model.late(model.early(images))[:, model.num_prefix_tokens :]
+    if split < model.depth:
+        torch.testing.assert_close(model.get_submodule("norm")(maps[-1]).flatten(1, 2), features)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_are_timms(name: str) -> None:
+    reference = timm_model(name)
+    model = split_vit(reference, name, split=1)
+    assert list(model.state_dict()) == list(reference.state_dict())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
+    reference.load_state_dict(model.state_dict(), strict=True)
+    assert model.no_weight_decay() == reference.no_weight_decay()
+    assert (model.embed_dim, model.depth, model.patch_size, model.split) == (48, 3, (8, 8), 1)
+    assert isinstance(model.patch_embed, timm.layers.PatchEmbed)
+
+
+def test_an_instance_is_taken_over_with_its_weights() -> None:
+    reference = timm_model(PLAIN)
+    model = SplitViT(reference, split=1)
+    assert all(a is b for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [PLAIN, ROTARY])
+def test_copies_and_conversions_keep_one_set_of_tensors(name: str) -> None:
+    model = split_vit(timm_model(name), name, split=1)
+    images = images_of(NATIVE)
+    output = model(images)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images), output)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert twin(images).abs().max() == 0
+    assert torch.equal(model(images), output)
+    model.cls_token = nn.Parameter(torch.randn(1, 1, 48))  # replaced, as meta and sharded tensors are
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(images), model(images))
+    assert not torch.allclose(model(images), output, atol=1e-3)
+    output = model(images)
+    converted = model.to(torch.float64)
+    assert all(p.dtype == torch.float64 for p in converted.parameters())
+    torch.testing.assert_close(converted(images.double()), output.double(), rtol=0, atol=1e-5)
+
+
+def gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(images).square().sum().backward()
+    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", [PLAIN, ROTARY, "vit_small_patch16_rope_mixed_224"])
+def test_gradient_checkpointing(name: str) -> None:
+    model = split_vit(timm_model(name), name, split=2)
+    images = images_of(OTHER)
+    expected = gradients(model, images)
+    assert set(expected) == {n for n, _ in model.named_parameters()}
+    runs = [0] * model.depth
+    for i in range(model.depth):
+        block = model.get_submodule(f"blocks.{i}")
+        block.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    model.set_grad_checkpointing(True)
+    actual = gradients(model, images)
+    assert runs == [2, 2, 2]  # forward, and again in backward
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_gradients_reach_resized_positions() -> None:
+    model = split_vit(timm_model(PLAIN), PLAIN, split=1)
+    position = model.get_parameter("pos_embed")
+    model.early(images_of(NON_SQUARE)).square().sum().backward()
+    assert position.grad is not None
+    assert (position.grad[0, 1:].abs().sum(-1) > 0).all()
+    assert (position.grad[0, 0] == 0).all()  # [CLS] is not there yet
+    model(images_of(NON_SQUARE)).square().sum().backward()
+    assert (position.grad[0].abs().sum(-1) > 0).all()
+
+
+def test_distributed_data_parallel(tmp_path) -> None:
+    model = split_vit(timm_model(PLAIN), PLAIN, split=1)
+    images = images_of(NON_SQUARE)
+    expected = gradients(model, images)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.testing.assert_close(gradients(DistributedDataParallel(model), images), expected)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", [PLAIN, ROTARY])
+@torch.no_grad()
+def test_compiles_without_graph_breaks(name: str) -> None:
+    model = split_vit(timm_model(name), name, split=1)
+    early = torch.compile(model.early, fullgraph=True, backend="eager")
+    late = torch.compile(model.late, fullgraph=True, backend="eager")
+    for size in (NATIVE, NON_SQUARE):
+        images = images_of(size)
+        tokens = early(images)
+        torch.testing.assert_close(tokens, model.early(images))
+        torch.testing.assert_close(late(tokens), model.late(tokens))
+
+
+def test_fixed_sincos_positions() -> None:
+    model = split_vit(timm_model(PLAIN), PLAIN, split=1)
+    keys = list(model.state_dict())
+    model.fix_sincos_positions()
+    position = model.get_parameter("pos_embed")
+    assert list(model.state_dict()) == keys
+    assert not position.requires_grad
+    assert (position[0, 0] == 0).all()
+    # MoCo-v3: sines and cosines of row / 10000^(i / (C/4)), then of the column.
+    i, row, col = torch.arange(12), 2, 3
+    frequency = 10000 ** (-i / 12)
+    expected = torch.cat([f(n * frequency) for n in (row, col) for f in (torch.sin, torch.cos)])
+    torch.testing.assert_close(position[0, 1 + row * 4 + col], expected)
+    with pytest.raises(ValueError, match=r"model: sin-cos .* got none and 48"):
+        SplitViT(ROTARY, 1, **TINY).fix_sincos_positions()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_checkpoint_round_trip(name: str, tmp_path) -> None:
+    model = split_vit(timm_model(name), name, split=2)
+    images = images_of(NON_SQUARE)
+    save_split_vit(tmp_path / "vit.safetensors", model, metadata={"step": "7"})
+    loaded = load_split_vit(tmp_path / "vit.safetensors").eval()
+    assert loaded.split == 2
+    assert torch.equal(loaded(images), model(images))
+    with safe_open(tmp_path / "vit.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "7"
+        assert set(file.keys()) == set(timm_model(name).state_dict())
+
+
+def test_checkpoint_does_not_ask_for_pretrained_weights(tmp_path, monkeypatch) -> None:
+    create_model, asked = timm.create_model, []
+
+    def offline(name: str, pretrained: bool = False, **kwargs: object) -> nn.Module:
+        asked.append(pretrained)
+        return create_model(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    save_split_vit(tmp_path / "vit.safetensors", SplitViT(PLAIN, 1, pretrained=True, **TINY))
+    load_split_vit(tmp_path / "vit.safetensors")
+    assert asked == [True, False]
+
+
+def test_checkpoint_errors(tmp_path) -> None:
+    save_file(timm_model(PLAIN).state_dict(), tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match=r"path: .*plain.safetensors has no 'split_vit' metadata"):
+        load_split_vit(tmp_path / "plain.safetensors")
+    with pytest.raises(TypeError, match="model: expected a SplitViT, got OptimizedModule"):
+        save_split_vit(tmp_path / "compiled.safetensors", torch.compile(SplitViT(PLAIN, 1, **TINY)))
+    with pytest.raises(ValueError, match="model: wraps a timm instance"):
+        save_split_vit(tmp_path / "instance.safetensors", SplitViT(timm_model(PLAIN), 1))
+    with pytest.raises(ValueError, match=r"model: was built with .*norm_layer.* which JSON cannot hold"):
+        save_split_vit(tmp_path / "class.safetensors", SplitViT(PLAIN, 1, norm_layer=nn.LayerNorm, **TINY))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224", "no_such_vit"])
+def test_unsupported_names(name: str) -> None:
+    with pytest.raises(ValueError, match=f"model: '{name}' is not supported; SplitViT takes timm's ViT"):
+        SplitViT(name, 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: timm.create_model("resnet18"), "model: 'ResNet' is not supported"),
+        (lambda: timm.create_model("vit_tiny_r_s16_p8_224"), "model: 'VisionTransformer' is not supported"),
+        (lambda: timm.create_model(PLAIN, **TINY), "model: 'VisionTransformer' has a fixed image size"),
+        (lambda: timm_model(PLAIN, patch_drop_rate=0.5), "model: 'VisionTransformer' drops patches"),
+        (lambda: timm_model("eva02_tiny_patch14_224", patch_drop_rate=0.5), "model: 'Eva' drops patches"),
+    ],
+)
+def test_unsupported_instances(build, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        SplitViT(build(), 1)
+
+
+@pytest.mark.parametrize("split", [-1, 4])
+def test_split_out_of_range(split: int) -> None:
+    with pytest.raises(ValueError, match=rf"split: '{PLAIN}' can be split at 0 to 3 blocks, got {split}"):
+        SplitViT(PLAIN, split, **TINY)
+
+
+def test_timm_kwargs_do_not_go_with_an_instance() -> None:
+    with pytest.raises(ValueError, match=r"timm_kwargs: \['depth'\] came with a built model"):
+        SplitViT(timm_model(PLAIN), 1, depth=2)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 3, 30, 32), (2, 3, 32, 36), (2, 3, 0, 32)])
+def test_bad_images(shape: tuple[int, ...]) -> None:
+    model = SplitViT(PLAIN, 1, **TINY)
+    for method in (model.early, model.layer_maps, model):
+        with pytest.raises(ValueError, match=r"images: expected \(B, 3, height, width\).*\(8, 8\)"):
+            method(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 48), (2, 4, 4, 47)])
+def test_bad_tokens(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"tokens: expected \(B, H, W, 48\)"):
+        SplitViT(PLAIN, 1, **TINY).late(torch.zeros(shape))
