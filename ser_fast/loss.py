@@ -88,6 +88,7 @@ class SERLoss(nn.Module):
             raise ValueError(f"max_tokens: got {max_tokens}, takes None or a positive number")
         self.interpolation, self.padding, self.antialias = interpolation, padding, antialias
         self.max_tokens, self.gather, self.backend = max_tokens, gather, backend
+        self.dim = dim
         self.norm = nn.LayerNorm(dim)
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden_dim, bias=False), nn.GELU(), nn.Linear(hidden_dim, out_dim, bias=False)
@@ -125,8 +126,8 @@ class SERLoss(nn.Module):
         """
         if (keys0 is None) != (keys1 is None):
             raise ValueError("keys0, keys1: give both or neither")
-        lattice0 = _lattice("tokens0", tokens0, "g0", g0, self.norm.normalized_shape[0])
-        lattice1 = _lattice("tokens1", tokens1, "g1", g1, self.norm.normalized_shape[0])
+        lattice0 = _lattice("tokens0", tokens0, "g0", g0, self.dim)
+        lattice1 = _lattice("tokens1", tokens1, "g1", g1, self.dim)
         if len(tokens0) != len(tokens1):
             raise ValueError(f"tokens1: got {len(tokens1)} samples, tokens0 has {len(tokens0)}")
         z0, z1 = self._project(tokens0), self._project(tokens1)

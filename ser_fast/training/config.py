@@ -45,7 +45,7 @@ class ViewsConfig:
     sampler: Literal["d4_scale", "reflections", "affine", "crop"] = "d4_scale"
     """Draws the maps that equivariance is asked of: the paper's D4 and scales, the released code's reflections, any
     affine map, or crops as partial maps."""
-    share: float = 0.5
+    share: float = 0.1
     """Of the batch, given to equivariance; 0 trains without SER."""
     crop_area: tuple[float, float] = (0.2, 1.0)
     """Range of the crops' area, relative to the image."""
