@@ -122,6 +122,7 @@ class SERLoss(nn.Module):
             A scalar, float32 (float64 for float64 tokens). 0 with zero gradients where no token takes part.
 
         Raises:
+            TypeError: an argument that is no tensor or no LatticeMap.
             ValueError: shapes that don't fit the maps, or one of keys0, keys1 without the other.
         """
         if (keys0 is None) != (keys1 is None):
@@ -130,6 +131,8 @@ class SERLoss(nn.Module):
         lattice1 = _lattice("tokens1", tokens1, "g1", g1, self.dim)
         if len(tokens0) != len(tokens1):
             raise ValueError(f"tokens1: got {len(tokens1)} samples, tokens0 has {len(tokens0)}")
+        if g0.size_in != g1.size_in:
+            raise ValueError(f"g1: got a map of images of {g1.size_in}, takes those of g0, {g0.size_in}")
         z0, z1 = self._project(tokens0), self._project(tokens1)
         k0, k1 = z0, z1
         if keys0 is not None and keys1 is not None:
@@ -212,6 +215,10 @@ def _one_of(name: str, value: str, choices: Any) -> None:
 
 def _lattice(name: str, tokens: Tensor, map_name: str, g: LatticeMap, dim: int) -> Size:
     """The lattice of a view's tokens, checked against the map that made the view."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name}: got {type(tokens).__name__}, takes a tensor")
+    if not isinstance(g, LatticeMap):
+        raise TypeError(f"{map_name}: got {type(g).__name__}, takes a LatticeMap")
     shape, size = tuple(tokens.shape), g.size_out
     if tokens.ndim not in (3, 4) or shape[-1] != dim:
         raise ValueError(f"{name}: got shape {shape}, takes (B, H, W, {dim}) or (B, H*W, {dim})")

@@ -204,8 +204,10 @@ def _along_axis(g: LatticeMap, axis: int, axis_out: int, interpolation: str, pad
     centres = torch.arange(size_out, dtype=torch.float64, device=g.device) + (0.5 - size_out / 2)
     slope = g.linear[:, axis, axis_out]
     position = slope[:, None] * centres + g.offset[:, axis, None] + size / 2
-    step = slope.abs()
-    return axis_weights(position, step, step == 1, size, interpolation=interpolation, padding=padding, antialias=False)
+    exact = (g.linear.abs().sum(-1) == 1).all(-1)  # centres onto centres only if along both axes
+    return axis_weights(
+        position, slope.abs(), exact, size, interpolation=interpolation, padding=padding, antialias=False
+    )
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -229,6 +231,12 @@ class Colour:
     strength: float = 1.0
     group: int = 8
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 5:  # there the hue has gone full circle
+            raise ValueError(f"colour strength: got {self.strength}, takes a number in [0, 5]")
+        if self.group < 1:
+            raise ValueError(f"colour group: got {self.group}, takes a positive number")
+
     def __call__(self, images: Tensor, samples: Tensor, *, seed: int, epoch: int, view: int) -> Tensor:
         """Change the colours of images (B, 3, H, W) in [0, 1]; samples (B,) are their indices in the data set."""
         if self.strength == 0:
@@ -236,9 +244,9 @@ class Colour:
         transform = self._transform(view, images.shape[-1])
         parts = []
         for part, first in zip(images.split(self.group), samples[:: self.group].tolist(), strict=True):
-            # torchvision draws from torch's global generator.
+            # torchvision draws from torch's global generator; torch.manual_seed would reseed the GPUs' too.
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(_generator(seed, epoch, first, view, _COLOUR).integers(2**62)))
+                torch.default_generator.manual_seed(int(_generator(seed, epoch, first, view, _COLOUR).integers(2**62)))
                 parts.append(transform(part))
         return torch.cat(parts) if parts else images
 

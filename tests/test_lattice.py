@@ -266,6 +266,7 @@ def test_axis_aligned_is_claimed_only_where_it_holds():
     assert (scale @ d4).inverse().axis_aligned
     assert LatticeMap.relative(d4, LatticeMap.crop((4, 6), (0, 1, 2, 2), (3, 3))).axis_aligned
     assert not (general @ d4).axis_aligned
+    assert not (LatticeMap.hflip((3, 5)) @ general).axis_aligned
     assert not general.inverse().on((3, 3), (4, 4)).axis_aligned
 
 

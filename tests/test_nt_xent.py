@@ -192,11 +192,11 @@ def by_definition_both_views(
     )
 
 
-IMAGE = torch.tensor([7, -3, 7, 2**62, -3, 2**62 + 1])  # ragged, unsorted, negative, and alike in float64
-KEY_IMAGE = torch.tensor([7, 7, -3, 2**62, 0, 0, -3, 2**62 + 1, 2**62])
+IMAGE = torch.tensor([7, -3, 7, 2**62, 2**62 + 1, 2**32 + 7])  # unsorted, and alike in float64 or in 32 bits
+KEY_IMAGE = torch.tensor([7, 7, -3, 2**62, 0, 0, 2**32 + 7, 2**62 + 1, 2**62])
 VALID = torch.tensor([True, False, True, True, True, True])
 KEY_VALID = torch.tensor([True, True, True, False, True, False, True, True, True])
-POSITIVE = torch.tensor([1, -9, 0, 8, 2, 3])  # of IMAGE[t] but for the last; the invalid row's lies outside
+POSITIVE = torch.tensor([1, -9, 0, 8, 7, 3])  # of IMAGE[t] but for the last; the invalid row's lies outside
 
 # Options of 6 rows, and the number of keys.
 SETTINGS: dict[str, tuple[Callable[..., Tensor], int, dict[str, Tensor]]] = {
@@ -226,6 +226,7 @@ SETTINGS: dict[str, tuple[Callable[..., Tensor], int, dict[str, Tensor]]] = {
         {"positive": POSITIVE, "image": IMAGE, "key_image": KEY_IMAGE, "valid": VALID, "key_valid": KEY_VALID},
     ),
     "fewer keys": (info_nce, 2, {"positive": torch.tensor([0, 1, 0, 1, 1, 1], dtype=torch.uint8)}),
+    "permuted, valid": (info_nce, 6, {"positive": torch.tensor([1, 0, 2, 3, 4, 4]), "valid": VALID}),
     "permuted": (info_nce, 6, {"positive": torch.tensor([2, 4, 0, 3, 1, 5]), "image": IMAGE}),
 }
 
@@ -265,7 +266,9 @@ def test_reductions(setting: Any, backend: str) -> None:
         for reduction in ("mean", "sum", "none")
     )
     valid = options.get("valid", torch.ones(6, dtype=torch.bool))
-    key_valid = options.get("key_valid", valid if "positive" not in options and len(y) == 6 else torch.ones(len(y)) > 0)
+    key_valid = options.get(
+        "key_valid", valid if "positive" not in options and len(y) == 6 else torch.ones(len(y), dtype=torch.bool)
+    )
     positive = options.get("positive", torch.arange(6)).long() * valid
     anchors = 2 * valid.sum() if function is nt_xent else (valid & key_valid[positive]).sum()
     torch.testing.assert_close(per_row[0].sum(), total[0])
@@ -322,6 +325,26 @@ def test_no_worse_than_dense(
     assert abs(actual[0] - exact[0]) <= abs(formula[0] - exact[0]) + one_rounding
     for found, plain, truth in zip(actual[1:], formula[1:], exact[1:], strict=True):
         assert worst(found, truth) <= worst(plain, truth) + one_rounding + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.05, 0.1])
+def test_small_losses(loss_function: Callable[..., Tensor], temperature: float, backend: str) -> None:
+    """Where 1 - e^-loss is 0 in float32, the gradient is still right: relative to its own size."""
+    x, y = (torch.eye(6, 8) + rows(6, 8, seed=seed, dtype=f32) / 10 for seed in (0, 1))
+    exact = with_gradients(loss_function, x.to(f64), y.to(f64), temperature=temperature, backend="reference")
+    actual = with_gradients(loss_function, x, y, temperature=temperature, backend=backend)
+    assert 0 < exact[0] < 1e-2
+    for found, truth in zip(actual, exact, strict=True):
+        assert worst(found, truth) <= 10 * torch.finfo(f32).eps / temperature
+
+
+def test_oracle_rounds_half_precision_once(loss_function: Callable[..., Tensor]) -> None:
+    x, y = rows(6, dtype=bf16), rows(6, seed=1, dtype=bf16)
+    options = {"temperature": 0.1, "backend": "reference"}
+    loss, *gradients = with_gradients(loss_function, x, y, **options)
+    expected, *expected_gradients = with_gradients(loss_function, x.float(), y.float(), **options)
+    assert torch.equal(loss, expected)
+    assert all(map(torch.equal, gradients, (g.to(bf16) for g in expected_gradients)))
 
 
 @pytest.mark.parametrize("scale", [1e-10, 1e18, 1e30])
@@ -394,9 +417,11 @@ def test_nan_and_inf_give_nan(
 ) -> None:
     views = [rows(6, dtype=f32), rows(6, seed=1, dtype=f32)]
     views[side][2, 1] = poison
-    loss, *gradients = with_gradients(loss_function, *views, temperature=0.1, normalize=normalize, backend=backend)
+    options = {"valid": VALID, "normalize": normalize, "temperature": 0.1, "backend": backend}
+    loss, *gradients = with_gradients(loss_function, *views, **options)
     assert loss.isnan()
     assert gradients[side][2].isnan().all()
+    assert not any(g[~VALID].any() for g in gradients)  # 0, not NaN, where a row takes no part
 
 
 @pytest.mark.parametrize("normalize", [True, False])

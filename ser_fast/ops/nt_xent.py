@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ser_fast.ops import reference_nce as reference
+from ser_fast.ops import reference
 from ser_fast.ops.backends import choose
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -1,0 +1,438 @@
+"""N ranks = 1 rank: what processes joined by gloo compute, against one process on the whole batch.
+
+A program runs on every rank and returns tensors; the tests compare what came back. All programs of a world share one
+launch, since starting processes costs more than all they compute.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ser_fast import LatticeMap, SERLoss, group_action, info_nce, nt_xent
+from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
+from ser_fast.objectives.moco_v3 import MoCoV3
+from ser_fast.training.config import MoCoV3Config, ModelConfig, SERConfig, ViewsConfig
+from ser_fast.training.trainer import Pretraining
+
+GOLDEN = Path(__file__).parent / "golden"
+
+f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
+
+# ---------------------------------------------------------------- launching
+
+PROGRAMS: dict[str, Callable[[], Any]] = {}
+
+
+def program(function: Callable[[], Any]) -> Callable[[], Any]:
+    PROGRAMS[function.__name__] = function
+    return function
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    results = {}
+    for name, function in PROGRAMS.items():
+        torch.manual_seed(0)
+        import time; t=time.time(); results[name] = function(); print(rank, name, time.time()-t)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """For each program, what it returned on each rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        # A rank imports this file under the name it has here, from the folder above tests/.
+        patch.syspath_prepend(str(Path(__file__).parents[1]))
+        torch.multiprocessing.spawn(run_rank, (request.param, folder), nprocs=request.param)
+    ranks = [torch.load(folder / f"{r}.pt") for r in range(request.param)]
+    return {name: [result[name] for result in ranks] for name in PROGRAMS}
+
+
+def seeded(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def randn(*shape: int, key: tuple[int, ...], dtype: torch.dtype = f64) -> Tensor:
+    """Random numbers that any process can draw for any rank."""
+    return torch.randn(*shape, dtype=f64, generator=seeded(*key)).to(dtype)
+
+
+def worst(actual: Tensor, expected: Tensor) -> float:
+    """The largest error, relative to the largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+TOLERANCE = {f32: 1e-6, f64: 1e-12}
+
+
+def assert_equal_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        assert value.any(), name
+        assert worst(actual[name], value) <= tolerance, name
+
+
+# ---------------------------------------------------------------- gathering rows
+
+COUNTS = [3, 0, 2]  # of ranks 0, 1, 2
+GATHERED = [f64, f32, bf16, torch.int64, torch.uint8, torch.bool]
+
+
+def rows_of(rank: int, dtype: torch.dtype, count: int | None = None) -> Tensor:
+    return (10 * randn(COUNTS[rank] if count is None else count, 4, key=(1, rank))).to(dtype)
+
+
+def weights_of(rank: int, world: int) -> Tensor:
+    return randn(sum(COUNTS[:world]), 4, key=(2, rank))
+
+
+@program
+def gather() -> dict[str, Any]:
+    counts = gather_counts(COUNTS[rank()], torch.device("cpu"))
+    out: dict[str, Any] = {"rank": rank(), "world_size": world_size(), "counts": counts}
+    for dtype in GATHERED:
+        rows = rows_of(rank(), dtype)
+        out[str(dtype)] = all_gather_rows(rows, counts)
+        out[f"vector {dtype}"] = all_gather_rows(rows[:, 0], counts)
+    rows = rows_of(rank(), f64).requires_grad_()
+    (all_gather_rows(rows, counts) * weights_of(rank(), world_size())).sum().backward()
+    out["gradient"] = rows.grad
+    out["nothing"] = all_gather_rows(rows[:0].float(), gather_counts(0, rows.device))
+    return out
+
+
+def test_gather_rows(results: dict[str, list[Any]]) -> None:
+    world = len(results["gather"])
+    for r, actual in enumerate(results["gather"]):
+        assert (actual["rank"], actual["world_size"], actual["counts"]) == (r, world, COUNTS[:world])
+        assert actual["nothing"].shape == (0, 4)
+        for dtype in GATHERED:
+            expected = torch.cat([rows_of(other, dtype) for other in range(world)])
+            assert actual[str(dtype)].dtype == dtype
+            assert torch.equal(actual[str(dtype)], expected)
+            assert torch.equal(actual[f"vector {dtype}"], expected[:, 0])
+
+
+def test_gradient_of_gathered_rows_is_the_sum_over_the_ranks(results: dict[str, list[Any]]) -> None:
+    world = len(results["gather"])
+    expected = sum(weights_of(r, world) for r in range(world)).split(COUNTS[:world])
+    for actual, own in zip(results["gather"], expected, strict=True):
+        torch.testing.assert_close(actual["gradient"], own)
+
+
+def test_without_a_process_group() -> None:
+    rows = torch.randn(3, 2, requires_grad=True)
+    assert (rank(), world_size(), gather_counts(3, rows.device)) == (0, 1, [3])
+    assert all_gather_rows(rows, [3]) is rows
+
+
+def symmetric_loss(rows: Tensor) -> Tensor:
+    return info_nce(rows, rows.roll(1, 0), temperature=0.5)
+
+
+@program
+def local_slice_only() -> dict[str, Tensor]:
+    """One loss on all ranks, of rows that a shared weight makes, averaged as DDP does; with the backward and without."""
+    out = {}
+    counts = gather_counts(COUNTS[0], torch.device("cpu"))
+    for name in ("sum over ranks", "local slice"):
+        weight = randn(4, 4, key=(3,)).requires_grad_()
+        rows = rows_of(rank(), f64, count=COUNTS[0]) @ weight
+        gathered = all_gather_rows(rows, counts)
+        if name == "local slice":
+            parts = list(gathered.detach().split(counts))
+            parts[rank()] = rows
+            gathered = torch.cat(parts)
+        symmetric_loss(gathered).backward()
+        dist.all_reduce(weight.grad)
+        out[name] = weight.grad / world_size()
+    return out
+
+
+def test_local_slice_would_lose_a_factor(results: dict[str, list[Any]]) -> None:
+    world = len(results["local_slice_only"])
+    weight = randn(4, 4, key=(3,)).requires_grad_()
+    rows = torch.cat([rows_of(r, f64, count=COUNTS[0]) for r in range(world)])
+    symmetric_loss(rows @ weight).backward()
+    for actual in results["local_slice_only"]:
+        torch.testing.assert_close(actual["sum over ranks"], weight.grad)
+        torch.testing.assert_close(world * actual["local slice"], weight.grad)
+
+
+# ---------------------------------------------------------------- SERLoss
+
+DIM = 6
+BATCHES = [2, 3, 0]  # of ranks 0, 1, 2: one has nothing at all
+SIZES = [((4, 3), (3, 5)), ((2, 4), (4, 4)), ((3, 3), (2, 3))]  # of the views' lattices
+
+
+def full_maps(rank: int) -> tuple[LatticeMap, LatticeMap]:
+    codes = torch.randint(8, (2, BATCHES[rank]), generator=seeded(4, rank))
+    return tuple(LatticeMap.d4((1, 1), codes[v]).on((8, 8), SIZES[rank][v]) for v in (0, 1))
+
+
+def crop_maps(rank: int) -> tuple[LatticeMap, LatticeMap]:
+    corners = 3 * torch.rand(2, BATCHES[rank], 2, dtype=f64, generator=seeded(5, rank))
+    boxes = torch.cat([corners, torch.full_like(corners, 5)], -1)
+    return tuple(LatticeMap.crop((8, 8), boxes[v], SIZES[rank][v]) for v in (0, 1))
+
+
+MAPS = {"d4_scale": full_maps, "crop": crop_maps}
+PRESETS = {"paper": (True, False), "released": (False, True)}  # symmetric, both directions
+SER_CASES = [
+    (preset, maps, with_keys, dtype)
+    for preset in PRESETS
+    for maps in MAPS
+    for with_keys in (False, True)
+    for dtype in (f32, f64)
+]
+
+
+def ser_case(
+    case: tuple[str, str, bool, torch.dtype], rank: int
+) -> tuple[list[Tensor], list[LatticeMap], list[Tensor]]:
+    """A rank's tokens, maps and keys."""
+    _, maps, with_keys, dtype = case
+    shapes = [(BATCHES[rank], *SIZES[rank][view], DIM) for view in (0, 1)]
+    tokens = [randn(*shape, key=(6, rank, view), dtype=dtype).requires_grad_() for view, shape in enumerate(shapes)]
+    keys = [randn(*shape, key=(7, rank, view), dtype=dtype) for view, shape in enumerate(shapes)] if with_keys else []
+    return tokens, list(MAPS[maps](rank)), keys
+
+
+def make_ser(case: tuple[str, str, bool, torch.dtype]) -> SERLoss:
+    torch.manual_seed(8)
+    ser = SERLoss(DIM, preset=case[0], temperature=0.2, hidden_dim=8, out_dim=5, gather=True)
+    return ser.to(case[3])
+
+
+@program
+def ser_loss() -> list[dict[str, Any]]:
+    out = []
+    for case in SER_CASES:
+        tokens, maps, keys = ser_case(case, rank())
+        ser = make_ser(case)
+        model = DistributedDataParallel(ser)  # to be kept until the backward pass
+        loss = model(*tokens, *maps, *keys)
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in ser.named_parameters()}
+        out.append({"loss": loss.detach(), "gradients": gradients, "tokens": [view.grad for view in tokens]})
+    return out
+
+
+def ser_in_one_process(case: tuple[str, str, bool, torch.dtype], world: int) -> tuple[Tensor, SERLoss, list[Any]]:
+    """Every rank's rows are moved on their own lattices, then contrasted in one call."""
+    symmetric, both_directions = PRESETS[case[0]]
+    ser = make_ser(case)
+    ranks = [ser_case(case, r) for r in range(world)]
+    losses = []
+    for source_view in (0, 1) if both_directions else (0,):
+        moved, target, valid, image = [], [], [], []
+        for r, (tokens, maps, keys) in enumerate(ranks):
+            sources = [view.detach() for view in keys] or tokens
+            g = LatticeMap.relative(maps[source_view], maps[1 - source_view])
+            projected = ser.projector(ser.norm(sources[source_view])).flatten(1, 2)
+            rows, partner = group_action(projected.detach() if keys else projected, g, return_valid=True)
+            moved.append(rows.flatten(0, 1))
+            target.append(ser.projector(ser.norm(tokens[1 - source_view])).flatten(0, 2))
+            valid.append(partner.flatten())
+            first = sum(BATCHES[:r])
+            image.append(torch.arange(first, first + len(rows)).repeat_interleave(rows.shape[1]))
+        views = torch.cat(moved), torch.cat(target)
+        options = {"temperature": 0.2, "image": torch.cat(image), "valid": torch.cat(valid)}
+        if symmetric and not case[2]:
+            losses.append(nt_xent(*views, **options))
+        else:
+            losses.append(info_nce(*views[::-1], **options))
+    return sum(losses) / len(losses), ser, [tokens for tokens, _, _ in ranks]
+
+
+@pytest.mark.parametrize("index", range(len(SER_CASES)), ids=["-".join(map(str, case)) for case in SER_CASES])
+def test_ser_loss(index: int, results: dict[str, list[Any]]) -> None:
+    case, actual = SER_CASES[index], [result[index] for result in results["ser_loss"]]
+    world, tolerance = len(actual), TOLERANCE[SER_CASES[index][3]]
+    loss, ser, tokens = ser_in_one_process(case, world)
+    loss.backward()
+    torch.testing.assert_close(sum(a["loss"] for a in actual) / world, loss.detach(), rtol=tolerance, atol=0)
+    expected = {name: parameter.grad for name, parameter in ser.named_parameters()}
+    for r, a in enumerate(actual):
+        assert_equal_gradients(a["gradients"], expected, tolerance)
+        # DDP averages the parameters' gradients; those of tokens are of the sum of the losses.
+        for view, gradient in zip(tokens[r], a["tokens"], strict=True):
+            if view.grad is None or not view.numel():
+                assert gradient is None or not gradient.any()
+            else:
+                assert worst(gradient / world, view.grad) <= tolerance
+
+
+def test_crops_leave_tokens_without_partner() -> None:
+    for r in (0, 1):
+        valid = LatticeMap.relative(*crop_maps(r)).valid()
+        assert valid.any()
+        assert not valid.all()
+
+
+# ---------------------------------------------------------------- golden case of two ranks
+
+
+def golden_case(dtype: torch.dtype, rank: int) -> tuple[Any, list[Tensor], LatticeMap, LatticeMap]:
+    """The feature maps q0, q1, k0, k1 of a rank, and the maps that made its views."""
+    file = np.load(GOLDEN / "e2e_2rank.npz")
+    of = {name: torch.tensor(file[f"rank{rank}_{name}"]) for name in ("w0h0", "w1h1", "k0k1")}
+    features = [
+        torch.tensor(file[f"rank{rank}_feat_{name}"]).to(dtype).requires_grad_() for name in ("q0", "q1", "k0", "k1")
+    ]
+    image, size0, size1 = (5, 7), tuple(of["w0h0"].tolist()), tuple(of["w1h1"].tolist())
+    k0, k1 = of["k0k1"].tolist()
+    g0 = LatticeMap.rot90(size0, k0) @ LatticeMap.resize(image, size0)
+    g1 = LatticeMap.rot90(size1, k1) @ LatticeMap.resize(image, size1) @ LatticeMap.vflip(image)
+    return file, features, g0, g1
+
+
+@program
+def golden() -> dict[torch.dtype, Any]:
+    out = {}
+    for dtype in (f32, f64):
+        if world_size() == 2:
+            _, (q0, q1, k0, k1), g0, g1 = golden_case(dtype, rank())
+            ser = SERLoss(512, preset="released", both_directions=False, gather=True)
+            ser.norm, ser.projector = nn.Identity(), nn.Identity()
+            # Without keys, as both sides get gradient.
+            loss = (ser(k0, q1, g0, g1) + ser(k1, q0, g1, g0)) / 2
+            loss.backward()
+            ser.both_directions = True
+            with torch.no_grad():
+                with_keys = ser(q0, q1, g0, g1, k0, k1)
+            out[dtype] = loss.detach(), with_keys, [features.grad for features in (q0, q1, k0, k1)]
+    return out
+
+
+@pytest.mark.parametrize("dtype", [f32, f64], ids=str)
+@pytest.mark.parametrize("results", [2], indirect=True)
+def test_golden(dtype: torch.dtype, results: dict[str, list[Any]]) -> None:
+    losses, with_keys, gradients = zip(*(result[dtype] for result in results["golden"]), strict=True)
+    expected = np.load(GOLDEN / "e2e_2rank.npz")
+    loss = pytest.approx(expected["loss"].item(), rel=0, abs=TOLERANCE[dtype])
+    assert sum(losses).item() / 2 == loss
+    assert sum(with_keys).item() / 2 == loss
+    for r in (0, 1):
+        for name, gradient in zip(("q0", "q1", "k0", "k1"), gradients[r], strict=True):
+            # The stored gradients are rounded to float32.
+            assert worst(gradient / 2, torch.tensor(expected[f"rank{r}_grad_{name}"]).to(dtype)) <= 1e-6
+
+
+# ---------------------------------------------------------------- MoCo-v3
+
+TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+PARTS = [(2, 32, 32), (1, 24, 40)]  # images of a rank, and their sides
+
+
+def make_moco(dtype: torch.dtype) -> MoCoV3:
+    """Without batch normalisation, whose statistics are each rank's own."""
+    torch.manual_seed(9)
+    moco = MoCoV3Config(dim=8, mlp_dim=16).build(ModelConfig(split=2, **TINY).build())
+    with torch.no_grad():  # a momentum encoder that is not the encoder
+        for parameter in moco.momentum_encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for mlp in (moco.projector, moco.predictor, moco.momentum_projector):
+        for i, layer in enumerate(mlp):
+            if isinstance(layer, nn.BatchNorm1d):
+                mlp[i] = nn.Identity()
+    return moco.to(dtype)
+
+
+def moco_images(rank: int, dtype: torch.dtype) -> list[list[Tensor]]:
+    """Of both views, in parts."""
+    return [
+        [randn(b, 3, h, w, key=(10, rank, view, part), dtype=dtype) for part, (b, h, w) in enumerate(PARTS)]
+        for view in (0, 1)
+    ]
+
+
+def trained_gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@program
+def moco() -> dict[torch.dtype, Any]:
+    out = {}
+    for dtype in (f32, f64):
+        module = make_moco(dtype)
+        model = DistributedDataParallel(module)
+        loss = model(*moco_images(rank(), dtype)).loss
+        loss.backward()
+        out[dtype] = loss.detach(), trained_gradients(module)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [f32, f64], ids=str)
+def test_moco(dtype: torch.dtype, results: dict[str, list[Any]]) -> None:
+    module = make_moco(dtype)
+    ranks = [moco_images(r, dtype) for r in range(len(results["moco"]))]
+    images = [[torch.cat([own[view][part] for own in ranks]) for part in range(len(PARTS))] for view in (0, 1)]
+    loss = module(*images).loss
+    loss.backward()
+    losses, gradients = zip(*(result[dtype] for result in results["moco"]), strict=True)
+    torch.testing.assert_close(sum(losses) / len(losses), loss.detach(), rtol=TOLERANCE[dtype], atol=0)
+    for actual in gradients:
+        assert_equal_gradients(actual, trained_gradients(module), TOLERANCE[dtype])
+
+
+# ---------------------------------------------------------------- pretraining
+
+PRETRAINING = [  # sampler, share, lambda, momentum keys
+    ("d4_scale", 0.5, 1.0, False),
+    ("d4_scale", 0.5, 1.0, True),
+    ("crop", 0.5, 1.0, False),
+    ("d4_scale", 0.5, 0.0, False),
+    ("d4_scale", 0.0, 1.0, False),
+]
+
+
+@program
+def pretraining() -> list[dict[str, Any]]:
+    out = []
+    for sampler, share, weight, momentum_keys in PRETRAINING:
+        torch.manual_seed(11 + rank())  # DDP must start all ranks from rank 0's parameters
+        vit = ModelConfig(split=2, **TINY).build()
+        ser = SERConfig(hidden_dim=16, out_dim=8).build(vit.embed_dim) if share else None
+        module = Pretraining(
+            MoCoV3Config(dim=8, mlp_dim=16).build(vit), ser, weight=weight, momentum_keys=momentum_keys
+        )
+        make_views = ViewsConfig(sampler=sampler, share=share).build(vit.patch_size[0], seed=0)
+        model = DistributedDataParallel(module)
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+        vectors, lattices = [nn.utils.parameters_to_vector(module.parameters()).detach()], []
+        for step in range(2):
+            images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=seeded(12, rank(), step))
+            views = make_views(images, torch.arange(4) + 4 * rank(), epoch=step)
+            module.objective.update_momentum(step / 2)
+            optimizer.zero_grad()
+            losses = model(views)
+            losses["loss"].backward()
+            optimizer.step()
+            vectors.append(nn.utils.parameters_to_vector(module.parameters()).detach())
+            lattices.append((views.g0.size_out, views.g1.size_out))
+        out.append({"vectors": vectors, "loss": losses["loss"].detach(), "lattices": lattices})
+    return out
+
+
+@pytest.mark.parametrize("index", range(len(PRETRAINING)), ids=["-".join(map(str, case)) for case in PRETRAINING])
+def test_pretraining_keeps_the_ranks_alike(index: int, results: dict[str, list[Any]]) -> None:
+    first, *others = (result[index] for result in results["pretraining"])
+    for other in others:
+        assert all(map(torch.equal, other["vectors"], first["vectors"]))
+        assert other["loss"] != first["loss"]  # on images of its own
+    assert torch.stack(first["vectors"]).isfinite().all()
+    assert (torch.stack(first["vectors"]).diff(dim=0).abs().amax(1) > 1e-4).all()
+    if PRETRAINING[index][:2] == ("d4_scale", 0.5):
+        assert len({str(result[index]["lattices"]) for result in results["pretraining"]}) > 1

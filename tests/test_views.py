@@ -1,0 +1,508 @@
+"""The samplers of g, the same g on pixels, colour, and the two views of a batch."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
+from ser_fast.lattice import LatticeMap, Size
+from ser_fast.ops.group_action import group_action
+from ser_fast.views import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SAMPLERS,
+    Affine,
+    Colour,
+    Crop,
+    D4Scale,
+    MakeViews,
+    Reflections,
+    Sampler,
+    Views,
+    draws,
+    normalize,
+    transform_images,
+)
+
+PATCH = 4
+OBLONG = 24, 16
+ON_A_LATTICE = [Reflections(), D4Scale()]  # the samplers of D4 and scales
+
+
+def sample(sampler: Sampler, size: Size, count: int, *, view: int = 0, seed: int = 0, patch: int = PATCH) -> LatticeMap:
+    return sampler(size, patch, draws(seed, 0, torch.arange(count), view), view)
+
+
+def uint8(*shape: int) -> Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
+def d4_codes(g: LatticeMap) -> Tensor:
+    """The nearest element of D4, on the unit square: there a stretch of the lattice is no part of the map."""
+    on_square = g.on((1, 1), (1, 1)).linear
+    distance = (on_square[:, None] - LatticeMap.d4((1, 1), torch.arange(8)).linear).abs().amax((-1, -2))  # (B, 8)
+    nearest = distance.min(1)
+    assert nearest.values.max() < 1e-12
+    return nearest.indices
+
+
+def chi_square(counts: Tensor) -> float:
+    expected = counts.sum() / len(counts)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+# ---------------------------------------------------------------- draws
+
+
+def test_draws_depend_on_seed_epoch_sample_and_view() -> None:
+    grid = [draws(seed, epoch, torch.arange(40), view) for seed in (0, 1, 2) for epoch in (0, 1, 2) for view in (0, 1)]
+    numbers = torch.cat(grid)
+    assert len(numbers.unique(dim=0)) == len(numbers) == 3 * 3 * 2 * 40
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert numbers.mean().sub(0.5).abs() < 0.02  # its deviation is .004
+    assert numbers.T.corrcoef().fill_diagonal_(0).abs().max() < 0.15  # of 720 rows each; .037
+
+
+def test_draws_depend_on_nothing_else() -> None:
+    samples = torch.tensor([7, 3, 50_000_000, 0])
+    expected = draws(5, 2, samples, 1)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    for order in itertools.permutations(range(4)):
+        torch.testing.assert_close(draws(5, 2, samples[list(order)], 1), expected[list(order)], rtol=0, atol=0)
+    assert torch.equal(draws(5, 2, samples[2:3], 1), expected[2:3])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert draws(5, 2, samples[:0], 1).shape == (0, expected.shape[1])
+
+
+# ---------------------------------------------------------------- samplers
+
+
+@pytest.mark.parametrize("size", [(32, 32), OBLONG], ids=str)
+@pytest.mark.parametrize("view", [0, 1])
+def test_d4_scale_reaches_all_eight_elements_equally(view: int, size: Size) -> None:
+    counts = d4_codes(sample(D4Scale(), size, 4000, view=view)).bincount(minlength=8)
+    assert chi_square(counts) < 24.3  # exceeded by one fair draw in 1000, at 7 degrees of freedom
+
+
+def test_the_two_views_elements_are_independent() -> None:
+    codes = [d4_codes(sample(D4Scale(), (32, 32), 6400, view=view)) for view in (0, 1)]
+    counts = (8 * codes[0] + codes[1]).bincount(minlength=64)
+    assert chi_square(counts) < 103.4  # one in 1000, at 63 degrees of freedom
+
+
+def test_reflections_relate_views_by_the_four_reflections_alone() -> None:
+    g0, g1 = (sample(Reflections(), (32, 32), 2000, view=view) for view in (0, 1))
+    assert (torch.linalg.det(g0.linear) > 0).all()
+    relative = LatticeMap.relative(g0, g1)
+    assert (torch.linalg.det(relative.linear) < 0).all()
+    codes = d4_codes(relative)
+    assert set(codes.tolist()) == {4, 5, 6, 7}
+    assert chi_square(codes.bincount(minlength=8)[4:]) < 16.3  # one in 1000, at 3 degrees of freedom
+
+
+@pytest.mark.parametrize("sampler", ON_A_LATTICE, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("size", [(2400, 2400), (3200, 1920)], ids=str)
+def test_lattices_are_whole_tokens_within_the_ranges(sampler: D4Scale, size: Size) -> None:
+    patch, sizes = 16, []
+    tokens = size[0] // patch, size[1] // patch
+    for seed in range(300):
+        g = sample(sampler, size, 3, seed=seed, patch=patch)
+        assert g.size_in == size
+        assert g.axis_aligned
+        assert all(n % patch == 0 for n in g.size_out)
+        sizes.append((g.size_out[0] // patch / tokens[0], g.size_out[1] // patch / tokens[1]))
+    height, width = np.array(sizes).T
+    slack = 1.01  # half a token of a hundred
+    area, aspect = height * width, width / height
+    assert 0.7 / slack < area.min() < 0.75
+    assert 1.25 < area.max() < 1.3 * slack
+    assert 0.75 / slack < aspect.min() < 0.79
+    assert 1.27 < aspect.max() < 4 / 3 * slack
+    assert abs(np.log(aspect).mean()) < 0.03  # as often wide as tall
+    assert abs(area.mean() - 1) < 0.03
+
+
+@pytest.mark.parametrize("sampler", [D4Scale(aspect=(1.2, 1.3)), Crop(area=(0.2, 0.5), aspect=(1.2, 1.3))], ids=repr)
+def test_aspect_is_width_over_height(sampler: Sampler) -> None:
+    g = sample(sampler, (400, 400), 1, patch=1)
+    height, width = g.size_out if isinstance(sampler, D4Scale) else g.linear[0].abs().sum(1).tolist()
+    assert 1.19 < width / height < 1.31
+
+
+def test_the_lattice_and_the_first_samples_element_are_independent() -> None:
+    maps = [sample(D4Scale(), (400, 400), 1, seed=seed) for seed in range(300)]
+    numbers = [(*g.size_out, int(d4_codes(g))) for g in maps]
+    height, width, code = np.array(numbers, dtype=float).T
+    related = np.corrcoef([height * width, width / height, code]) - np.eye(3)
+    assert abs(related).max() < 0.2  # 3.5 deviations
+
+
+def test_a_lattice_has_at_least_one_token() -> None:
+    assert {sample(D4Scale(area=(0.01, 0.02)), (8, 8), 1, seed=seed).size_out for seed in range(5)} == {(PATCH, PATCH)}
+
+
+def test_the_lattice_of_d4_scale_is_drawn_with_the_first_sample() -> None:
+    u = draws(0, 0, torch.arange(12), 0)
+    sizes = [D4Scale()((64, 64), PATCH, u[start:], 0).size_out for start in range(8)]
+    assert sizes == [D4Scale()((64, 64), PATCH, u[start : start + 1], 0).size_out for start in range(8)]
+    assert len(set(sizes)) > 2
+
+
+def test_affine_stays_within_its_ranges_and_fills_them() -> None:
+    size = OBLONG
+    g = sample(Affine(degrees=120, shear=20, area=(0.5, 1.5), aspect=(0.6, 1.5), shift=0.2), size, 4000)
+    assert (g.size_in, g.size_out, g.axis_aligned) == (size, size, False)
+    # Output to input it is diag(sy, sx) [[1, 0], [tan, 1]] R: lower triangular times a rotation.
+    (a, b), (c, d) = g.linear.permute(1, 2, 0)
+    sy = (a**2 + b**2).sqrt()
+    cos, sin = a / sy, b / sy  # of R = [[cos, sin], [-sin, cos]]
+    sx, tangent = cos * d - sin * c, (cos * c + sin * d)
+    angle, shear = torch.atan2(sin, cos).rad2deg(), torch.atan(tangent / sx).rad2deg()
+    measured = {
+        "angle": (angle, -120, 120),
+        "shear": (shear, -20, 20),
+        "area": (1 / (sy * sx), 0.5, 1.5),
+        "log aspect": ((sy / sx).log(), math.log(0.6), math.log(1.5)),
+        "shift y": (g.offset[:, 0] / size[0], -0.2, 0.2),
+        "shift x": (g.offset[:, 1] / size[1], -0.2, 0.2),
+    }
+    for name, (values, low, high) in measured.items():
+        fraction = (values - low) / (high - low)
+        assert 0 - 1e-9 <= fraction.min() < 0.01, name
+        assert 0.99 < fraction.max() <= 1 + 1e-9, name
+        assert fraction.histc(8, 0, 1).sub(500).abs().max() < 90, name  # uniform; 90 is 4.3 deviations
+    independent = torch.stack([values for values, _, _ in measured.values()]).corrcoef().fill_diagonal_(0)
+    assert independent.abs().max() < 0.07
+
+
+def test_affine_draws_what_it_says() -> None:
+    """A picture's edge, turned counter-clockwise on the screen, for a map that only turns."""
+    only_turned = Affine(degrees=0, shear=0, area=(1, 1), aspect=(1, 1), shift=0)
+    torch.testing.assert_close(sample(only_turned, OBLONG, 3).linear, torch.eye(2).double().expand(3, 2, 2))
+    larger = sample(Affine(degrees=0, shear=0, area=(1.44, 1.44), aspect=(1, 1), shift=0), (40, 40), 1)
+    image = torch.zeros(1, 1, 40, 40)
+    image[..., 10:30, 10:30] = 1
+    assert transform_images(image, larger, interpolation="bilinear", padding="zeros").sum() == pytest.approx(
+        1.44 * 400, rel=1e-3
+    )
+
+
+def test_crops_are_boxes_inside_the_image() -> None:
+    size, area, aspect = (60, 90), (0.3, 0.8), (0.7, 1.4)
+    g = sample(Crop(area, aspect), size, 4000)
+    assert (g.size_in, g.size_out, g.axis_aligned) == (size, size, True)
+    corners = torch.tensor([[-30, -45], [30, 45]]).double()  # of the view, about its centre
+    ends = corners @ g.linear.mT + g.offset[:, None] + torch.tensor([30, 45])  # (B, 2, 2) in the image
+    mirrored = ends[:, 0, 1] > ends[:, 1, 1]
+    assert 0.47 < mirrored.double().mean() < 0.53
+    assert (ends[:, 0, 0] < ends[:, 1, 0]).all()  # never upside down
+    low, high = ends.amin(1), ends.amax(1)
+    assert low.min() >= -1e-9
+    assert (high <= torch.tensor(size) + 1e-9).all()
+    share = (high - low) / torch.tensor(size)  # (B, 2)
+    # A box that would be longer than the image is cut to it, and its area with it.
+    whole = (share < 1 - 1e-9).all(1)
+    shares, aspects = share[whole].prod(1), share[whole, 1] / share[whole, 0]
+    assert whole.double().mean() > 0.9
+    assert 0.3 - 1e-9 <= shares.min() < 0.31
+    assert 0.75 < shares.max() <= 0.8 + 1e-9
+    assert 0.7 - 1e-9 <= aspects.min() < 0.71
+    assert 1.38 < aspects.max() <= 1.4 + 1e-9
+    # The corner is anywhere the box fits.
+    place = (low / (torch.tensor(size) - (high - low)))[whole]
+    assert place.histc(8, 0, 1).sub(whole.sum() / 4).abs().max() < 150
+
+
+def inside_polygon(points: np.ndarray, polygon: np.ndarray) -> np.ndarray:
+    """Which of the points (N, 2) lie in a convex polygon (K, 2): on the same side of all its edges."""
+    edges = np.roll(polygon, -1, 0) - polygon  # (K, 2)
+    to_point = points[:, None] - polygon  # (N, K, 2)
+    side = edges[:, 0] * to_point[..., 1] - edges[:, 1] * to_point[..., 0]  # (N, K)
+    return (side > -1e-6).all(1) | (side < 1e-6).all(1)
+
+
+def in_image(g: LatticeMap, points: np.ndarray) -> np.ndarray:
+    """(B, N, 2) where points of the view, in its pixels (y, x), lie in the image."""
+    about_centre = points - np.array(g.size_out) / 2
+    return np.einsum("bij,nj->bni", g.linear, about_centre) + g.offset.numpy()[:, None] + np.array(g.size_in) / 2
+
+
+@pytest.mark.parametrize("sampler", [Crop(), Crop(area=(0.05, 0.2)), Affine(shift=0.5)], ids=repr)
+def test_tokens_take_part_where_the_other_view_shows_them(sampler: Sampler) -> None:
+    size, patch = (48, 64), 8
+    g0, g1 = (sample(sampler, size, 50, view=view, patch=patch) for view in (0, 1))
+    valid = LatticeMap.relative(g0, g1).on((6, 8), (6, 8)).valid().numpy()  # (B, 48)
+    y, x = np.meshgrid(np.arange(6) + 0.5, np.arange(8) + 0.5, indexing="ij")
+    centres = in_image(g1, patch * np.stack([y, x], -1).reshape(-1, 2))
+    view0 = in_image(g0, np.array([(0, 0), (0, 64), (48, 64), (48, 0)]))
+    for sample_valid, sample_centres, corners in zip(valid, centres, view0, strict=True):
+        assert sample_valid.tolist() == inside_polygon(sample_centres, corners).tolist()
+    assert 0.05 < valid.mean() < 0.95
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def on_tokens(images: Tensor, g: LatticeMap, **options: str) -> Tensor:
+    """`group_action` on the pixels as tokens of 3 channels."""
+    moved = group_action(images.permute(0, 2, 3, 1), g, backend="reference", **options)
+    assert isinstance(moved, Tensor)
+    return moved.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_pixels_move_as_tokens_do(name: str, interpolation: str, padding: str) -> None:
+    g = sample(SAMPLERS[name](), OBLONG, 6)
+    images = torch.rand(6, 3, *OBLONG)
+    if name == "affine" and interpolation not in ("nearest", "bilinear", "bicubic"):
+        with pytest.raises(ValueError, match=f"interpolation: got '{interpolation}'"):
+            transform_images(images, g, interpolation=interpolation, padding=padding)
+        return
+    moved = transform_images(images, g, interpolation=interpolation, padding=padding)
+    expected = on_tokens(images, g, interpolation=interpolation, padding=padding)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("size", "codes"), [((12, 12), range(8)), ((12, 20), (0, 2, 4, 6)), ((12, 20), (1, 3, 5, 7))])
+def test_d4_copies_pixels_bit_for_bit(dtype: torch.dtype, size: Size, codes: range) -> None:
+    images = torch.rand(len(codes), 3, *size, dtype=dtype)
+    moved = transform_images(images, LatticeMap.d4(size, torch.tensor(codes)))
+    for image, code, out in zip(images, codes, moved, strict=True):
+        assert torch.equal(out, torch.rot90(image.flip(-1) if code >= 4 else image, code % 4, (1, 2)))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_map_for_all_images(name: str) -> None:
+    images = torch.rand(3, 3, *OBLONG)
+    g = sample(SAMPLERS[name](), OBLONG, 1)
+    separately = torch.cat([transform_images(image[None], g) for image in images])
+    torch.testing.assert_close(transform_images(images, g), separately, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "count"),
+    [((3, 24, 16), 1), ((2, 3, 16, 24), 2), ((3, 3, 24, 16), 2)],
+    ids=["no batch", "size", "number of maps"],
+)
+def test_images_that_do_not_fit_the_maps_are_named(images: tuple[int, ...], count: int) -> None:
+    with pytest.raises(ValueError, match=r"images: got shape .* maps of \(24, 16\)"):
+        transform_images(torch.rand(images), LatticeMap.identity(OBLONG, batch=count))
+
+
+@pytest.mark.parametrize(("tokens", "codes"), [((5, 5), range(8)), ((4, 7), (0, 2, 4, 6)), ((4, 7), (1, 3, 5, 7))])
+def test_averaging_patches_commutes_with_d4(tokens: Size, codes: range) -> None:
+    def encode(images: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(images, PATCH)
+
+    g = LatticeMap.d4(tokens, torch.tensor(codes))
+    size, size_out = ((h * PATCH, w * PATCH) for h, w in (g.size_in, g.size_out))
+    images = torch.rand(len(codes), 3, *size)
+    moved_then_encoded = encode(transform_images(images, g.on(size, size_out)))
+    torch.testing.assert_close(moved_then_encoded, on_tokens(encode(images), g), rtol=0, atol=1e-6)
+
+
+def test_normalize_takes_off_mean_and_deviation() -> None:
+    pixels = torch.rand(2, 3, 4, 5)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(normalize(pixels), (pixels - mean) / std)
+
+
+# ---------------------------------------------------------------- colour
+
+
+def test_colours_of_a_sample_do_not_depend_on_the_batch_around_it() -> None:
+    colour, images, samples = Colour(group=1), torch.rand(12, 3, 32, 32), torch.arange(12) + 100
+    changed = colour(images, samples, seed=0, epoch=0, view=0)
+    order = torch.randperm(12)
+    assert torch.equal(colour(images[order], samples[order], seed=0, epoch=0, view=0), changed[order])
+    assert torch.equal(colour(images[4:6], samples[4:6], seed=0, epoch=0, view=0), changed[4:6])
+    assert not torch.equal(colour(images, samples + 1, seed=0, epoch=0, view=0), changed)
+
+
+def test_neighbours_share_their_groups_draw() -> None:
+    images, samples = torch.rand(10, 3, 32, 32), torch.arange(10) + 7
+    changed = Colour(group=4)(images, samples, seed=0, epoch=0, view=0)
+    one_by_one = torch.cat(
+        [
+            Colour(group=1)(images[i : i + 1], samples[i // 4 * 4][None], seed=0, epoch=0, view=0)  # its group's first
+            for i in range(10)
+        ]
+    )
+    torch.testing.assert_close(changed, one_by_one, rtol=0, atol=1e-6)
+    same_image = Colour(group=4)(images[:1].expand(10, -1, -1, -1), samples, seed=0, epoch=0, view=0)
+    assert len(same_image.flatten(1).unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"epoch": 1}, {"view": 1}], ids=str)
+def test_colours_change_with_seed_epoch_and_view(changed: dict[str, int]) -> None:
+    image, samples = torch.rand(1, 3, 16, 16).expand(20, -1, -1, -1), torch.arange(20)
+    draw = {"seed": 0, "epoch": 0, "view": 0}
+    one, other = (Colour(group=1)(image, samples, **where) for where in (draw, draw | changed))
+    assert (one != other).flatten(1).any(1).all()
+
+
+def test_colours_stay_in_range_and_leave_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # the GPUs have a state as well
+    before = torch.get_rng_state()
+    images = torch.rand(16, 3, 16, 16)
+    torch.set_rng_state(before)
+    changed = Colour(group=1)(images, torch.arange(16), seed=0, epoch=0, view=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+    assert 0 <= changed.min() < changed.max() <= 1
+    assert changed.dtype == torch.float32
+
+
+def test_strength_0_leaves_colours_as_they_are() -> None:
+    images = torch.rand(4, 3, 16, 16)
+    assert torch.equal(Colour(strength=0)(images, torch.arange(4), seed=0, epoch=0, view=1), images)
+
+
+@pytest.mark.parametrize(("strength", "rest"), [(1.0, 0.4), (0.5, 0.2)])
+def test_strength_scales_the_jitter(strength: float, rest: float) -> None:
+    """Of a grey image without structure only the brightness changes: by a factor in 1 +- 0.4 strength."""
+    grey = torch.full((300, 3, 8, 8), 0.5)
+    factors = Colour(strength, group=1)(grey, torch.arange(300), seed=0, epoch=0, view=0)[:, 0, 0, 0] / 0.5
+    assert 1 - rest - 1e-5 <= factors.min() < 1 - 0.9 * rest
+    assert 1 + 0.9 * rest < factors.max() <= 1 + rest + 1e-5
+    assert 0.14 < factors.sub(1).abs().lt(1e-5).double().mean() < 0.27  # a fifth is not jittered at all
+
+
+@pytest.mark.parametrize(("view", "solarised", "blurred"), [(0, 0.0, 1.0), (1, 0.2, 0.1)])
+def test_the_views_differ_in_blur_and_solarisation(view: int, solarised: float, blurred: float) -> None:
+    count = 300
+    bright = torch.full((count, 3, 8, 8), 0.9)  # at least 0.54 after the jitter
+    changed = Colour(group=1)(bright, torch.arange(count), seed=0, epoch=0, view=view)
+    assert (changed.amax((1, 2, 3)) < 0.5).double().mean() == pytest.approx(solarised, abs=0.07)
+    dot = torch.full((count, 3, 16, 16), 0.5)
+    dot[..., 8, 8] = 1
+    changed = Colour(group=1)(dot, torch.arange(count), seed=0, epoch=0, view=view)
+    spread = (changed[..., 8, 7] - changed[..., 0, 0]).abs().amax(1) > 1e-5
+    # Of the widths 0.1 to 2 those below 0.2 pixels, one in twenty, change nothing.
+    assert spread.double().mean() == pytest.approx(0.95 * blurred, abs=0.05)
+
+
+@pytest.mark.parametrize("options", [{"group": 0}, {"strength": -1.0}, {"strength": 5.1}], ids=str)
+def test_colour_names_the_option_it_refuses(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
+        Colour(**options)
+
+
+# ---------------------------------------------------------------- two views of a batch
+
+
+def make_views(sampler: Sampler, share: float, **colour: float) -> MakeViews:
+    return MakeViews(sampler, Crop(), share, PATCH, Colour(**{"strength": 0.0, **colour}), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "sizes", "chosen"),
+    [
+        ("d4_scale", 0.0, [10], 0),
+        ("d4_scale", 0.3, [3, 7], 3),
+        ("d4_scale", 1.0, [10], 10),
+        ("affine", 0.3, [3, 7], 3),
+        ("crop", 0.0, [10], 0),
+        ("crop", 0.3, [10], 3),
+        ("crop", 1.0, [10], 10),
+    ],
+)
+def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[int], chosen: int) -> None:
+    samples = torch.arange(10) * 11
+    images = uint8(10, 3, 32, 32)
+    sampler = SAMPLERS[name]()
+    views = make_views(sampler, share)(images, samples, epoch=4)
+    for view, g in enumerate((views.g0, views.g1)):
+        assert [len(part) for part in views.images[view]] == sizes
+        assert len(g) == chosen
+        # Each part is its sampler's map of its own samples, and g0 and g1 are the maps that made the pixels.
+        u, start = draws(3, 4, samples, view), 0
+        for part, made in enumerate(views.images[view]):
+            own = slice(start, start + len(made))
+            by = sampler if part == 0 and share > 0 else Crop()
+            expected_g = by((32, 32), PATCH, u[own], view)
+            expected = transform_images(images[own].float() / 255, expected_g).clamp(0, 1)
+            torch.testing.assert_close(made, normalize(expected), rtol=0, atol=1e-5)
+            if part == 0:
+                assert torch.equal(g.linear, expected_g.linear[:chosen])
+                assert torch.equal(g.offset, expected_g.offset[:chosen])
+                assert g.size_out == tuple(made.shape[2:])
+            start += len(made)
+
+
+def test_views_show_no_pixel_beyond_black_and_white() -> None:
+    """Bicubic interpolation overshoots at the edges of this image."""
+    images = (uint8(8, 3, 32, 32) > 127).byte() * 255
+    views = make_views(D4Scale(), 0.5, strength=1.0)(images, torch.arange(8), epoch=0)
+    black, white = (
+        (torch.tensor(value) - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD) for value in (0, 1)
+    )
+    for part in itertools.chain(*views.images):
+        assert part.dtype == torch.float32
+        assert (part >= black[:, None, None] - 1e-5).all()
+        assert (part <= white[:, None, None] + 1e-5).all()
+
+
+def test_views_have_colours_of_their_own() -> None:
+    images = uint8(1, 3, 32, 32).expand(8, -1, -1, -1)
+    still = Affine(degrees=0, shear=0, area=(1, 1), aspect=(1, 1), shift=0)
+    views = make_views(still, 1.0, strength=1.0, group=1)(images, torch.arange(8), epoch=0)
+    assert len(views.images[0][0].flatten(1).unique(dim=0)) == 8
+    assert (views.images[0][0] != views.images[1][0]).flatten(1).any(1).all()
+
+
+def halves(make: MakeViews, images: Tensor, samples: Tensor) -> list[Views]:
+    return [make(images[half], samples[half], epoch=1) for half in (slice(8), slice(8, 16))]
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_crops_do_not_depend_on_the_number_of_ranks(share: float, group: int) -> None:
+    make = make_views(Crop(), share, strength=1.0, group=group)
+    images, samples = uint8(16, 3, 32, 32), torch.randperm(1000)[:16]
+    together, ranks = make(images, samples, epoch=1), halves(make, images, samples)
+    for view in (0, 1):
+        separately = torch.cat([rank.images[view][0] for rank in ranks])
+        torch.testing.assert_close(together.images[view][0], separately, rtol=0, atol=1e-6)
+    if share == 1:
+        assert torch.equal(together.g1.linear, torch.cat([rank.g1.linear for rank in ranks]))
+
+
+def test_elements_of_d4_do_not_depend_on_the_number_of_ranks() -> None:
+    make = make_views(D4Scale(), 1.0)
+    images, samples = uint8(16, 3, 32, 32), torch.randperm(1000)[:16]
+    together, ranks = make(images, samples, epoch=1), halves(make, images, samples)
+    for g in ("g0", "g1"):
+        codes = [d4_codes(getattr(rank, g)) for rank in ranks]
+        assert torch.equal(d4_codes(getattr(together, g)), torch.cat(codes))
+    assert ranks[0].g0.size_out != ranks[1].g0.size_out  # each rank's own lattice, for SERLoss's ragged gather
+
+
+def test_global_random_state_changes_no_view() -> None:
+    images, samples = uint8(8, 3, 32, 32), torch.arange(8)
+    make = make_views(D4Scale(), 0.5, strength=1.0)
+    first = make(images, samples, epoch=0)
+    torch.manual_seed(99)
+    second = make(images, samples, epoch=0)
+    for one, other in zip(itertools.chain(*first.images), itertools.chain(*second.images), strict=True):
+        assert torch.equal(one, other)
+    third = make(images, samples, epoch=1)
+    assert not torch.equal(first.g0.linear, third.g0.linear)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="share: got"):
+        make_views(D4Scale(), share)
