@@ -161,7 +161,7 @@ class LatticeMap:
         Args:
             size: (H, W) of the input lattice.
             linear: (B, 2, 2) or (2, 2), in the order (y, x).
-            offset: (B, 2) or (2,) in input tokens; default zero.
+            offset: (B, 2) or (2,) in input tokens, (y, x); default zero.
             size_out: (h, w) of the result; default the input's.
 
         Raises:
@@ -174,9 +174,13 @@ class LatticeMap:
             raise ValueError(f"linear: got shape {tuple(linear.shape)}, takes (B, 2, 2)")
         linear = linear.reshape(-1, 2, 2)
         offset = linear.new_zeros(2) if offset is None else torch.as_tensor(offset).to(linear)
-        if offset.ndim not in (1, 2) or offset.shape[-1] != 2 or (offset.ndim == 2 and len(offset) != len(linear)):
-            raise ValueError(f"offset: got shape {tuple(offset.shape)}, takes ({len(linear)}, 2)")
-        offset = offset.expand(len(linear), 2)
+        if offset.ndim not in (1, 2) or offset.shape[-1] != 2:
+            raise ValueError(f"offset: got shape {tuple(offset.shape)}, takes (B, 2)")
+        offset = offset.reshape(-1, 2)
+        if len(linear) != len(offset) and 1 not in (len(linear), len(offset)):
+            raise ValueError(f"offset: got {len(offset)} of them for {len(linear)} maps")
+        batch = len(offset) if len(linear) == 1 else len(linear)
+        linear, offset = linear.expand(batch, 2, 2).clone(), offset.expand(batch, 2).clone()
         if not bool(torch.isfinite(linear).all() & torch.isfinite(offset).all()):
             raise ValueError("linear, offset: every value must be finite")
         if bool((torch.linalg.det(linear) == 0).any()):
@@ -221,6 +225,8 @@ class LatticeMap:
         `g.on((14, 14), (12, 16))` takes a map between images of 224 x 224 and 192 x 256 pixels to their tokens.
         """
         (height, width), (h, w) = self.size_in, self.size_out
+        if 0 in (height, width, *size_out):
+            raise ValueError(f"size_out: got {size_out} for a map of {self.size_in}; an empty lattice covers no area")
         # Products of whole numbers first: a ratio that is 1 comes out as exactly 1, and D4 stays D4.
         ratio = [
             [size_in[0] * h / (height * size_out[0]), size_in[0] * w / (height * size_out[1])],
@@ -280,14 +286,22 @@ class LatticeMap:
 
 
 def _size(name: str, size: Size, least: int = 0) -> Size:
-    if len(size) != 2 or any(int(n) != n or n < least for n in size):
-        raise ValueError(f"{name}: got {tuple(size)}, takes (H, W), whole numbers of at least {least}")
-    return int(size[0]), int(size[1])
+    try:
+        height, width = (int(n) for n in size)
+        if (height, width) != tuple(size) or min(height, width) < least:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least {least}") from None
+    return height, width
 
 
 def _integers(name: str, value: int | Tensor, batch: int) -> Tensor:
     if isinstance(value, int):
+        if batch < 0:
+            raise ValueError(f"batch: got {batch}, takes a whole number of at least 0")
         return torch.full((batch,), value)
     if not isinstance(value, Tensor) or value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
         raise ValueError(f"{name}: got {value!r}, takes an int or (B,) integers")
+    if batch not in (1, len(value)):
+        raise ValueError(f"batch: got {batch} with {len(value)} values of {name}")
     return value.long()

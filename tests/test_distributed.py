@@ -5,6 +5,7 @@ launch, since starting processes costs more than all they compute.
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,12 @@ def program(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def run_rank(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    timeout = timedelta(minutes=2)  # where collectives don't match, instead of half an hour
+    dist.init_process_group("gloo", f"file://{folder}/meeting", timeout, rank=rank, world_size=world)
     results = {}
     for name, function in PROGRAMS.items():
         torch.manual_seed(0)
-        import time; t=time.time(); results[name] = function(); print(rank, name, time.time()-t)
+        results[name] = function()
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -142,7 +144,7 @@ def symmetric_loss(rows: Tensor) -> Tensor:
 
 @program
 def local_slice_only() -> dict[str, Tensor]:
-    """One loss on all ranks, of rows that a shared weight makes, averaged as DDP does; with the backward and without."""
+    """One loss on all ranks, of rows that a shared weight makes: its gradient, averaged as DDP does, in two ways."""
     out = {}
     counts = gather_counts(COUNTS[0], torch.device("cpu"))
     for name in ("sum over ranks", "local slice"):
@@ -383,8 +385,10 @@ def test_moco(dtype: torch.dtype, results: dict[str, list[Any]]) -> None:
     loss.backward()
     losses, gradients = zip(*(result[dtype] for result in results["moco"]), strict=True)
     torch.testing.assert_close(sum(losses) / len(losses), loss.detach(), rtol=TOLERANCE[dtype], atol=0)
+    # In float32 a matrix product rounds a row differently in another batch, block after block.
+    tolerance = {f32: 1e-5, f64: 1e-12}[dtype]
     for actual in gradients:
-        assert_equal_gradients(actual, trained_gradients(module), TOLERANCE[dtype])
+        assert_equal_gradients(actual, trained_gradients(module), tolerance)
 
 
 # ---------------------------------------------------------------- pretraining

@@ -200,6 +200,13 @@ def test_affine_is_its_definition():
     assert_same_map(LatticeMap.affine((4, 6), linear[0]), LatticeMap.affine((4, 6), linear[:1], torch.zeros(1, 2)))
 
 
+def test_affine_broadcasts_one_linear_over_offsets() -> None:
+    offset = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, -1.0]])
+    g = LatticeMap.affine((4, 6), torch.eye(2), offset)
+    assert torch.equal(g.linear, torch.eye(2, dtype=torch.float64).expand(3, 2, 2))
+    assert torch.equal(g.offset, offset.double())
+
+
 def test_maps_are_kept_in_float64_whatever_they_are_made_of():
     for g in (LatticeMap.rotate((3, 3), torch.tensor([10.0])), some_map((3, 3), (2, 2)), LatticeMap.rot90((3, 3), 1)):
         assert g.linear.dtype == g.offset.dtype == torch.float64
@@ -515,7 +522,15 @@ NAN, INF = math.nan, math.inf
         (lambda: LatticeMap.crop((3, 3), (NAN, 0, 1, 1), (2, 2)), "box", "finite"),
         (lambda: LatticeMap.affine((3, 3), torch.eye(3)), "linear", r"\(3, 3\)"),
         (lambda: LatticeMap.affine((3, 3), torch.eye(2), torch.zeros(3)), "offset", r"\(3,\)"),
-        (lambda: LatticeMap.affine((3, 3), torch.eye(2), torch.zeros(4, 2)), "offset", r"\(4, 2\)"),
+        (
+            lambda: LatticeMap.affine((3, 3), torch.eye(2).expand(3, 2, 2), torch.zeros(4, 2)),
+            "offset",
+            "4 of them for 3",
+        ),
+        (lambda: LatticeMap.rot90((3, 3), torch.tensor([1, 2]), batch=5), "batch", "5"),
+        (lambda: LatticeMap.identity((3, 3), batch=-1), "batch", "-1"),
+        (lambda: LatticeMap.identity(3), "size", "3"),  # type: ignore[arg-type]
+        (lambda: LatticeMap.identity((0, 3)).on((2, 2), (2, 2)), "size_out", "empty"),
         (lambda: LatticeMap.affine((3, 3), torch.eye(2) * INF), "linear", "finite"),
         (lambda: LatticeMap.affine((3, 3), torch.eye(2), torch.tensor([0, NAN])), "offset", "finite"),
         (lambda: LatticeMap.affine((3, 3), torch.ones(2, 2)), "linear", "invertible"),

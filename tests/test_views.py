@@ -423,7 +423,7 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
     samples = torch.arange(10) * 11
     images = uint8(10, 3, 32, 32)
     sampler = SAMPLERS[name]()
-    views = make_views(sampler, share)(images, samples, epoch=4)
+    views = make_views(sampler, share, strength=1.0, group=2)(images, samples, epoch=4)
     for view, g in enumerate((views.g0, views.g1)):
         assert [len(part) for part in views.images[view]] == sizes
         assert len(g) == chosen
@@ -434,6 +434,7 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
             by = sampler if part == 0 and share > 0 else Crop()
             expected_g = by((32, 32), PATCH, u[own], view)
             expected = transform_images(images[own].float() / 255, expected_g).clamp(0, 1)
+            expected = Colour(group=2)(expected, samples[own], seed=3, epoch=4, view=view)
             torch.testing.assert_close(made, normalize(expected), rtol=0, atol=1e-5)
             if part == 0:
                 assert torch.equal(g.linear, expected_g.linear[:chosen])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
-from ser_fast.distributed import rank, world_size
+from ser_fast.distributed import gather_counts, rank, world_size
 from ser_fast.loss import SERLoss
 from ser_fast.objectives.moco_v3 import MoCoV3
 from ser_fast.training.checkpoint import (
@@ -44,7 +44,7 @@ LOG = "log.jsonl"
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step, the images and the last good checkpoint."""
+    """The loss or its gradient is not finite; the message names the step, the images and the last good checkpoint."""
 
 
 class Pretraining(nn.Module):
@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: an option that doesn't fit, a folder that already holds a run, or a checkpoint of another config.
-        NonFiniteLossError: the loss is not finite; nothing was changed by that step.
+        NonFiniteLossError: the loss or its gradient is not finite; the optimiser did not take that step.
     """
     with _process_group(config.device) as device:
         return _Run(config, device).train()
@@ -128,6 +128,15 @@ class _Run:
         self.main = rank() == 0
         self.console = Console(quiet=not self.main)
         optim = config.optim
+        for name, count in (
+            ("optim.accumulate", optim.accumulate),
+            ("save_every", config.save_every),
+            ("keep_checkpoints", config.keep_checkpoints),
+        ):
+            if count < 1:
+                raise ValueError(f"{name}: got {count}, takes a positive number")
+        if not 0 <= optim.warmup <= 1:
+            raise ValueError(f"optim.warmup: got {optim.warmup}, takes a number in [0, 1]")
         if optim.batch_size % (world_size() * optim.accumulate):
             raise ValueError(
                 f"optim.batch_size: {optim.batch_size} is no multiple of {world_size()} ranks x "
@@ -144,10 +153,11 @@ class _Run:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         encoder = config.model.build()
         self.make_views = config.views.build(encoder.patch_size[0], config.seed)
+        # The objective first: its initial weights don't depend on SER's options.
+        objective = config.moco.build(encoder)
         ser = config.ser.build(encoder.embed_dim) if config.views.share else None
-        module = Pretraining(
-            config.moco.build(encoder), ser, weight=config.ser.weight, momentum_keys=config.ser.momentum_keys
-        ).to(device)
+        module = Pretraining(objective, ser, weight=config.ser.weight, momentum_keys=config.ser.momentum_keys)
+        module.to(device)
         self.objective, self.ser = module.objective, module.ser
         self.model: nn.Module = module
         if world_size() > 1:
@@ -160,11 +170,12 @@ class _Run:
             lr=optim.lr * optim.batch_size / 256,
             weight_decay=optim.weight_decay,
         )
+        warmup = round(optim.warmup * self.steps)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
-            t_initial=self.steps + 1,  # the first step and the last one both move
-            warmup_t=round(optim.warmup * self.steps),
-            warmup_prefix=False,
+            t_initial=self.steps + 1 - warmup,  # 0 would come after the last step, which still moves
+            warmup_t=warmup,
+            warmup_prefix=True,
             t_in_epochs=False,
         )
         self.amp = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
@@ -234,13 +245,16 @@ class _Run:
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        self.last_checkpoint = save_checkpoint(out, state, keep=self.config.keep_checkpoints)
+        # The encoder first: a run that has its last checkpoint has all.
         write_atomically(out / ENCODER, lambda path: save_split_vit(path, self.objective.encoder, {"step": str(step)}))
+        self.last_checkpoint = save_checkpoint(out, state, keep=self.config.keep_checkpoints)
 
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> Path:
         config = self.config
+        if world_size() > 1:
+            dist.barrier()  # no rank still looks for an earlier run when the folder is made
         log, board = self._open_folder() if self.main else (None, None)
         progress = Progress(
             TextColumn("{task.description}"),
@@ -263,6 +277,8 @@ class _Run:
                     "peak_memory_mib": _peak_memory(self.device),
                 }
                 begin = now
+                # All ranks leave at the same step, whichever was told to.
+                stopped = max(gather_counts(max(stop, default=0), self.device))
                 if log is not None and board is not None:
                     log.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
                     for name, value in record.items():
@@ -271,18 +287,18 @@ class _Run:
                     for path, reason in skipped[reported:]:
                         progress.console.print(f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)")
                     reported = len(skipped)
-                    if step % config.save_every == 0 or step == self.steps or stop:
+                    if step % config.save_every == 0 or step == self.steps or stopped:
                         self._save(step)
                 parts = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", "ser") if name in record)
                 progress.update(task, completed=step, description=f"{config.out.name}  {parts}")
-                if stop or step == self.steps:
+                if stopped or step == self.steps:
                     break
         if log is not None and board is not None:
             log.close()
             board.close()
         if step < self.steps:
             self.console.print(f"stopped after step {step}; continue with resume='auto'")
-            raise SystemExit(128 + stop[0])
+            raise SystemExit(128 + stopped)
         return config.out
 
     def _batches(self) -> Iterator[tuple[int, Any]]:
@@ -316,17 +332,18 @@ class _Run:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / accumulate
         record = {name: float(value) for name, value in sums.items()}
-        if not np.isfinite(record["loss"]):
-            raise NonFiniteLossError(
-                f"loss is {record['loss']} ({record}) at step {step + 1} (epoch {epoch}), on images with the indices "
-                f"{indices.tolist()}; last good checkpoint: {self.last_checkpoint or 'none'}"
-            )
-        record["lr"] = self.optimizer.param_groups[0]["lr"]
         limit = self.config.optim.clip_grad or float("inf")
-        record["grad_norm"] = float(nn.utils.clip_grad_norm_(self.objective.parameters(), limit))
-        if self.ser is not None:
-            # Apart, so that SER's projector can't change how far the model moves.
-            nn.utils.clip_grad_norm_(self.ser.parameters(), limit)
+        # Each apart, so that SER's projector can't change how far the model moves.
+        trained = [self.objective] if self.ser is None else [self.objective, self.ser]
+        norms = [float(nn.utils.clip_grad_norm_(part.parameters(), limit)) for part in trained]
+        # The gradient, averaged over the ranks, also tells each of them of another one's loss.
+        if not np.isfinite([record["loss"], *norms]).all():
+            raise NonFiniteLossError(
+                f"loss is {record['loss']} ({record}), the norm of its gradient {norms[0]}, at step {step + 1} "
+                f"(epoch {epoch}), on images with the indices {indices.tolist()}; "
+                f"last good checkpoint: {self.last_checkpoint or 'none'}"
+            )
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norms[0]}
         self.optimizer.step()
         return record
 
