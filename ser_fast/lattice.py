@@ -80,7 +80,7 @@ class LatticeMap:
     @classmethod
     def identity(cls, size: Size, *, batch: int = 1) -> "LatticeMap":
         """The map that changes nothing."""
-        return cls.rot90(size, torch.zeros(batch, dtype=torch.long))
+        return cls.d4(size, 0, batch=batch)
 
     @classmethod
     def rot90(cls, size: Size, k: int | Tensor, *, batch: int = 1) -> "LatticeMap":
