@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ser_fast.demo import demo
 from ser_fast.evaluation import equivariance as scores
-from ser_fast.evaluation.features import embed
+from ser_fast.evaluation.features import embed, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
 from ser_fast.ops.backends import BACKENDS, reason_not
 from ser_fast.training.checkpoint import find_encoder
@@ -51,8 +51,7 @@ def equivariance(
     """
     model, data, image_size, out, device = _open(checkpoint, data, image_size, out, device)
     held_out = open_dataset(data, train=False, image_size=image_size)
-    chosen = torch.linspace(0, len(held_out) - 1, min(images, len(held_out))).long().tolist()
-    pictures = torch.stack([held_out[i][0] for i in chosen]).to(device)
+    pictures = spread_images(held_out, images).to(device)
     records = {
         name: scores.equivariance_errors(of, pictures, progress=True)
         for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items()

@@ -5,13 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from ser_fast.evaluation.equivariance import Record, equivariance_errors, plot, random_control, write_table
-from ser_fast.evaluation.features import embed
+from ser_fast.evaluation.features import embed, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
 from ser_fast.training.checkpoint import ENCODER
 from ser_fast.training.config import MoCoV3Config, ModelConfig, OptimConfig, SERConfig, TrainConfig, ViewsConfig
@@ -76,8 +75,7 @@ def demo(
     runs = demo_runs(out, data=data, steps=steps, seed=seed, image_size=image_size, patch_size=patch_size)
     held_out = open_dataset(data, train=False, image_size=image_size)
     known = open_dataset(data, train=True, image_size=image_size)
-    order = torch.linspace(0, len(held_out) - 1, min(images, len(held_out))).long()
-    pictures = torch.stack([held_out[int(i)][0] for i in order])  # (N, 3, S, S) uint8
+    pictures = spread_images(held_out, images)
 
     models: dict[str, SplitViT] = {}
     losses: dict[str, dict[str, float]] = {}

@@ -57,13 +57,13 @@ class SplitViT(nn.Module):
     def __init__(self, model: str | nn.Module, split: int, **timm_kwargs: Any) -> None:
         super().__init__()
         # What a checkpoint needs to rebuild the model; the weights themselves are in its file.
-        self._recipe: tuple[str, dict[str, Any]] | None = None
+        self.recipe: tuple[str, dict[str, Any]] | None = None
         vit: Any
         if isinstance(model, str):
             name = model
             if not is_model_in_modules(name, SUPPORTED_MODULES):
                 raise ValueError(f"model: {name!r} is not supported; SplitViT takes {SUPPORTED_NAMES}")
-            self._recipe = (name, {k: v for k, v in timm_kwargs.items() if k not in ("pretrained", "checkpoint_path")})
+            self.recipe = (name, {k: v for k, v in timm_kwargs.items() if k not in ("pretrained", "checkpoint_path")})
             vit = timm.create_model(name, **{"num_classes": 0, "dynamic_img_size": True, **timm_kwargs})
         elif timm_kwargs:
             raise ValueError(f"timm_kwargs: {sorted(timm_kwargs)} came with a built model; they go with a timm name")
@@ -278,9 +278,9 @@ def save_split_vit(path: str | Path, model: SplitViT, metadata: Mapping[str, str
     """
     if not isinstance(model, SplitViT):
         raise TypeError(f"model: expected a SplitViT, got {type(model).__name__}; give the module it wraps")
-    if model._recipe is None:
+    if model.recipe is None:
         raise ValueError("model: wraps a timm instance; only a SplitViT built from a timm name can be rebuilt")
-    name, timm_kwargs = model._recipe
+    name, timm_kwargs = model.recipe
     try:
         recipe = json.dumps({"model": name, "split": model.split, "timm_kwargs": timm_kwargs})
     except TypeError as error:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from ser_fast.evaluation.equivariance import (
     random_control,
     write_table,
 )
-from ser_fast.evaluation.features import embed, evaluating
+from ser_fast.evaluation.features import embed, evaluating, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops.group_action import group_action
@@ -67,6 +68,17 @@ def test_embed_gives_all_images_in_order_without_dropout() -> None:
     torch.testing.assert_close(embeddings, expected.float(), rtol=0, atol=1e-5)
     assert embeddings.dtype == torch.float32
     assert labels.tolist() == [0, 1, 2, 3, 4, 200, 201]
+
+
+def test_spread_images_covers_the_dataset_and_leaves_unreadable_files_out(tmp_path: Path) -> None:
+    for i in range(7):
+        Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"no image")
+    dataset = open_dataset(f"folder:{tmp_path}", train=True, image_size=8)
+    assert spread_images(dataset, 3)[:, 0, 0, 0].tolist() == [0, 60]  # the middle one is unreadable
+    assert spread_images(dataset, 100)[:, 0, 0, 0].tolist() == [0, 10, 20, 40, 50, 60]
+    with pytest.raises(ValueError, match="images: got 0"):
+        spread_images(dataset, 0)
 
 
 def test_evaluating_restores_the_mode_of_every_submodule_and_leaves_features_to_train_on() -> None:

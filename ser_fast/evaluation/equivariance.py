@@ -157,9 +157,9 @@ def random_control(model: SplitViT, *, seed: int = 0) -> SplitViT:
     Raises:
         ValueError: model wraps a timm instance, which can't be built again.
     """
-    if model._recipe is None:
+    if model.recipe is None:
         raise ValueError("model: wraps a timm instance; only a SplitViT built from a timm name can be built again")
-    name, timm_kwargs = model._recipe
+    name, timm_kwargs = model.recipe
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
         control = SplitViT(name, model.split, **timm_kwargs)

@@ -1,14 +1,14 @@
 """Frozen features: what every evaluation reads from a model."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
-from ser_fast.training.data import Batch
+from ser_fast.training.data import Batch, ImageDataset, UnreadableImageError
 from ser_fast.views import normalize
 
 
@@ -29,6 +29,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def spread_images(dataset: ImageDataset, count: int) -> Tensor:
+    """Images (N, 3, S, S) uint8 from evenly over a dataset, N at most `count`; unreadable files are left out.
+
+    Raises:
+        ValueError: a count below 1, or none of them can be read.
+    """
+    if count < 1:
+        raise ValueError(f"images: got {count}, takes a positive number")
+    images = []
+    for index in torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist():
+        with suppress(UnreadableImageError):
+            images.append(dataset[index][0])
+    if not images:
+        raise ValueError("images: none of those chosen can be read")
+    return torch.stack(images)
 
 
 def embed(

@@ -288,6 +288,7 @@ class _Run:
                         progress.console.print(f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)")
                     reported = len(skipped)
                     if step % config.save_every == 0 or step == self.steps or stopped:
+                        board.flush()  # as far as the log, whatever becomes of this process
                         self._save(step)
                 parts = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", "ser") if name in record)
                 progress.update(task, completed=step, description=f"{config.out.name}  {parts}")

@@ -1,0 +1,766 @@
+"""The MoCo-v3 objective, the training loop, and runs that are interrupted and continued."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from ser_fast.objectives.moco_v3 import MoCoV3
+from ser_fast.training.checkpoint import ENCODER, list_checkpoints, load_checkpoint, save_checkpoint
+from ser_fast.training.config import (
+    MoCoV3Config,
+    ModelConfig,
+    OptimConfig,
+    SERConfig,
+    TrainConfig,
+    ViewsConfig,
+    differences,
+    from_json,
+    to_json,
+)
+from ser_fast.training.trainer import NonFiniteLossError, Pretraining, _Run, train
+from ser_fast.views import SAMPLERS
+from ser_fast.vit import SplitViT
+
+CPU = torch.device("cpu")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of other processes: as this one
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """24 blurred patterns, 3 batches of 8."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(24):
+        coarse = Image.fromarray(rng.integers(256, size=(6, 6, 3), dtype=np.uint8))
+        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{number:02}.png")
+    return f"folder:{folder}"
+
+
+def change(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+    """The config with other options, named as on the command line."""
+    for name, value in options.items():
+        part, _, option = name.rpartition(".")
+        if part:
+            option, value = part, replace(getattr(config, part), **{option: value})
+        config = replace(config, **{option: value})
+    return config
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, data: str) -> TrainConfig:
+    return tiny_config(tmp_path / "run", data)
+
+
+def tiny_config(out: Path, data: str) -> TrainConfig:
+    return TrainConfig(
+        out=out,
+        data=data,
+        model=ModelConfig(
+            "vit_tiny_patch16_224", split=1, image_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3
+        ),
+        views=ViewsConfig(share=0.5),
+        ser=SERConfig(hidden_dim=32, out_dim=16),
+        moco=MoCoV3Config(dim=16, mlp_dim=32),
+        optim=OptimConfig(batch_size=8, steps=2, warmup=0.25, lr=0.02),
+        device="cpu",
+        workers=0,
+    )
+
+
+def read_log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[dict[str, float]]:
+    """The log without what a clock and the operating system say."""
+    measured = ("images_per_s", "peak_memory_mib")
+    return [{name: value for name, value in line.items() if name not in measured} for line in read_log(out)]
+
+
+def final_state(out: Path) -> dict[str, Any]:
+    return load_checkpoint(list_checkpoints(out)[-1], CPU)
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same_bits(one[key], other[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_same_bits(a, b)
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def first_step(config: TrainConfig, times: int = 1) -> tuple[_Run, dict[str, float]]:
+    """A run after one step on its first batch of 8, that `times` times over, and what the step logs."""
+    run = _Run(config, CPU)
+    epoch, batch = next(run._batches())
+    images, indices = batch.images[:8], batch.indices[:8]
+    return run, run._step(0, epoch, images.repeat(times, 1, 1, 1), indices.repeat(times))
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def norm(module: nn.Module) -> float:
+    return float(torch.stack([grad.norm() for grad in gradients(module).values()]).norm())
+
+
+# ---------------------------------------------------------------- the objective
+
+
+@pytest.fixture
+def moco() -> MoCoV3:
+    model = SplitViT("vit_tiny_patch16_224", 1, img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3)
+    moco = MoCoV3(model, dim=16, mlp_dim=32, temperature=0.3, momentum=0.9)
+    with torch.no_grad():
+        for p in moco.momentum_encoder.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return moco
+
+
+def test_loss_is_cross_entropy_with_the_other_views_momentum_embedding(moco: MoCoV3) -> None:
+    views = [[torch.randn(4, 3, 32, 24), torch.randn(3, 3, 32, 32)] for _ in range(2)]
+
+    def embed(encoder: SplitViT, parts: list[Tensor]) -> Tensor:
+        return torch.cat([encoder(images) for images in parts])
+
+    logits = []
+    for own, other in ((0, 1), (1, 0)):
+        query = moco.predictor(moco.projector(embed(moco.encoder, views[own])))
+        key = moco.momentum_projector(embed(moco.momentum_encoder, views[other]))
+        logits.append((query / query.norm(dim=1, keepdim=True)) @ (key / key.norm(dim=1, keepdim=True)).T / 0.3)
+    expected = sum(2 * 0.3 * F.cross_entropy(logit, torch.arange(7)) for logit in logits)
+    out = moco(*views)
+    torch.testing.assert_close(out.loss, expected)
+    for view in (0, 1):
+        torch.testing.assert_close(out.tokens[view], moco.encoder.early(views[view][0]))
+        torch.testing.assert_close(out.keys[view], moco.momentum_encoder.early(views[view][0]))
+        assert not out.keys[view].requires_grad
+
+
+def test_projector_and_predictor_are_moco_v3s(moco: MoCoV3) -> None:
+    def layers(mlp: nn.Sequential) -> list[str]:
+        return [
+            f"{layer.in_features}-{layer.out_features}"
+            if isinstance(layer, nn.Linear)
+            else type(layer).__name__ + "*" * bool(getattr(layer, "affine", False))
+            for layer in mlp
+        ]
+
+    hidden = ["BatchNorm1d*", "ReLU"]
+    assert layers(moco.projector) == ["48-32", *hidden, "32-32", *hidden, "32-16", "BatchNorm1d"]
+    assert layers(moco.predictor) == ["16-32", *hidden, "32-16", "BatchNorm1d"]
+    assert not any("bias" in name for name, _ in moco.projector.named_parameters() if name.startswith("0"))
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+def test_momentum_rises_to_1_along_a_cosine(moco: MoCoV3, progress: float) -> None:
+    momentum = 1 - (1 - 0.9) * (math.cos(math.pi * progress) + 1) / 2
+    pairs = [(moco.momentum_encoder, moco.encoder), (moco.momentum_projector, moco.projector)]
+    nn.init.normal_(moco.projector[0].weight)
+    expected = [
+        [momentum * slow + (1 - momentum) * fast for slow, fast in zip(a.parameters(), b.parameters(), strict=True)]
+        for a, b in pairs
+    ]
+    moco.update_momentum(progress)
+    for (slow, _), values in zip(pairs, expected, strict=True):
+        torch.testing.assert_close(list(slow.parameters()), values)
+
+
+def test_gradients_reach_all_but_the_frozen(moco: MoCoV3) -> None:
+    moco([torch.randn(4, 3, 32, 32)], [torch.randn(4, 3, 32, 32)]).loss.backward()
+    without = {name for name, p in moco.named_parameters() if p.grad is None}
+    assert without == {name for name, p in moco.named_parameters() if not p.requires_grad}
+    slow = {name for name, _ in moco.named_parameters() if name.startswith("momentum_")}
+    frozen = {"encoder.pos_embed", "encoder.patch_embed.proj.weight", "encoder.patch_embed.proj.bias"}
+    assert without == slow | frozen
+    assert float(moco.encoder.cls_token.grad.abs().max()) > 0
+
+
+def test_positions_are_fixed_sin_cos(moco: MoCoV3) -> None:
+    positions = moco.encoder.pos_embed[0]  # (1 + 16, 48)
+    assert not positions[0].any()  # [CLS]
+    # 24 pairs of a sine and a cosine; test_vit has their values.
+    torch.testing.assert_close(positions[1:].square().sum(1), torch.full((16,), 24.0))
+    assert len(positions[1:].unique(dim=0)) == 16
+
+
+def test_cls_enters_after_the_split(moco: MoCoV3) -> None:
+    lengths: list[int] = []
+    for block in moco.encoder.blocks:
+        block.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    moco([torch.randn(2, 3, 32, 32)], [torch.randn(2, 3, 32, 32)])
+    assert lengths == [16, 17, 17] * 2
+
+
+# ---------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_gives_both_losses(tiny: TrainConfig, sampler: str) -> None:
+    run, record = first_step(change(tiny, {"views.sampler": sampler}))
+    assert record["loss"] == pytest.approx(record["invariance"] + record["ser"], rel=1e-6)
+    assert record["invariance"] > 0.1
+    assert record["ser"] > 0.1
+    assert norm(run.ser) > 0
+
+
+def test_lambda_weights_the_ser_loss(tiny: TrainConfig) -> None:
+    _, record = first_step(change(tiny, {"ser.weight": 0.3}))
+    assert record["loss"] == pytest.approx(record["invariance"] + 0.3 * record["ser"], rel=1e-6)
+
+
+def test_options_of_the_config_reach_their_modules(tiny: TrainConfig) -> None:
+    options = {
+        "ser.preset": "released",
+        "ser.max_tokens": 9,
+        "ser.interpolation": "lanczos3",
+        "ser.padding": "zeros",
+        "moco.temperature": 0.5,
+        "moco.momentum": 0.8,
+        "views.crop_area": (0.4, 0.5),
+        "views.colour_strength": 0.5,
+        "views.colour_group": 3,
+        "optim.weight_decay": 0.2,
+        "seed": 7,
+    }
+    run = _Run(change(tiny, options), CPU)
+    ser, moco, make = run.ser, run.objective, run.make_views
+    assert ser is not None
+    assert (ser.temperature, ser.both_directions, ser.max_tokens) == (0.5, True, 9)
+    assert (ser.interpolation, ser.padding, ser.gather) == ("lanczos3", "zeros", True)
+    assert (moco.temperature, moco.momentum) == (0.5, 0.8)
+    assert (make.crop.area, make.colour.strength, make.colour.group) == ((0.4, 0.5), 0.5, 3)
+    assert (make.seed, make.share, make.patch_size) == (7, 0.5, 8)
+    assert run.optimizer.param_groups[0]["weight_decay"] == 0.2
+
+
+def test_a_share_of_0_builds_no_ser_module(tiny: TrainConfig) -> None:
+    run, record = first_step(change(tiny, {"views.share": 0.0}))
+    assert run.ser is None
+    assert "ser" not in record
+    assert record["loss"] == record["invariance"]
+    assert not any(name.startswith("ser.") for name in run.module.state_dict())
+
+
+def test_lambda_0_leaves_the_model_as_it_would_be_without_ser(tiny: TrainConfig) -> None:
+    def trained(name: str, options: dict[str, Any]) -> dict[str, Tensor]:
+        out = train(change(replace(tiny, out=tiny.out / name), {"optim.steps": 3} | options))
+        return final_state(out)["model"]
+
+    def of(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+        return {name: value for name, value in state.items() if name.startswith(part)}
+
+    zero = trained("0", {"ser.weight": 0.0})
+    wider = trained("wider", {"ser.weight": 0.0, "ser.hidden_dim": 64, "ser.out_dim": 24})
+    one = trained("1", {"ser.weight": 1.0})
+    assert_same_bits(of(zero, "objective."), of(wider, "objective."))
+    assert len(of(zero, "ser.")) == 4
+    for name, value in of(one, "objective.encoder.blocks.0.").items():
+        assert not torch.equal(value, zero[name]), name
+    # Its projector learns all the same.
+    assert read_log(tiny.out / "0")[0]["ser"] == read_log(tiny.out / "1")[0]["ser"]
+    untrained = _Run(change(tiny, {"ser.weight": 0.0}), CPU).module.state_dict()
+    assert not torch.equal(zero["ser.projector.0.weight"], untrained["ser.projector.0.weight"])
+
+
+def test_steps_lower_both_losses(tiny: TrainConfig) -> None:
+    run = _Run(change(tiny, {"optim.steps": 20, "optim.lr": 0.1, "optim.warmup": 0.0}), CPU)
+    _, batch = next(run._batches())
+    records = [run._step(step, 0, batch.images, batch.indices) for step in range(20)]
+    for part in ("invariance", "ser"):
+        assert records[-1][part] < 0.7 * records[0][part]
+
+
+def test_momentum_keys_are_the_targets(tiny: TrainConfig) -> None:
+    """Before the first step both encoders are the same: so is the loss, but not the gradient."""
+    own, record = first_step(change(tiny, {"ser.negatives": "other", "optim.clip_grad": 0.0}))
+    run, record_with_keys = first_step(change(tiny, {"ser.momentum_keys": True, "optim.clip_grad": 0.0}))
+    assert record_with_keys["ser"] == pytest.approx(record["ser"], rel=1e-5)
+    assert record_with_keys["invariance"] == record["invariance"]
+    assert not gradients(run.objective.momentum_encoder)
+    for name, grad in gradients(run.ser).items():
+        assert not torch.allclose(grad, gradients(own.ser)[name], rtol=1e-2), name
+
+
+def test_checkpointed_blocks_give_the_same_gradient(tiny: TrainConfig) -> None:
+    plain, record = first_step(tiny)
+    checkpointed, same_record = first_step(change(tiny, {"model.grad_checkpointing": True}))
+    assert checkpointed.objective.encoder._timm.grad_checkpointing
+    assert same_record == pytest.approx(record, rel=1e-6)
+    torch.testing.assert_close(gradients(checkpointed.module), gradients(plain.module))
+
+
+def test_bf16_rounds_the_activations_and_no_parameter(tiny: TrainConfig) -> None:
+    _, exact = first_step(change(tiny, {"amp": "off"}))
+    run, rounded = first_step(change(tiny, {"amp": "bf16"}))
+    for part in ("invariance", "ser"):
+        assert rounded[part] == pytest.approx(exact[part], rel=0.05)
+        assert rounded[part] != exact[part]
+    assert {p.dtype for p in run.module.parameters()} == {torch.float32}
+    assert not _Run(tiny, CPU).amp  # "auto" is for GPUs
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.0])
+def test_gradients_are_clipped_for_model_and_projector_each(tiny: TrainConfig, clip: float) -> None:
+    run, record = first_step(change(tiny, {"optim.clip_grad": clip}))
+    assert record["grad_norm"] > 0.1
+    assert norm(run.objective) == pytest.approx(clip or record["grad_norm"], rel=1e-4)
+    if clip:
+        assert norm(run.ser) == pytest.approx(clip, rel=1e-4)
+
+
+def test_accumulated_parts_are_averaged(tiny: TrainConfig) -> None:
+    whole, record = first_step(change(tiny, {"optim.clip_grad": 0.0}))
+    twice = change(tiny, {"optim.clip_grad": 0.0, "optim.batch_size": 16, "optim.accumulate": 2})
+    run, record_twice = first_step(twice, times=2)
+    for name in ("loss", "invariance", "ser", "grad_norm"):
+        assert record_twice[name] == pytest.approx(record[name], rel=1e-6)
+    torch.testing.assert_close(gradients(run.module), gradients(whole.module), rtol=1e-6, atol=1e-8)
+    assert run.part == 8
+
+
+@pytest.mark.parametrize("poisoned", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, poisoned: str) -> None:
+    forward, step = Pretraining.forward, _Run._step
+    seen: dict[str, Any] = {"steps": 0}
+
+    def poison(self: Pretraining, views: Any) -> dict[str, Tensor]:
+        record = forward(self, views)
+        if seen["steps"] == 3:
+            zero = 0 * self.objective.encoder.cls_token.sum()
+            # The root of 0 is finite, its derivative isn't.
+            record["loss"] = record["loss"] + (zero / 0 if poisoned == "loss" else zero.sqrt())
+        return record
+
+    def watched(self: _Run, number: int, epoch: int, images: Tensor, indices: Tensor) -> dict[str, float]:
+        parameters = {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+        seen.update(run=self, parameters=parameters, indices=indices.tolist(), steps=seen["steps"] + 1)
+        return step(self, number, epoch, images, indices)
+
+    monkeypatch.setattr(Pretraining, "forward", poison)
+    monkeypatch.setattr(_Run, "_step", watched)
+    with pytest.raises(NonFiniteLossError) as error:
+        train(change(tiny, {"optim.steps": 4, "save_every": 2}))
+    message = str(error.value)
+    assert "step 3 (epoch 0)" in message
+    assert f"indices {seen['indices']}" in message
+    assert str(tiny.out / "checkpoints/step_00000002.pt") in message
+    assert "nan" in message
+    for name, parameter in seen["parameters"].items():
+        assert torch.equal(seen["run"].module.get_parameter(name), parameter)
+    assert [line["step"] for line in read_log(tiny.out)] == [1, 2]
+    assert [path.name for path in list_checkpoints(tiny.out)] == ["step_00000002.pt"]
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, data: str) -> TrainConfig:
+    """The config of a run of 20 steps that nothing interrupted."""
+    config = tiny_config(tmp_path_factory.mktemp("straight") / "run", data)
+    config = change(config, {"optim.steps": 20, "save_every": 10, "model.drop_path_rate": 0.1, "ser.max_tokens": 50})
+    assert train(config) == config.out
+    return config
+
+
+def test_the_log_has_a_line_for_each_step(straight: TrainConfig) -> None:
+    log = read_log(straight.out)
+    assert [line["step"] for line in log] == list(range(1, 21))
+    assert [line["epoch"] for line in log] == [step // 3 for step in range(20)]
+    keys = ("loss", "invariance", "ser", "lr", "grad_norm", "images_per_s", "peak_memory_mib")
+    assert all(line.keys() == {"step", "epoch", *keys} for line in log)
+    assert all(math.isfinite(value) and value > 0 for line in log for value in (line[key] for key in keys))
+    assert 50 < log[-1]["peak_memory_mib"] < 50_000
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine(straight: TrainConfig) -> None:
+    peak, warmup, steps = 0.02 * 8 / 256, 5, 20
+    expected = [
+        peak * step / warmup
+        if step <= warmup
+        else peak * (1 + math.cos(math.pi * (step - warmup) / (steps + 1 - warmup))) / 2
+        for step in range(1, steps + 1)
+    ]
+    rates = [line["lr"] for line in read_log(straight.out)]
+    assert rates == pytest.approx(expected)
+    assert max(rates) == pytest.approx(peak)
+    assert rates[-1] < 0.02 * peak
+
+
+def test_tensorboard_has_what_the_log_has(straight: TrainConfig) -> None:
+    events = EventAccumulator(str(straight.out / "tensorboard")).Reload()
+    log = read_log(straight.out)
+    assert set(events.Tags()["scalars"]) == set(log[0]) - {"step", "epoch"}
+    for name in events.Tags()["scalars"]:
+        scalars = events.Scalars(name)
+        assert [scalar.step for scalar in scalars] == list(range(1, 21))
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in log], rel=1e-5)
+
+
+def test_the_folder_says_how_the_run_was_made(straight: TrainConfig) -> None:
+    assert from_json(json.loads((straight.out / "config.json").read_text())) == straight
+    environment = json.loads((straight.out / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["packages"]["torch"])
+    assert {"torch", "torchvision", "timm", "numpy"} <= environment["packages"].keys()
+    assert environment["git"] is None or len(environment["git"]) >= 7
+    assert (environment["world_size"], environment["threads"]) == (1, 1)
+    assert environment["command"] == sys.argv
+
+
+def test_the_encoder_is_written_and_frozen_parts_stayed(straight: TrainConfig) -> None:
+    encoder = load_file(straight.out / ENCODER)
+    model = final_state(straight.out)["model"]
+    initial = _Run(replace(straight, out=straight.out / "new"), CPU).module.state_dict()
+    for name, value in encoder.items():
+        name = f"objective.encoder.{name}"
+        assert torch.equal(value, model[name])
+        frozen = "pos_embed" in name or "patch_embed" in name
+        assert torch.equal(value, initial[name]) == frozen, name
+    slow = "objective.momentum_encoder.blocks.0.attn.qkv.weight"
+    assert not torch.equal(model[slow], initial[slow])
+
+
+def test_a_finished_run_is_not_repeated(straight: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = losses(straight.out)
+    monkeypatch.setattr(_Run, "_step", None)
+    assert train(replace(straight, resume="auto")) == straight.out
+    assert losses(straight.out) == before
+
+
+def test_epochs_count_where_steps_are_not_given(tiny: TrainConfig) -> None:
+    out = train(change(tiny, {"optim.steps": None, "optim.epochs": 2, "views.share": 0.0}))
+    assert [line["epoch"] for line in read_log(out)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_runs_differ_by_their_seed_alone(tiny: TrainConfig) -> None:
+    same = [first_step(replace(tiny, out=tiny.out / name))[1] for name in "ab"]
+    assert same[0] == same[1]
+    assert first_step(replace(tiny, seed=1))[1] != same[0]
+
+
+def test_unreadable_files_are_named(tiny: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for number, path in enumerate(sorted(Path(tiny.data.removeprefix("folder:")).iterdir())):
+        (broken / path.name).write_bytes(b"" if number in (3, 4) else path.read_bytes())
+    out = train(change(tiny, {"data": f"folder:{broken}", "optim.steps": 3, "views.share": 0.0}))
+    shown = "".join(capsys.readouterr().out.split())  # the console wraps lines
+    assert "skippedunreadablefile" in shown
+    assert all(f"{number:02}.png" in shown for number in (3, 4))
+    assert "(2inall)" in shown
+    assert len(read_log(out)) == 3
+
+
+# ---------------------------------------------------------------- interrupted and continued
+
+
+KILLED = """
+import json, os, signal, sys
+from ser_fast.training.config import from_json
+from ser_fast.training.trainer import _Run, train
+
+step = _Run._step
+
+def killed(self, number, *batch):
+    if number == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, *batch)
+
+_Run._step = killed
+train(from_json(json.loads(sys.argv[1])))
+"""
+
+
+def assert_same_run(out: Path, straight: TrainConfig) -> None:
+    one, other = final_state(out), final_state(straight.out)
+    for part in ("step", "model", "optimizer"):
+        assert_same_bits(one[part], other[part])
+    assert losses(out) == losses(straight.out)
+    assert_same_bits(load_file(out / ENCODER), load_file(straight.out / ENCODER))
+
+
+def test_a_killed_run_continues_bit_for_bit(straight: TrainConfig, tmp_path: Path) -> None:
+    config = replace(straight, out=tmp_path / "run")
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(to_json(config))], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert [path.name for path in list_checkpoints(config.out)] == ["step_00000010.pt"]
+    assert [line["step"] for line in read_log(config.out)] == list(range(1, 14))
+    with (config.out / "log.jsonl").open("a") as log:
+        log.write('{"step": 14, "epo')  # as if it had died while it wrote
+    train(replace(config, resume="auto"))
+    assert_same_run(config.out, straight)
+    events = EventAccumulator(str(config.out / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == list(range(1, 21))
+
+
+def test_a_stopped_run_continues_bit_for_bit(
+    straight: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = _Run._step
+    signals = {4: signal.SIGTERM, 12: signal.SIGINT}
+
+    def interrupted(self: _Run, number: int, *batch: Any) -> dict[str, float]:
+        if number in signals:
+            os.kill(os.getpid(), signals[number])
+        return step(self, number, *batch)
+
+    monkeypatch.setattr(_Run, "_step", interrupted)
+    config = replace(straight, out=tmp_path / "run", resume="auto")
+    handlers = [signal.getsignal(number) for number in signals.values()]
+    for last, number in signals.items():
+        with pytest.raises(SystemExit) as stopped:
+            train(config)
+        assert stopped.value.code == 128 + number
+        assert final_state(config.out)["step"] == last + 1
+        assert [line["step"] for line in read_log(config.out)] == list(range(1, last + 2))
+    train(config)
+    assert_same_run(config.out, straight)
+    assert [signal.getsignal(number) for number in signals.values()] == handlers
+
+
+def test_a_run_continues_from_a_checkpoint_by_path(straight: TrainConfig, tmp_path: Path) -> None:
+    first = list_checkpoints(straight.out)[0]
+    out = train(replace(straight, out=tmp_path / "run", resume=str(first)))
+    assert [line["step"] for line in read_log(out)] == list(range(11, 21))
+    assert_same_bits(final_state(out)["model"], final_state(straight.out)["model"])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"optim.lr": 1e-3}, "another optim.lr$"),
+        ({"ser.weight": 0.5, "seed": 3}, "another ser.weight, seed$"),
+        ({"views.crop_area": (0.3, 1.0)}, "another views.crop_area$"),
+    ],
+    ids=str,
+)
+def test_a_run_does_not_continue_with_other_options(straight: TrainConfig, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        train(change(replace(straight, resume="auto"), options))
+
+
+def test_a_run_is_not_overwritten(straight: TrainConfig) -> None:
+    with pytest.raises(ValueError, match=f"out: {straight.out} already holds a run"):
+        train(straight)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no file"),
+        (b"", "can't be read as a checkpoint"),
+        (b"\x80\x02 nonsense", "can't be read as a checkpoint"),
+        ([1, 2], "is no checkpoint of this trainer"),
+        ({"step": 1, "model": {}}, "is no checkpoint of this trainer"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_is_none_is_refused(tiny: TrainConfig, tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / "other.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"resume: {path} {message}"):
+        train(replace(tiny, resume=str(path)))
+    assert not tiny.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim.batch_size": 7, "optim.accumulate": 2}, "optim.batch_size: 7 is no multiple of 1 ranks x optim.acc"),
+        ({"optim.batch_size": 25}, "batch_size=25 exceeds the 24 images"),
+        ({"optim.accumulate": 0}, "optim.accumulate: got 0"),
+        ({"optim.steps": 0}, "optim.steps, optim.epochs: give at least one step"),
+        ({"optim.warmup": 1.5}, "optim.warmup: got 1.5"),
+        ({"views.share": 0.01}, "views.share: 0.01 of 8 images is not one image"),
+        ({"views.share": 1.5}, "share: got 1.5"),
+        ({"views.colour_group": 0}, "colour group: got 0"),
+        ({"save_every": 0}, "save_every: got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints: got 0"),
+        ({"data": "photographs"}, "data must be 'photos'"),
+        ({"model.name": "resnet18"}, "model: 'resnet18' is not supported"),
+        ({"model.split": 4}, "split: .* can be split at 0 to 3 blocks, got 4"),
+        ({"ser.temperature": 0.0}, "temperature: got 0.0"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_named(tiny: TrainConfig, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(change(tiny, options))
+    assert not tiny.out.exists()
+
+
+# ---------------------------------------------------------------- checkpoints and configs
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"step": step, "config": {}, "model": {"weight": torch.full((3,), step)}, "optimizer": {}}
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["the same file", "a new one"])
+def test_a_write_that_fails_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    path = save_checkpoint(tmp_path, state(1), keep=1)
+
+    def full_disk(state: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            save_checkpoint(tmp_path, state(step), keep=1)
+    assert list_checkpoints(tmp_path) == [path]
+    assert torch.equal(load_checkpoint(path, CPU)["model"]["weight"], torch.full((3,), 1))
+    # The next attempt replaces what the failed one left.
+    assert [save_checkpoint(tmp_path, state(step), keep=1)] == list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (9, 10, 99, 100):
+        save_checkpoint(tmp_path, state(step), keep=3)
+    assert [load_checkpoint(path, CPU)["step"] for path in list_checkpoints(tmp_path)] == [10, 99, 100]
+
+
+def test_a_failed_save_ends_the_run_at_the_checkpoint_before(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = change(tiny, {"optim.steps": 3, "save_every": 1, "keep_checkpoints": 1, "views.share": 0.0})
+    save, saved = torch.save, []
+
+    def fails_at_2(state: Any, path: Path) -> None:
+        saved.append(state["step"])
+        if state["step"] == 2:
+            raise OSError("no space left on device")
+        save(state, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", fails_at_2)
+        with pytest.raises(OSError, match="no space"):
+            train(config)
+    assert saved == [1, 2]
+    train(replace(config, resume="auto"))
+    assert [line["step"] for line in read_log(tiny.out)] == [1, 2, 3]
+
+
+OTHER = TrainConfig(
+    out=Path("somewhere/else"),
+    model=ModelConfig("deit3_small_patch16_224", split=2, image_size=64, patch_size=4, drop_path_rate=0.1),
+    views=ViewsConfig(sampler="crop", share=0.3, crop_area=(0.1, 0.9)),
+    ser=SERConfig(preset="released", temperature=0.2, both_directions=False, max_tokens=10),
+    optim=OptimConfig(steps=5, clip_grad=1.0),
+    amp="bf16",
+)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), OTHER], ids=["defaults", "others"])
+def test_a_config_survives_json(config: TrainConfig) -> None:
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_all_that_changes_numbers_is_a_difference() -> None:
+    base, other = to_json(TrainConfig()), asdict(OTHER)
+    assert differences(base, base) == []
+    named = set(differences(to_json(OTHER), base))
+    assert named >= {"model.name", "model.patch_size", "views.sampler", "views.crop_area", "ser.both_directions", "amp"}
+    assert "out" not in named
+    del other["ser"]["max_tokens"]  # a checkpoint from before there was such an option
+    assert "ser.max_tokens" in differences(to_json(OTHER), other)
+
+
+# ---------------------------------------------------------------- two processes
+
+
+RANKS = """
+import os, signal, sys, time
+import torch
+from ser_fast.cli import main
+from ser_fast.training import trainer
+from ser_fast.views import MakeViews
+
+rank, folder, told_to_stop = os.environ["RANK"], sys.argv.pop(1), sys.argv.pop(1)
+torch.set_num_threads(1)
+make, look, made = MakeViews.__call__, trainer.list_checkpoints, []
+
+def recorded(self, images, samples, epoch):
+    views = make(self, images, samples, epoch)
+    made.append({"samples": samples, "g": views.g0.linear, "size": views.g0.size_out, "image": views.images[0][0][0]})
+    torch.save(made, f"{folder}/{rank}.pt")
+    if told_to_stop == rank and len(made) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return views
+
+def late(out):
+    time.sleep(float(rank))
+    return look(out)
+
+MakeViews.__call__ = recorded
+trainer.list_checkpoints = late
+main()
+"""
+
+
+def torchrun(folder: Path, config: TrainConfig, told_to_stop: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "ranks.py"
+    script.write_text(RANKS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    options = [
+        f"--{part}.{name.replace('_', '-')}={value}"
+        for part in ("model", "views", "ser", "moco", "optim")
+        for name, value in asdict(getattr(config, part)).items()
+        if value is not None and not isinstance(value, bool | tuple)
+    ]
+    options += [f"--out={config.out}", f"--data={config.data}", "--device=cpu", "--workers=0"]
+    return subprocess.run(
+        [*launch, str(folder), told_to_stop, "train", *options], env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(("told_to_stop", "steps"), [("none", 2), ("1", 5)])
+def test_two_processes_train_one_model(tiny: TrainConfig, tmp_path: Path, told_to_stop: str, steps: int) -> None:
+    config = change(tiny, {"optim.steps": steps})
+    done = torchrun(tmp_path, config, told_to_stop)
+    assert (done.returncode == 0) == (told_to_stop == "none"), done.stderr
+    # Whichever rank is told to stop, both leave after the same step, and there is a checkpoint of it.
+    assert [line["step"] for line in read_log(config.out)] == [1, 2]
+    assert final_state(config.out)["step"] == 2
+    assert json.loads((config.out / "environment.json").read_text())["world_size"] == 2
+    assert not any(name.startswith("module.") for name in final_state(config.out)["model"])
+
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert [len(made) for made in ranks] == [2, 2]
+    for zero, one in zip(*ranks, strict=True):
+        assert len(zero["samples"]) == len(one["samples"]) == 4
+        assert not set(zero["samples"].tolist()) & set(one["samples"].tolist())
+        assert zero["size"] != one["size"] or not torch.equal(zero["g"], one["g"])
+    alone = _Run(replace(config, out=tmp_path / "alone"), CPU)
+    together = [batch for _, (_, batch) in zip(range(2), alone._batches(), strict=False)]
+    for number, batch in enumerate(together):
+        assert torch.equal(torch.cat([made[number]["samples"] for made in ranks]), batch.indices)
