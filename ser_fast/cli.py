@@ -144,7 +144,9 @@ def _open(
         config = json.loads((weights.parent / "config.json").read_text())
     out = weights.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
-    return model, data or config.get("data", "photos"), image_size or model.image_size[0], out, device
+    if image_size is None:
+        image_size = model.image_size[0]
+    return model, data or config.get("data", "photos"), image_size, out, device
 
 
 def main() -> None:

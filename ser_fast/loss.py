@@ -38,7 +38,8 @@ class SERLoss(nn.Module):
         hidden_dim, out_dim: widths of the projector.
         interpolation, padding, antialias: of the resampling; see `group_action`.
         max_tokens: use at most this many token pairs of the batch (of this rank), drawn anew at every call from torch's
-            generator of the tokens' device. None uses all of them.
+            generator of the tokens' device, also among those that a partial map leaves without a partner. None uses
+            all of them.
         gather: contrast with the tokens of all ranks; see `ser_fast.distributed`. Averaged over the ranks as
             DistributedDataParallel averages gradients, N ranks give what one rank gives on the whole batch.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -82,8 +83,8 @@ class SERLoss(nn.Module):
         _one_of("negatives", self.negatives, ("both", "other"))
         _one_of("interpolation", interpolation, INTERPOLATIONS)
         _one_of("padding", padding, PADDINGS)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: got {temperature}, takes a positive number")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: got {temperature}, takes a finite positive number")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens: got {max_tokens}, takes None or a positive number")
         self.interpolation, self.padding, self.antialias = interpolation, padding, antialias
@@ -133,21 +134,26 @@ class SERLoss(nn.Module):
             raise ValueError(f"tokens1: got {len(tokens1)} samples, tokens0 has {len(tokens0)}")
         if g0.size_in != g1.size_in:
             raise ValueError(f"g1: got a map of images of {g1.size_in}, takes those of g0, {g0.size_in}")
-        z0, z1 = self._project(tokens0), self._project(tokens1)
-        k0, k1 = z0, z1
-        if keys0 is not None and keys1 is not None:
-            for name, keys, tokens in (("keys0", keys0, tokens0), ("keys1", keys1, tokens1)):
-                if keys.shape != tokens.shape:
-                    raise ValueError(f"{name}: got shape {tuple(keys.shape)}, its view's tokens {tuple(tokens.shape)}")
-            with torch.no_grad():
-                k0, k1 = self._project(keys0), self._project(keys1)
+        for name, keys, tokens in (("keys0", keys0, tokens0), ("keys1", keys1, tokens1)):
+            if keys is not None and keys.shape != tokens.shape:
+                raise ValueError(f"{name}: got shape {tuple(keys.shape)}, its view's tokens {tuple(tokens.shape)}")
 
-        detached = keys0 is not None
         g = LatticeMap.relative(g0, g1).on(lattice0, lattice1)
-        loss = self._contrast(k0, z1, g, detached)
-        if self.both_directions:
-            loss = (loss + self._contrast(k1, z0, g.inverse(), detached)) / 2
+        z1 = self._project(tokens1)
+        if keys0 is None or keys1 is None:
+            z0 = self._project(tokens0)
+            loss = self._contrast(z0, z1, g, detached=False)
+            back = (z1, z0) if self.both_directions else None
+        else:
+            loss = self._contrast(self._project_keys(keys0), z1, g, detached=True)
+            back = (self._project_keys(keys1), self._project(tokens0)) if self.both_directions else None
+        if back is not None:
+            loss = (loss + self._contrast(*back, g.inverse(), detached=keys0 is not None)) / 2
         return loss
+
+    @torch.no_grad()
+    def _project_keys(self, keys: Tensor) -> Tensor:
+        return self._project(keys)
 
     def _project(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) or (B, N, C) -> (B, N, D)
         return self.projector(self.norm(tokens)).flatten(1, -2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ser_fast.ops.backends import BACKENDS, reason_not
@@ -20,11 +21,6 @@ GOLDEN = Path(__file__).parent / "golden"
 LOSSES = {"nt_xent": nt_xent, "info_nce": info_nce}
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(params=[name for name in BACKENDS if reason_not(name, "cpu") is None])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(params=LOSSES.values(), ids=LOSSES)
@@ -531,7 +527,7 @@ def test_compiles_in_one_graph(setting: Any, autocast: bool, backend: str) -> No
             return function(x * 2, y * 2, temperature=0.2, backend=backend, **options) * 3
 
     torch.compiler.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=graphs)
     for repeats in (1, 2, 3, 4):  # the number of rows changes from step to step
         views = [z.float().repeat(repeats, 1) + rows(repeats * len(z), seed=repeats, dtype=f32) for z in (x, y)]

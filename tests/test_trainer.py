@@ -225,6 +225,12 @@ def test_every_sampler_gives_both_losses(tiny: TrainConfig, sampler: str) -> Non
     assert norm(run.ser) > 0
 
 
+def test_a_model_with_rotary_positions_trains(tiny: TrainConfig) -> None:
+    run, record = first_step(change(tiny, {"model.name": "vit_small_patch16_dinov3", "model.num_heads": 2}))
+    assert math.isfinite(record["loss"])
+    assert len(gradients(run.objective.encoder.blocks[0])) == len(list(run.objective.encoder.blocks[0].parameters()))
+
+
 def test_lambda_weights_the_ser_loss(tiny: TrainConfig) -> None:
     _, record = first_step(change(tiny, {"ser.weight": 0.3}))
     assert record["loss"] == pytest.approx(record["invariance"] + 0.3 * record["ser"], rel=1e-6)
@@ -289,7 +295,7 @@ def test_steps_lower_both_losses(tiny: TrainConfig) -> None:
     _, batch = next(run._batches())
     records = [run._step(step, 0, batch.images, batch.indices) for step in range(20)]
     for part in ("invariance", "ser"):
-        assert records[-1][part] < 0.7 * records[0][part]
+        assert records[-1][part] < 0.85 * records[0][part]
 
 
 def test_momentum_keys_are_the_targets(tiny: TrainConfig) -> None:
@@ -471,6 +477,13 @@ def test_unreadable_files_are_named(tiny: TrainConfig, tmp_path: Path, capsys: p
     assert all(f"{number:02}.png" in shown for number in (3, 4))
     assert "(2inall)" in shown
     assert len(read_log(out)) == 3
+
+
+def test_a_run_that_failed_in_its_first_step_is_started_again(tiny: TrainConfig) -> None:
+    with pytest.raises(ValueError, match=r"images: expected .* multiples of the patch size \(8, 8\), got .* 30, 30"):
+        train(change(tiny, {"model.image_size": 30}))
+    train(tiny)
+    assert len(read_log(tiny.out)) == 2
 
 
 # ---------------------------------------------------------------- interrupted and continued

@@ -42,8 +42,8 @@ class MoCoV3(nn.Module):
     """The MoCo-v3 objective on a SplitViT.
 
     Args:
-        encoder: the model to pretrain. Its patch embedding is frozen and its positions are fixed sin-cos, as the
-            paper does for stability.
+        encoder: the model to pretrain. Its patch embedding is frozen and its absolute positions, where it has them,
+            are fixed sin-cos, as the paper does for stability.
         dim: width of the embeddings that are contrasted.
         mlp_dim: hidden width of projector and predictor.
         temperature: of the contrast.
@@ -63,7 +63,8 @@ class MoCoV3(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature, self.momentum = temperature, momentum
-        encoder.fix_sincos_positions()
+        if getattr(encoder, "pos_embed", None) is not None:
+            encoder.fix_sincos_positions()
         encoder.patch_embed.requires_grad_(False)
         self.encoder = encoder
         self.projector = _mlp([encoder.embed_dim, mlp_dim, mlp_dim, dim])

@@ -200,9 +200,9 @@ class _Run:
     def _resume(self) -> int:
         """Load a checkpoint if asked to; returns the number of steps done."""
         config = self.config
-        found = list_checkpoints(config.out)
+        found, log = list_checkpoints(config.out), config.out / LOG
         if config.resume == "none":
-            if found or (config.out / LOG).exists():
+            if found or (log.exists() and log.stat().st_size):  # empty: it failed in its first step
                 raise ValueError(
                     f"out: {config.out} already holds a run; continue it with resume='auto', or name another"
                 )
