@@ -202,7 +202,7 @@ class _Run:
         config = self.config
         found, log = list_checkpoints(config.out), config.out / LOG
         if config.resume == "none":
-            if found or (log.exists() and log.stat().st_size):  # empty: it failed in its first step
+            if found or (log.exists() and log.stat().st_size):  # empty: no step was done
                 raise ValueError(
                     f"out: {config.out} already holds a run; continue it with resume='auto', or name another"
                 )
@@ -253,8 +253,6 @@ class _Run:
 
     def train(self) -> Path:
         config = self.config
-        if world_size() > 1:
-            dist.barrier()  # no rank still looks for an earlier run when the folder is made
         log, board = self._open_folder() if self.main else (None, None)
         progress = Progress(
             TextColumn("{task.description}"),
@@ -288,7 +286,6 @@ class _Run:
                         progress.console.print(f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)")
                     reported = len(skipped)
                     if step % config.save_every == 0 or step == self.steps or stopped:
-                        board.flush()  # as far as the log, whatever becomes of this process
                         self._save(step)
                 parts = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", "ser") if name in record)
                 progress.update(task, completed=step, description=f"{config.out.name}  {parts}")
