@@ -19,9 +19,9 @@ from ser_fast.evaluation.features import embed, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
 from ser_fast.ops.backends import BACKENDS, reason_not
 from ser_fast.training.checkpoint import find_encoder
-from ser_fast.training.config import TrainConfig
+from ser_fast.training.config import TrainConfig, from_json
 from ser_fast.training.data import make_loader, open_dataset
-from ser_fast.training.trainer import NonFiniteLossError
+from ser_fast.training.trainer import NonFiniteLossError, choose_device
 from ser_fast.training.trainer import train as run_training
 from ser_fast.vit import SplitViT, load_split_vit
 
@@ -49,9 +49,9 @@ def equivariance(
         out: folder for equivariance.csv and equivariance.png; default the checkpoint's.
         device: "auto", "cpu" or "cuda".
     """
-    model, data, image_size, out, device = _open(checkpoint, data, image_size, out, device)
+    model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
     held_out = open_dataset(data, train=False, image_size=image_size)
-    pictures = spread_images(held_out, images).to(device)
+    pictures = spread_images(held_out, images).to(where)
     records = {
         name: scores.equivariance_errors(of, pictures, progress=True)
         for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items()
@@ -86,7 +86,7 @@ def knn(
         workers: processes that load images.
         device: "auto", "cpu" or "cuda".
     """
-    model, data, image_size, out, device = _open(checkpoint, data, image_size, out, device)
+    model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
     loaders = [
         make_loader(
             open_dataset(data, train=train, image_size=image_size),
@@ -98,7 +98,7 @@ def knn(
     ]
     accuracy: dict[str, dict[int, float]] = {}
     for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items():
-        known, held_out = (embed(of, loader, device, progress=True) for loader in loaders)
+        known, held_out = (embed(of, loader, where, progress=True) for loader in loaders)
         accuracy[name] = knn_accuracy(*known, *held_out, k=k, temperature=temperature)
 
     table = Table(title=f"kNN top-1 on held-out images of {data}")
@@ -133,20 +133,19 @@ def doctor() -> None:
 
 def _open(
     checkpoint: Path, data: str | None, image_size: int | None, out: Path | None, device: str
-) -> tuple[SplitViT, str, int, Path, str]:
+) -> tuple[SplitViT, str, int, Path, torch.device]:
     """The encoder on its device, and what an evaluation takes from the run where it isn't told."""
     weights = find_encoder(checkpoint)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_split_vit(weights).to(device)
-    config: dict[str, Any] = {}
-    if (weights.parent / "config.json").is_file():
-        config = json.loads((weights.parent / "config.json").read_text())
+    chosen = choose_device(device)
+    model = load_split_vit(weights).to(chosen)
+    config = weights.parent / "config.json"
+    if data is None:
+        data = from_json(json.loads(config.read_text())).data if config.is_file() else "photos"
     out = weights.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     if image_size is None:
         image_size = model.image_size[0]
-    return model, data or config.get("data", "photos"), image_size, out, device
+    return model, data, image_size, out, chosen
 
 
 def main() -> None:

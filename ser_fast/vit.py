@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import checkpoint, is_model_in_modules
@@ -293,10 +293,13 @@ def load_split_vit(path: str | Path) -> SplitViT:
     """Rebuild the SplitViT that save_split_vit wrote to path, on the CPU, in training mode as any new module.
 
     Raises:
-        ValueError: if the file does not say how to rebuild a SplitViT, as plain timm weights do not.
+        ValueError: if the file is damaged, or does not say how to rebuild a SplitViT, as plain timm weights do not.
     """
-    with safe_open(path, framework="pt") as file:
-        recipe = (file.metadata() or {}).get(METADATA_KEY)
+    try:
+        with safe_open(path, framework="pt") as file:
+            recipe = (file.metadata() or {}).get(METADATA_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"path: {path} can't be read as safetensors: {error}") from error
     if recipe is None:
         raise ValueError(
             f"path: {path} has no {METADATA_KEY!r} metadata, so the split is not known; build SplitViT(name, split) "

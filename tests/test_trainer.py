@@ -259,7 +259,7 @@ def test_options_of_the_config_reach_their_modules(tiny: TrainConfig) -> None:
     assert (ser.interpolation, ser.padding, ser.gather) == ("lanczos3", "zeros", True)
     assert (moco.temperature, moco.momentum) == (0.5, 0.8)
     assert make.sampler == make.crop
-    assert moco.encoder.blocks[-1].drop_path1.drop_prob == 0.2
+    assert moco.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
     assert (make.crop.area, make.colour.strength, make.colour.group) == ((0.4, 0.5), 0.5, 3)
     assert (make.seed, make.share, make.patch_size) == (7, 0.5, 8)
     assert run.optimizer.param_groups[0]["weight_decay"] == 0.2
@@ -616,7 +616,9 @@ def test_a_checkpoint_that_is_none_is_refused(tiny: TrainConfig, tmp_path: Path,
         ({"optim.accumulate": 0}, "optim.accumulate: got 0"),
         ({"optim.steps": 0}, "optim.steps, optim.epochs: give at least one step"),
         ({"optim.warmup": 1.5}, "optim.warmup: got 1.5"),
-        ({"views.share": 0.01}, "views.share: 0.01 of 8 images is not one image"),
+        ({"views.share": 0.01}, "views.share: 0.01 of 8 images is 0; SER contrasts two or more"),
+        ({"views.share": 0.125}, "views.share: 0.125 of 8 images is 1; SER contrasts two or more"),
+        ({"device": "gpu"}, "device: got 'gpu'"),
         ({"views.share": 1.5}, "share: got 1.5"),
         ({"views.colour_group": 0}, "colour group: got 0"),
         ({"save_every": 0}, "save_every: got 0"),

@@ -92,20 +92,33 @@ def train(config: TrainConfig) -> Path:
         return _Run(config, device).train()
 
 
-@contextmanager
-def _process_group(device: str) -> Iterator[torch.device]:
-    """The device of this process, in torchrun's process group if there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "RANK" not in os.environ:
-        yield torch.device(device)
-        return
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+def choose_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" names.
+
+    Raises:
+        ValueError: it isn't there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        yield torch.device(device)
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such name, or torch without that device
+        raise ValueError(f"device: got {name!r}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _process_group(name: str) -> Iterator[torch.device]:
+    """The device of this process, in torchrun's process group if there is one."""
+    if "RANK" not in os.environ:
+        yield choose_device(name)
+        return
+    device = choose_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
     finally:
         dist.destroy_process_group()
 
@@ -143,8 +156,11 @@ class _Run:
                 f"optim.accumulate {optim.accumulate}"
             )
         self.part = optim.batch_size // (world_size() * optim.accumulate)  # images a forward pass
-        if config.views.share > 0 and round(config.views.share * self.part) == 0:
-            raise ValueError(f"views.share: {config.views.share} of {self.part} images is not one image")
+        contrasted = round(config.views.share * self.part) * (world_size() if config.ser.gather else 1)
+        if config.views.share > 0 and contrasted < 2:
+            raise ValueError(
+                f"views.share: {config.views.share} of {self.part} images is {contrasted}; SER contrasts two or more"
+            )
 
         self.loader = self._open_data()
         self.steps = optim.steps if optim.steps is not None else optim.epochs * self.loader.sampler.batches
