@@ -5,11 +5,11 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-# The constraints hold for the editable build too: without build isolation it uses the setuptools installed here.
-.venv/installed: pyproject.toml setup.py constraints.txt
+# The native extension is built against the torch installed here, so without build isolation, and torch comes first.
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel torch
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,bench]'
 	touch $@
 

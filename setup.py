@@ -1,3 +1,29 @@
-from setuptools import find_packages, setup
+"""Packages and the native extension; everything else is in pyproject.toml."""
 
-setup(packages=find_packages(include=["ser_fast", "ser_fast.*"]))
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+
+setup(
+    packages=find_packages(include=["ser_fast", "ser_fast.*"]),
+    ext_modules=[
+        CppExtension(
+            "ser_fast._C",
+            SOURCES,
+            include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
+            # The stable ABI of torch, and py_limited_api that of Python: one wheel serves torch >= 2.10 and Python >= 3.10.
+            extra_compile_args=[
+                "-O3",
+                "-std=c++20",
+                "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            ],
+            py_limited_api=True,
+            optional=True,  # without a compiler the reference backend works; `ser-fast doctor` says what is missing
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -37,7 +37,7 @@ def demo_runs(
         views=ViewsConfig(share=0.5),
         ser=SERConfig(hidden_dim=256, out_dim=128, max_tokens=1024),
         moco=MoCoV3Config(mlp_dim=512),
-        optim=OptimConfig(batch_size=64, steps=steps, lr=4e-3),
+        optim=OptimConfig(batch_size=32, steps=steps, lr=8e-3),
         resume="auto",
         workers=0,
         seed=seed,
@@ -53,7 +53,7 @@ def demo_runs(
 def demo(
     out: Path = Path("runs/demo"),
     data: str = "photos",
-    steps: int = 60,
+    steps: int = 64,
     images: int = 64,
     image_size: int = 64,
     patch_size: int = 8,

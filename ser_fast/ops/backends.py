@@ -4,36 +4,46 @@
 import: what is missing is remembered as the reason that `choose` and `ser-fast doctor` give.
 """
 
+import importlib
 import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-
-def _missing_native() -> str | None:
-    if importlib.util.find_spec("ser_fast._C") is None:
-        return "the native extension ser_fast._C is not part of this installation"
-    return None
-
-
-def _missing_triton() -> str | None:
-    if importlib.util.find_spec("ser_fast.kernels") is None:
-        return "the Triton kernels ser_fast.kernels are not part of this installation"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
-
-
 _DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-_MISSING = {"cpu": _missing_native(), "triton": _missing_triton(), "cuda": _missing_native()}
+
+
+def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """The modules of the backends that are here, and for the others what is missing."""
+    modules = {"reference": importlib.import_module("ser_fast.ops.reference")}
+    missing = {"cuda": "this version has no CUDA kernels", "triton": "this version has no Triton kernels"}
+    if importlib.util.find_spec("ser_fast._C") is None:
+        missing["cpu"] = "the native extension ser_fast._C was not built"
+    else:
+        try:
+            modules["cpu"] = importlib.import_module("ser_fast.ops.native")
+        except (ImportError, OSError) as error:  # built for another torch or Python, or a library is missing
+            missing["cpu"] = f"the native extension ser_fast._C does not load: {error}"
+    return modules, missing
+
+
+_MODULES, _MISSING = _load()
+
+
+def implementations(name: str) -> dict[str, Callable[..., Any]]:
+    """The function `name` of every backend that is here, by backend."""
+    return {backend: getattr(module, name) for backend, module in _MODULES.items()}
 
 
 def reason_not(backend: str, device: str) -> str | None:
     """Why `backend` can't run on tensors of `device` ("cpu", "cuda", ...); None if it can."""
     if backend == "reference":
         return None
-    if _MISSING[backend] is not None:
+    if backend in _MISSING:
         return _MISSING[backend]
     if _DEVICES[backend] != device:
         return f"it runs on {_DEVICES[backend]} tensors, not on {device}"

@@ -1,6 +1,6 @@
 """`group_action`: carry a map of tokens along a map of the plane."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,13 +8,12 @@ from torch import Tensor
 
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap
-from ser_fast.ops import reference
-from ser_fast.ops.backends import choose
+from ser_fast.ops.backends import choose, implementations
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_FORWARD: dict[str, Callable[..., Tensor]] = {"reference": reference.group_action}
-_TRANSPOSE: dict[str, Callable[..., Tensor]] = {"reference": reference.group_action_transpose}
+_FORWARD = implementations("group_action")
+_TRANSPOSE = implementations("group_action_transpose")
 
 
 @torch.library.custom_op("ser_fast::group_action", mutates_args=())

@@ -5,23 +5,21 @@ reductions are plain PyTorch around them. Optional arguments are made explicit b
 meets one rule: key b is a negative of anchor t where both take part and their images differ.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ser_fast.ops import reference
-from ser_fast.ops.backends import choose
+from ser_fast.ops.backends import choose, implementations
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _REDUCTIONS = ("mean", "sum", "none")
 
-_NT_XENT: dict[str, Callable[..., Tensor]] = {"reference": reference.nt_xent}
-_NT_XENT_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.nt_xent_backward}
-_INFO_NCE: dict[str, Callable[..., Tensor]] = {"reference": reference.info_nce}
-_INFO_NCE_BACKWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.info_nce_backward}
+_NT_XENT = implementations("nt_xent")
+_NT_XENT_BACKWARD = implementations("nt_xent_backward")
+_INFO_NCE = implementations("info_nce")
+_INFO_NCE_BACKWARD = implementations("info_nce_backward")
 
 
 @torch.library.custom_op("ser_fast::nt_xent", mutates_args=())

@@ -1,0 +1,291 @@
+// Runs the kernels without torch, on four threads, against loops over the formulas: what the sanitizers watch.
+// Exits with 1, and says where, if a value is wrong.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/group_action.h"
+#include "cpu/nt_xent.h"
+#include "cpu/resampling.h"
+
+namespace {
+
+using namespace ser_fast;
+using Values = std::vector<double>;
+
+int failures = 0;
+std::mt19937 generator(0);
+
+Values normal(int64_t count) {
+  std::normal_distribution<double> distribution;
+  Values values(count);
+  for (double& value : values) value = distribution(generator);
+  return values;
+}
+
+// The largest error is at most `budget` times the largest expected value; infinities are the same ones.
+void compare(const std::string& what, const Values& actual, const Values& expected, double budget) {
+  double scale = 0;
+  for (double e : expected) scale = std::isfinite(e) ? std::max(scale, std::abs(e)) : scale;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (actual[i] == expected[i] || std::abs(actual[i] - expected[i]) <= budget * scale) continue;
+    std::printf("%s: got %g at %zu, expected %g (largest %g)\n", what.c_str(), actual[i], i, expected[i], scale);
+    ++failures;
+    return;
+  }
+}
+
+void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  constexpr int64_t parts = 4;
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < parts; ++t) {
+    const int64_t begin = count * t / parts, end = count * (t + 1) / parts;
+    if (begin < end) threads.emplace_back(body, begin, end);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// ------------------------------------------------------------------------------------------------ group_action
+
+struct bfloat16 {
+  uint16_t bits;
+  bfloat16() = default;
+  explicit bfloat16(double value) {
+    const float single = static_cast<float>(value);
+    uint32_t wide;
+    std::memcpy(&wide, &single, 4);
+    bits = static_cast<uint16_t>(wide >> 16);
+  }
+  explicit operator double() const {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float single;
+    std::memcpy(&single, &wide, 4);
+    return single;
+  }
+};
+
+constexpr double kMaps[][6] = {
+    // linear by rows, offset
+    {1, 0, 0, 1, 0, 0},                 // copy
+    {0, -1, 1, 0, 0, 0},                // copy, turned
+    {1, 0, 0, 1, 2, -1},                // copy, a whole shift
+    {0.7, 0, 0, 1.6, 0.3, -0.2},        // separable
+    {0, 1.3, -0.6, 0, -1.1, 0.4},       // separable, turned
+    {0.8, -0.5, 0.5, 0.8, 0.1, 0.7},    // general
+    {1, 0, 0, 1, 40, 40},               // far outside
+    {0.8, -0.5, 0.5, 0.8, 0.1, 0.7},    // a map that came before
+};
+constexpr int64_t kBatch = std::size(kMaps);
+
+// W (output tokens, input tokens) of one map.
+Values matrix(const double* map, const Lattices& n, const Resampling& how) {
+  const double size_in[2] = {double(n.height_in), double(n.width_in)};
+  const bool exact = std::all_of(map, map + 4, [](double a) { return a == 0 || std::abs(a) == 1; });
+  Values w;
+  for (int64_t i = 0; i < n.height_out; ++i) {
+    for (int64_t j = 0; j < n.width_out; ++j) {
+      const double v[2] = {i + 0.5 - n.height_out / 2.0, j + 0.5 - n.width_out / 2.0};
+      Values axes[2] = {Values(n.height_in), Values(n.width_in)};
+      for (int axis = 0; axis < 2; ++axis) {
+        const double *linear = map + 2 * axis, step = std::hypot(linear[0], linear[1]);
+        const double position = linear[0] * v[0] + linear[1] * v[1] + map[4 + axis] + size_in[axis] / 2;
+        Sparse row;
+        append_row(row, position, step, exact, static_cast<int64_t>(axes[axis].size()), how);
+        for (size_t t = 0; t < row.index.size(); ++t) axes[axis][row.index[t]] = row.weight[t];
+      }
+      for (double y : axes[0]) {
+        for (double x : axes[1]) w.push_back(y * x);
+      }
+    }
+  }
+  return w;
+}
+
+template <typename T>
+void check_group_action(Type type, double budget, const Lattices& n, int64_t channels, const Resampling& how,
+                        bool transpose) {
+  int64_t tokens_in = n.height_in * n.width_in, tokens_out = n.height_out * n.width_out;
+  const int64_t stride = tokens_in;
+  if (transpose) std::swap(tokens_in, tokens_out);
+  Values linear, offset, expected(kBatch * tokens_out * channels);
+  std::vector<T> x, out(expected.size());
+  for (double value : normal(kBatch * tokens_in * channels)) x.push_back(static_cast<T>(value));
+  for (int64_t b = 0; b < kBatch; ++b) {
+    linear.insert(linear.end(), kMaps[b], kMaps[b] + 4);
+    offset.insert(offset.end(), kMaps[b] + 4, kMaps[b] + 6);
+    const Values w = matrix(kMaps[b], n, how);
+    for (int64_t o = 0; o < tokens_out; ++o) {
+      for (int64_t i = 0; i < tokens_in; ++i) {
+        const double weight = transpose ? w[i * stride + o] : w[o * stride + i];
+        if (weight == 0) continue;
+        for (int64_t c = 0; c < channels; ++c) {
+          expected[(b * tokens_out + o) * channels + c] +=
+              weight * static_cast<double>(x[(b * tokens_in + i) * channels + c]);
+        }
+      }
+    }
+  }
+  group_action(x.data(), linear.data(), offset.data(), out.data(), type, kBatch, channels, n, how, transpose, parallel);
+  Values actual;
+  for (T value : out) actual.push_back(static_cast<double>(value));
+  compare("group_action, type " + std::to_string(int(type)) + ", interpolation " +
+              std::to_string(int(how.interpolation)) + ", padding " + std::to_string(int(how.padding)) +
+              ", antialias " + std::to_string(how.antialias) + ", transpose " + std::to_string(transpose) + ", " +
+              std::to_string(channels) + " channels",
+          actual, expected, budget);
+}
+
+void check_group_actions() {
+  const Lattices lattices[] = {{5, 7, 6, 4}, {1, 3, 2, 1}, {4, 4, 4, 4}};
+  const int64_t channels[] = {1, 17, 64, 257, 300};
+  int64_t turn = 0;
+  for (int interpolation = 0; interpolation <= int(Interpolation::area); ++interpolation) {
+    for (int padding = 0; padding <= int(Padding::reflection); ++padding) {
+      for (bool antialias : {false, true}) {
+        const Resampling how{Interpolation(interpolation), Padding(padding), antialias};
+        for (const Lattices& n : lattices) {
+          for (bool transpose : {false, true}) {
+            const int64_t count = channels[turn++ % std::size(channels)];
+            check_group_action<float>(Type::float32, 1e-5, n, count, how, transpose);
+            check_group_action<double>(Type::float64, 1e-12, n, count, how, transpose);
+            check_group_action<bfloat16>(Type::bfloat16, 1.0 / 256, n, count, how, transpose);
+            check_group_action<_Float16>(Type::float16, 1.0 / 2048, n, count, how, transpose);
+          }
+        }
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ nt_xent
+
+template <typename Real>
+void gemm(bool transpose_a, bool transpose_b, int64_t rows, int64_t columns, int64_t depth, Real alpha, const Real* a,
+          int64_t lda, const Real* b, int64_t ldb, Real beta, Real* c, int64_t ldc) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      Real sum = 0;
+      for (int64_t k = 0; k < depth; ++k) {
+        sum += (transpose_a ? a[k * lda + i] : a[i * lda + k]) * (transpose_b ? b[j * ldb + k] : b[k * ldb + j]);
+      }
+      c[i * ldc + j] = alpha * sum + (beta == 0 ? 0 : beta * c[i * ldc + j]);  // c may be uninitialised
+    }
+  }
+}
+
+template <typename Real>
+struct Set {
+  std::vector<Real> u;
+  std::vector<int64_t> image;
+  int64_t dim;
+
+  // `run` rows of each image, the ids `gap` apart; `large` rows of the first image.
+  Set(int64_t count, int64_t dim, int64_t run, int64_t gap, int64_t large, bool unit) : dim(dim) {
+    for (int64_t t = 0; t < count; ++t) {
+      image.push_back(t < large ? -5 : (t - large) / run * gap);
+      const Values row = normal(dim);
+      double square = 0;
+      for (double value : row) square += value * value;
+      for (double value : row) u.push_back(static_cast<Real>(unit ? value / std::sqrt(square) : value));
+    }
+  }
+  Rows<Real> rows() const { return {u.data(), image.data(), static_cast<int64_t>(image.size())}; }
+};
+
+template <typename Real>
+double dot(const Rows<Real>& q, int64_t t, const Rows<Real>& k, int64_t b, int64_t dim) {
+  double sum = 0;
+  for (int64_t d = 0; d < dim; ++d) sum += double(q.u[t * dim + d]) * k.u[b * dim + d];
+  return sum;
+}
+
+template <typename Real>
+Values widened(const std::vector<Real>& values) {
+  return Values(values.begin(), values.end());
+}
+
+template <typename Real>
+void check_pair(const std::string& what, const Set<Real>& query, const Set<Real>& key, bool bounded) {
+  const bool same = &query == &key;
+  const int64_t dim = query.dim;
+  const Rows<Real> q = query.rows(), k = key.rows();
+  const Real temperature = bounded ? Real(0.3) : Real(0.1);
+  const double budget = std::is_same_v<Real, float> ? 1e-5 : 1e-12;
+
+  Values negatives(q.count), expected(q.count), lse(q.count);
+  const double lowest = -std::numeric_limits<double>::infinity();
+  for (int64_t t = 0; t < q.count; ++t) {
+    double top = lowest, sum = 0;
+    Values s;
+    for (int64_t b = 0; b < k.count; ++b) {
+      if (q.image[t] != k.image[b]) s.push_back(dot(q, t, k, b, dim) / temperature);
+    }
+    for (double value : s) top = std::max(top, value);
+    for (double value : s) sum += std::exp(value - top);
+    expected[t] = s.empty() ? lowest : top + std::log(sum);
+    const double positive = 0.9 / temperature, most = std::max(expected[t], positive);
+    lse[t] = most + std::log(std::exp(expected[t] - most) + std::exp(positive - most));
+  }
+  log_negatives<Real>(q, k, dim, temperature, bounded, negatives.data(), gemm<Real>, parallel);
+  compare(what + ", log_negatives", negatives, expected, budget);
+
+  std::vector<Real> weight;
+  for (double value : normal(q.count)) weight.push_back(static_cast<Real>(value));
+  Values d_q(q.count * dim), d_k(k.count * dim);
+  for (int64_t t = 0; t < q.count; ++t) {
+    for (int64_t b = 0; b < k.count; ++b) {
+      if (q.image[t] == k.image[b]) continue;
+      const double g = weight[t] * std::exp(dot(q, t, k, b, dim) / temperature - lse[t]) / temperature;
+      for (int64_t d = 0; d < dim; ++d) {
+        d_q[t * dim + d] += g * k.u[b * dim + d];
+        (same ? d_q : d_k)[b * dim + d] += g * q.u[t * dim + d];
+      }
+    }
+  }
+  for (bool need_query : {true, false}) {
+    for (bool need_key : {true, false}) {
+      if (same && !(need_query && !need_key)) continue;
+      // "Adds": the outputs hold something already.
+      std::vector<Real> got_q(d_q.size(), Real(1)), got_k(d_k.size(), Real(1));
+      negatives_gradient<Real>(q, k, dim, temperature, bounded, weight.data(), lse.data(),
+                               need_query ? got_q.data() : nullptr, need_key ? got_k.data() : nullptr, gemm<Real>,
+                               parallel);
+      for (Real& value : got_q) value -= 1;
+      for (Real& value : got_k) value -= 1;
+      compare(what + ", d_query", widened(got_q), need_query ? d_q : Values(d_q.size()), 10 * budget);
+      if (!same) compare(what + ", d_key", widened(got_k), need_key ? d_k : Values(d_k.size()), 10 * budget);
+    }
+  }
+}
+
+template <typename Real>
+void check_losses(const std::string& type) {
+  // Rows, rows of an image, rows of the first image: a ragged tail, blocks of one image, one image, one row, none.
+  const int64_t sets[][3] = {{1100, 7, 0}, {700, 3, 530}, {300, 1, 0}, {256, 300, 0}, {1, 1, 0}, {0, 1, 0}};
+  for (bool bounded : {true, false}) {
+    for (const auto& [count, run, large] : sets) {
+      const std::string what = type + (bounded ? ", bounded, " : ", unbounded, ") + std::to_string(count) + " rows";
+      const Set<Real> query(count, 3, run, 1, large, bounded);
+      check_pair(what, query, query, bounded);
+      for (int64_t keys : {0, 1, 600}) {
+        check_pair(what + ", " + std::to_string(keys) + " keys", query, Set<Real>(keys, 3, 5, 2, large, bounded), bounded);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_group_actions();
+  check_losses<float>("float");
+  check_losses<double>("double");
+  return failures != 0;
+}
