@@ -10,7 +10,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel torch
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test]'
 	touch $@
 
 demo: install
@@ -20,7 +20,9 @@ test: lint
 	$(BIN)/python -m pytest tests --cov --cov-report=term
 
 bench: install
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/scaling.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ setup(
             "ser_fast._C",
             SOURCES,
             include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
-            # The stable ABI of torch, and py_limited_api that of Python: one wheel serves torch >= 2.10 and Python >= 3.10.
+            # The stable ABIs of torch and (py_limited_api) Python: one wheel serves torch >= 2.10 and Python >= 3.10.
             extra_compile_args=[
                 "-O3",
                 "-std=c++20",

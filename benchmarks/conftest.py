@@ -1,46 +1,359 @@
-"""What all benchmarks share: inputs that don't stay in the cache, and an output that is checked before it is timed."""
+"""One case compares rivals: each is checked against the oracle, then all are timed in turns in one process.
 
+A round runs every rival once, in an order drawn anew, so that a slow phase of the machine hits all of them alike; the
+medians are compared. pytest-benchmark runs the rounds and times the default backend, and its setup times the others.
+Inputs rotate through copies that together exceed the last-level cache. The floor is what no implementation can go
+below: a copy of the same bytes, or two matrix products of the same flops.
+"""
+
+import ctypes
+import importlib.metadata
 import itertools
-from collections.abc import Callable
+import json
+import os
+import platform
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-CACHE = 64 * 2**20  # bytes; more than the last-level cache of the machines at hand
+from ser_fast.ops.backends import BACKENDS, choose, reason_not
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RESULTS = Path(__file__).parent / "results"
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 20, 3, 30  # of one case
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error, relative to the largest value
+PACKAGES = ("ser-fast", "torch", "triton", "numpy", "timm", "pytest-benchmark")
+PACKAGES += ("kornia", "lightly", "pytorch-metric-learning", "cut-cross-entropy", "memeff")
+_rows = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", default="local", help="write benchmarks/results/NAME.json and .md (default: local)")
+    parser.addoption("--large", action="store_true", help="run also what takes many minutes on a CPU (n = 50k, 100k)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if sys.platform == "linux":
+        # Freed memory stays with the process: otherwise a rival that frees much makes the next one fault its pages in
+        # again, which costs as much as the copy that is the floor.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    config.stash[_rows] = []
+    config.addinivalue_line("markers", "large: runs with --large only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--large"):
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.skip(reason="takes many minutes: run with --large"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def backends() -> list[str]:
+    """The backends that run on the device."""
+    return [backend for backend in BACKENDS if reason_not(backend, DEVICE.type) is None]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def _synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _cache_bytes() -> int:
+    """The last-level cache, or 64 MiB where the system doesn't tell."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text()
+    except OSError:
+        return 64 * 2**20
+    return max(int(size.strip().removesuffix("K")) * 2**10, 64 * 2**20)
+
+
+def _resident(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 2**10
+
+
+def _extra_memory(run: Callable[[], object]) -> int | None:
+    """How far the memory in use rises above what it was before, in bytes; None where the system doesn't tell."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        run()
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of earlier calls would hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts anew
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _copy(moved: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Read half of `moved` bytes, write half."""
+    count = moved // 2 // dtype.itemsize
+    pairs = [torch.zeros(2, count, dtype=dtype, device=DEVICE) for _ in range(1 + _cache_bytes() // moved)]
+    turn = itertools.cycle([*pairs, torch.zeros_like(pairs[0])])
+
+    def copy() -> None:
+        source, target = next(turn)
+        target.copy_(source)
+
+    return copy
+
+
+def _products(rows: int, keys: int, dim: int, dtype: torch.dtype) -> Callable[[], None]:
+    """(Q K^T) K for Q (rows, dim) and K (keys, dim), in panels of Q: 4 rows keys dim flops."""
+    if DEVICE.type == "cpu":
+        dtype = torch.float32  # without AMX slower in half precision
+    q, k = (torch.randn(n, dim, dtype=dtype, device=DEVICE) for n in (rows, keys))
+    out, panel = torch.empty_like(q), torch.empty(min(rows, 2048), keys, dtype=dtype, device=DEVICE)
+
+    def products() -> None:
+        for part, result in zip(q.split(2048), out.split(2048), strict=True):
+            torch.mm(torch.mm(part, k.T, out=panel[: len(part)]), k, out=result)
+
+    return products
+
+
+Rival = Callable[[Tensor], Tensor]
+
+
+def _stages(rival: Rival, way: str, cotangent: Tensor | None) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """What comes before the clock starts, x -> state, and what is timed, state -> output or gradient."""
+
+    def prepare(x: Tensor) -> Any:
+        if way == "fwd":
+            return x
+        x = x.detach().requires_grad_()
+        return (x, rival(x)) if way == "bwd" else x
+
+    def run(state: Any) -> Tensor:
+        if way == "fwd":
+            return rival(state)
+        x, out = state if way == "bwd" else (state, rival(state))
+        return torch.autograd.grad(out, x, cotangent)[0]
+
+    return prepare, run
+
+
+def _error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture
-def timed(benchmark: Any) -> Callable[..., None]:
-    """Time run(x) over copies of x that together exceed the cache, after checking it against the oracle's output.
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Run one case; see `compare` below."""
 
-    Rivals of one case share a pytest-benchmark group: its table gives each as a multiple of the fastest, the floor.
-    """
-
-    def timed(
-        group: str,
-        run: Callable[[Tensor], Tensor],
+    def compare(
+        op: str,
+        rivals: dict[str, Rival],
         x: Tensor,
-        expected: Tensor | None,
         *,
-        bytes: int = 0,
-        flops: int = 0,
+        oracle: Rival,
+        way: str = "fwd",
+        moved: int = 0,
+        products: tuple[int, int, int] | None = None,
+        floor: Rival | None = None,
+        other: dict[str, Rival] | None = None,
+        tolerance: dict[str, float] | None = None,
+        **sizes: Any,
     ) -> None:
-        error = 0.0
-        if expected is not None:
-            error = float((run(x) - expected).abs().max() / expected.abs().max())
-            assert error < 1e-4, f"{group}: relative error {error}"
-        copies = max(2, -(-CACHE // (x.numel() * x.element_size())))
-        inputs = itertools.cycle([x.clone() for _ in range(copies)])
-        benchmark.group = group
-        benchmark.extra_info |= {
-            "bytes": bytes,
-            "flops": flops,
-            "error": error,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        benchmark.pedantic(lambda: run(next(inputs)), rounds=7, warmup_rounds=1)
+        """Check the rivals, time them in turns, and keep a row for the table.
 
-    return timed
+        Args:
+            op: what is compared; with `sizes` it names the case.
+            rivals: name -> function of x. The default backend is among them.
+            x: the input, of which copies rotate.
+            oracle: the function they must agree with, called in float64.
+            way: "fwd", "bwd" (its forward pass is not timed) or "fwd+bwd" (the gradient of x).
+            moved: bytes read and written; the floor copies as many.
+            products: (rows, keys, D); the floor is the two products of `_products`.
+            floor: the floor, where it is neither.
+            other: name -> the oracle of a rival with another definition.
+            tolerance: name -> largest error, where it isn't that of the dtype.
+        """
+        ours = choose(op, "auto", torch.empty(0, device=DEVICE))
+        exact = x.double() if x.is_floating_point() else x
+        cotangent = None
+        if way != "fwd":
+            with torch.no_grad():
+                out = oracle(exact)
+            cotangent = torch.randn_like(out, dtype=x.dtype) if out.ndim else None
+
+        def expect(oracle: Rival) -> Tensor:
+            prepare, run = _stages(oracle, way, None if cotangent is None else cotangent.double())
+            return run(prepare(exact)).double()
+
+        common = expect(oracle)
+        stages: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        errors: dict[str, float] = {}
+        failed: dict[str, str] = {}
+        for name, rival in rivals.items():
+            prepare, run = _stages(rival, way, cotangent)
+            try:
+                out = run(prepare(x))
+            except Exception as error:  # a peer that can't run here (dtype, compiler, memory) is named in the table
+                if name in BACKENDS:
+                    raise
+                failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                continue
+            expected = expect(other[name]) if name in (other or {}) else common
+            errors[name] = _error(out, expected)
+            limit = (tolerance or {}).get(name, TOLERANCE.get(x.dtype, 1e-4))
+            assert errors[name] <= limit, f"{name}: relative error {errors[name]:.1e}, at most {limit:.0e}"
+            stages[name] = prepare, run
+        if floor is not None:
+            stages = {"floor": _stages(floor, way, cotangent)} | stages
+        else:
+            bare = _copy(moved, x.dtype) if moved else _products(*products, x.dtype)
+            stages = {"floor": (lambda x: x, lambda x: bare())} | stages
+
+        copies = 2 + _cache_bytes() // (x.numel() * x.element_size())
+        inputs: Iterator[Tensor] = itertools.cycle([x.clone() for _ in range(copies)])
+        times: dict[str, list[float]] = {name: [] for name in stages}
+
+        def run(name: str, state: Any) -> None:
+            begin = time.perf_counter()
+            stages[name][1](state)
+            _synchronize()
+            times[name].append(time.perf_counter() - begin)
+
+        def turn(name: str) -> None:
+            state = stages[name][0](next(inputs))
+            _synchronize()
+            run(name, state)
+
+        memory = {name: _extra_memory(lambda name=name: turn(name)) for name in stages}
+        once = sum(taken.pop() for taken in times.values())
+        rest = [name for name in stages if name != ours]
+
+        def setup() -> tuple[tuple[str, Any], dict[str, Any]]:
+            for name in random.sample(rest, len(rest)):
+                turn(name)
+            state = stages[ours][0](next(inputs))
+            _synchronize()
+            return (ours, state), {}
+
+        rounds = min(max(int(SECONDS / once), LEAST_ROUNDS), MOST_ROUNDS)
+        benchmark.pedantic(run, setup=setup, rounds=rounds)
+        ms = {name: 1e3 * median(taken) for name, taken in times.items()}
+        flops = 4 * products[0] * products[1] * products[2] if products else 0
+        row = {
+            "op": op,
+            "way": way,
+            "dtype": str(x.dtype).removeprefix("torch."),
+            **sizes,
+            "bytes": moved,
+            "flops": flops,
+            "threads": torch.get_num_threads(),
+            "rounds": rounds,
+            "default": ours,
+            "rivals": {
+                name: {
+                    "ms": ms[name],
+                    "fastest_ms": 1e3 * min(times[name]),
+                    "of_floor": ms[name] / ms["floor"],
+                    "of_default": ms[name] / ms[ours],
+                    "error": errors.get(name),
+                    "extra_mib": None if memory[name] is None else memory[name] / 2**20,
+                }
+                for name in stages
+            },
+            "failed": failed,
+        }
+        benchmark.group = op
+        benchmark.extra_info |= row
+        request.config.stash[_rows].append(row)
+
+    return compare
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
+    return {
+        "cpu": model.group(1) if model else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['capability']}; "
+        f"{machine['gpu'] or 'no GPU'}. Python {machine['python']}, {packages}.",
+        "",
+        f"`{machine['command']}`",
+        "",
+        "Medians of rounds in which every rival runs once; the default backend is in bold.",
+        "",
+        "| case | rival | ms | × floor | × default | error | extra MiB |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    beside = ("bytes", "flops", "threads", "rounds", "default", "rivals", "failed")
+    for row in rows:
+        words = [
+            str(value) if key in ("op", "way", "dtype") else f"{key}={value}"
+            for key, value in row.items()
+            if key not in beside
+        ]
+        if row["threads"] != machine["threads"]:
+            words.append(f"threads={row['threads']}")
+        cost = (
+            f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else f"{row['flops'] / 1e9:.1f} GFLOP" * bool(row["flops"])
+        )
+        for name, rival in row["rivals"].items():
+            label = f"**{name}**" if name == row["default"] else f"floor ({cost})" if name == "floor" and cost else name
+            lines.append(
+                f"| {' '.join(words)} | {label} | {rival['ms']:.3g} | {rival['of_floor']:.2f} | "
+                f"{rival['of_default']:.2f} | {_number(rival['error'], '.0e')} | {_number(rival['extra_mib'], '.0f')} |"
+            )
+        lines += [
+            f"| {' '.join(words)} | {name} | does not run: {why[:80].replace('|', '/')} | | | | |"
+            for name, why in row["failed"].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    rows = session.config.stash[_rows]
+    if rows:
+        machine, path = _machine(), RESULTS / session.config.getoption("--results")
+        RESULTS.mkdir(exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps({"machine": machine, "cases": rows}, indent=1) + "\n")
+        path.with_suffix(".md").write_text(_markdown(machine, rows))

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +38,7 @@ def demo_runs(
         views=ViewsConfig(share=0.5),
         ser=SERConfig(hidden_dim=256, out_dim=128, max_tokens=1024),
         moco=MoCoV3Config(mlp_dim=512),
-        optim=OptimConfig(batch_size=32, steps=steps, lr=8e-3),
+        optim=OptimConfig(batch_size=32, steps=steps, lr=12e-3),
         resume="auto",
         workers=0,
         seed=seed,
@@ -53,7 +54,7 @@ def demo_runs(
 def demo(
     out: Path = Path("runs/demo"),
     data: str = "photos",
-    steps: int = 64,
+    steps: int = 60,
     images: int = 64,
     image_size: int = 64,
     patch_size: int = 8,
@@ -113,13 +114,17 @@ def _table(
     records: dict[str, list[Record]], losses: dict[str, dict[str, float]], accuracy: dict[str, float], *, split: int
 ) -> Table:
     layers = sorted({record.layer for record in records["random"]})
-    table = Table(title=f"Relative equivariance error per layer (SER acts on layer {split}); held-out images")
-    for heading in ("", "invariance loss", "SER loss", *(f"layer {layer}" for layer in layers), "kNN top-1"):
-        table.add_column(heading, justify="right" if heading else "left")
+    table = Table(
+        title=f"Equivariance error of layers {layers[0]} to {layers[-1]} (SER acts on {split}), on held-out images",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    for heading in ("", "inv. loss", "SER loss", *map(str, layers), "kNN"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, of_model in records.items():
         errors = [
             fmean(r.relative_error for r in of_model if r.layer == layer and r.group != "identity") for layer in layers
         ]
-        parts = [f"{losses[name][part]:.3f}" if name in losses else "" for part in ("invariance", "ser")]
+        parts = [f"{losses[name][part]:.2f}" if name in losses else "" for part in ("invariance", "ser")]
         table.add_row(name, *parts, *(f"{error:.2f}" for error in errors), f"{accuracy[name]:.3f}")
     return table

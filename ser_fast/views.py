@@ -115,7 +115,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Crop:
-    """A random resized crop with a mirror image half of the time, as a partial map.
+    """A random resized crop, mirrored half of the time, as a partial map.
 
     Two crops see different parts of the image. Their relative map knows which tokens have a partner, so equivariance
     needs no views without crops.
@@ -123,18 +123,21 @@ class Crop:
     Attributes:
         area: range of the box's area, relative to the image's.
         aspect: range of its width over height; log-uniform.
+        turns: all eight elements of D4 with equal chance, instead of the mirror image alone.
     """
 
     area: tuple[float, float] = (0.2, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    turns: bool = False
 
     def __call__(self, size: Size, patch_size: int, u: Tensor, view: int) -> LatticeMap:
         full = u.new_tensor(size)
         area, aspect = _between(u[:, 0], *self.area), _log_between(u[:, 1], *self.aspect)
         extent = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1).clamp(max=1) * full  # (B, 2)
         corner = u[:, 2:4] * (full - extent)
-        mirrored = LatticeMap.d4((1, 1), 4 * (u[:, 4] < 0.5).long()).on(size, size)
-        return mirrored @ LatticeMap.crop(size, torch.cat([corner, extent], -1), size)
+        code = (8 * u[:, 4]).long() if self.turns else 4 * (u[:, 4] < 0.5).long()
+        cropped = LatticeMap.crop(size, torch.cat([corner, extent], -1), size)
+        return LatticeMap.d4((1, 1), code).on(size, size) @ cropped
 
 
 Sampler = Callable[[Size, int, Tensor, int], LatticeMap]

@@ -33,7 +33,7 @@ from ser_fast.training.config import (
     to_json,
 )
 from ser_fast.training.trainer import NonFiniteLossError, Pretraining, _Run, train
-from ser_fast.views import SAMPLERS
+from ser_fast.views import SAMPLERS, Crop
 from ser_fast.vit import SplitViT
 
 CPU = torch.device("cpu")
@@ -258,7 +258,8 @@ def test_options_of_the_config_reach_their_modules(tiny: TrainConfig) -> None:
     assert (ser.temperature, ser.both_directions, ser.max_tokens) == (0.5, True, 9)
     assert (ser.interpolation, ser.padding, ser.gather) == ("lanczos3", "zeros", True)
     assert (moco.temperature, moco.momentum) == (0.5, 0.8)
-    assert make.sampler == make.crop
+    assert make.sampler == Crop((0.4, 0.5), turns=True)
+    assert make.crop == Crop((0.4, 0.5))
     assert moco.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
     assert (make.crop.area, make.colour.strength, make.colour.group) == ((0.4, 0.5), 0.5, 3)
     assert (make.seed, make.share, make.patch_size) == (7, 0.5, 8)

@@ -235,6 +235,16 @@ def in_image(g: LatticeMap, points: np.ndarray) -> np.ndarray:
     return np.einsum("bij,nj->bni", g.linear, about_centre) + g.offset.numpy()[:, None] + np.array(g.size_in) / 2
 
 
+def test_turned_crops_reach_all_of_d4() -> None:
+    size = (8, 12)
+    turned, plain = sample(Crop(turns=True), size, 800), sample(Crop(), size, 800)
+    signs = LatticeMap.d4((1, 1), torch.arange(8)).linear.flatten(1)  # (8, 4)
+    found = ((turned.linear.flatten(1)[:, None].sign() == signs).all(-1)).int()  # (800, 8)
+    assert (found.sum(1) == 1).all()
+    assert (found.sum(0) > 60).all()
+    torch.testing.assert_close(turned.offset, plain.offset, rtol=0, atol=1e-12)  # a turn is about the centre
+
+
 @pytest.mark.parametrize("sampler", [Crop(), Crop(area=(0.05, 0.2)), Affine(shift=0.5)], ids=repr)
 def test_tokens_take_part_where_the_other_view_shows_them(sampler: Sampler) -> None:
     size, patch = (48, 64), 8

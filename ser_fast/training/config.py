@@ -49,13 +49,16 @@ class ViewsConfig:
     """Of the batch, given to equivariance; 0 trains without SER."""
     crop_area: tuple[float, float] = (0.2, 1.0)
     """Range of the crops' area, relative to the image."""
+    crop_turns: bool = True
+    """With the sampler "crop": crops in all eight elements of D4. Equivariance to turns is learned from turns."""
     colour_strength: float = 1.0
     colour_group: int = 8
     """Images that share one draw of colours."""
 
     def build(self, patch_size: int, seed: int) -> MakeViews:
         crop = Crop(area=self.crop_area)
-        sampler = crop if self.sampler == "crop" else SAMPLERS[self.sampler]()
+        partial = dataclasses.replace(crop, turns=self.crop_turns)
+        sampler = partial if self.sampler == "crop" else SAMPLERS[self.sampler]()
         colour = Colour(self.colour_strength, self.colour_group)
         return MakeViews(sampler, crop, self.share, patch_size, colour, seed)
 
