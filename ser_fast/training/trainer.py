@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,9 +102,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # no such name, or torch without that device
-        raise ValueError(f"device: got {name!r}: {str(error).splitlines()[0]}") from error
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, takes 'auto', 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name!r}, and torch sees no GPU")
+    return device
 
 
 @contextmanager
@@ -379,12 +383,14 @@ def _peak_memory(device: torch.device) -> float:
 
 def _environment(device: torch.device) -> dict[str, Any]:
     """What a run must say to be repeated."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    revision = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "command": sys.argv,
         "ser_fast": importlib.metadata.version("ser-fast"),
-        "git": git.stdout.strip() or None,
+        "git": revision,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")},
