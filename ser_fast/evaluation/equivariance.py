@@ -200,7 +200,7 @@ def plot(records: Mapping[str, Sequence[Record]], path: str | Path, *, split: in
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=title, xlabel="layer", ylim=(0, None))
     panels[0].set_ylabel("relative error")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
