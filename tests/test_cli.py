@@ -271,15 +271,16 @@ def test_the_demo_compares_three_runs_and_reuses_them(
     for name, folder in zip(models[1:], ("lambda_0", "lambda_1", "lambda_1_crops"), strict=True):
         step = json.loads((tmp_path / folder / "log.jsonl").read_text().splitlines()[-1])
         final_losses[name] = [step["invariance"], step["ser"]]
-    assert all(word in shown for word in ("invariance loss", "SER loss", "layer 6", "kNN top-1"))
+    assert all(word in shown for word in ("inv. loss", "SER loss", "layers 1 to 6", "kNN"))
     for model in models:
-        printed = numbers_in(next(line for line in shown.splitlines() if f"│ {model} " in line and "━" not in line))
+        line = next(line for line in shown.splitlines() if line.startswith(f" {model} "))
+        printed = numbers_in(line.removeprefix(f" {model} "))
         assert 0 <= printed[-1] <= 1  # kNN
         moved = [row for row in table if row["model"] == model and row["group"] != "identity"]
         errors = [fmean(float(row["relative_error"]) for row in moved if row["layer"] == layer) for layer in "123456"]
         assert printed[-7:-1] == pytest.approx(errors, abs=0.006)
         if model != "random":
-            assert printed[:-7] == pytest.approx(final_losses[model], abs=6e-4)
+            assert printed[:-7] == pytest.approx(final_losses[model], abs=6e-3)
     logs = {path: path.read_text() for path in tmp_path.glob("*/log.jsonl")}
     monkeypatch.setattr("ser_fast.training.trainer._Run._step", None)  # no step may be taken again
     run_cli(*argv)
