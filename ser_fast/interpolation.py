@@ -79,8 +79,7 @@ def axis_weights(
             mean of the tokens touched, as adaptive_avg_pool; it follows `step` by itself.
         padding: one of PADDINGS: "zeros" drops the taps outside, "border" repeats the edge token, "reflection"
             mirrors about the edge. With antialias or area, "border" cuts the kernel at the edge and renormalises it,
-            as torch and PIL do;
-            positions past the edge take the edge's value.
+            as torch and PIL do; positions past the edge take the edge's value.
         antialias: stretch the kernel by max(1, step).
 
     Returns:

@@ -6,6 +6,7 @@ plain PyTorch here.
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def group_action(
     *,
     transpose: bool = False,
 ) -> Tensor:
-    """(B, H*W, C) to (B, h*w, C):  out = W_g x."""
+    """(B, H*W, C) to (B, h*w, C):  out = W_g x; with `transpose` its W_g^T x, the other way."""
     tokens = size_in if transpose else size_out
     out = x.new_empty(x.shape[0], tokens[0] * tokens[1], x.shape[2])
     _native.group_action(
@@ -52,18 +53,8 @@ def group_action(
     return out
 
 
-def group_action_transpose(
-    x: Tensor,
-    linear: Tensor,
-    offset: Tensor,
-    size_in: Sequence[int],
-    size_out: Sequence[int],
-    interpolation: str,
-    padding: str,
-    antialias: bool,
-) -> Tensor:
-    """(B, h*w, C) to (B, H*W, C):  out = W_g^T x."""
-    return group_action(x, linear, offset, size_in, size_out, interpolation, padding, antialias, transpose=True)
+# (B, h*w, C) to (B, H*W, C):  out = W_g^T x.
+group_action_transpose = partial(group_action, transpose=True)
 
 
 # ---------------------------------------------------------------- nt_xent and info_nce
