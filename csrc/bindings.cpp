@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/embedding.h"
 #include "cpu/group_action.h"
 #include "cpu/nt_xent.h"
 
@@ -81,37 +82,97 @@ void group_action(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vecto
                          x.size(0), x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]}, how, transpose, parallel);
 }
 
+// first, second: (N, dim); second is empty for one set of rows. index: (n,).
+ser_fast::Selection selection(const Tensor& first, const Tensor& second, const Tensor& index) {
+  return {first.const_data_ptr(), second.const_data_ptr(), first.size(0), type_of(first),
+          data<int64_t>(index),   index.size(0),           first.size(1)};
+}
+
+void embed(Tensor first, Tensor second, Tensor index, bool normalize, Tensor u, Tensor scales) {
+  const ser_fast::Selection x = selection(first, second, index);
+  if (type_of(u) == ser_fast::Type::float64) {
+    ser_fast::embed(x, normalize, output<double>(u), output<double>(scales), parallel);
+  } else {
+    ser_fast::embed(x, normalize, output<float>(u), output<float>(scales), parallel);
+  }
+}
+
+template <typename Real>
+void embed_backward_of(const ser_fast::Selection& d_x, const Tensor& d_u, const Tensor& u, const Tensor& scales,
+                       const Tensor& coefficient, const Tensor& other, const Tensor& partner) {
+  ser_fast::embed_backward(d_x, data<Real>(d_u), data<Real>(u), data<Real>(scales),
+                           coefficient.numel() ? data<Real>(coefficient) : nullptr, data<Real>(other),
+                           data<int64_t>(partner), parallel);
+}
+
+// Writes the rows of d_first and d_second that the index names. coefficient: (n,), or empty.
+void embed_backward(Tensor d_first, Tensor d_second, Tensor index, Tensor d_u, Tensor u, Tensor scales,
+                    Tensor coefficient, Tensor other, Tensor partner) {
+  const auto run = type_of(u) == ser_fast::Type::float64 ? embed_backward_of<double> : embed_backward_of<float>;
+  run(selection(d_first, d_second, index), d_u, u, scales, coefficient, other, partner);
+}
+
+void dot_rows(Tensor u, Tensor other, Tensor partner, Tensor out) {
+  const int64_t* rows = data<int64_t>(partner);
+  if (type_of(u) == ser_fast::Type::float64) {
+    ser_fast::dot_rows(data<double>(u), data<double>(other), rows, u.size(0), u.size(1), output<double>(out), parallel);
+  } else {
+    ser_fast::dot_rows(data<float>(u), data<float>(other), rows, u.size(0), u.size(1), output<double>(out), parallel);
+  }
+}
+
 template <typename Real>
 ser_fast::Rows<Real> rows_of(const Tensor& u, const Tensor& image) {
   return {data<Real>(u), data<int64_t>(image), u.size(0)};
 }
 
+int64_t kept_similarities(int64_t count) { return ser_fast::kept_similarities(count); }
+
 template <typename Real>
 void log_negatives_of(const Tensor& query, const Tensor& image, const Tensor& key, const Tensor& key_image,
-                      const Tensor& out, double temperature, bool bounded) {
+                      const Tensor& out, const Tensor& kept, double temperature, bool bounded) {
   ser_fast::log_negatives<Real>(rows_of<Real>(query, image), rows_of<Real>(key, key_image), query.size(1),
-                                static_cast<Real>(temperature), bounded, output<double>(out), gemm<Real>, parallel);
+                                static_cast<Real>(temperature), bounded, output<double>(out), output<Real>(kept),
+                                gemm<Real>, parallel);
+}
+
+// kept: bytes, or empty.
+void log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor out, Tensor kept, double temperature,
+                   bool bounded) {
+  const auto run = type_of(query) == ser_fast::Type::float64 ? log_negatives_of<double> : log_negatives_of<float>;
+  run(query, image, key, key_image, out, kept, temperature, bounded);
+}
+
+template <typename Real>
+void log_and_mean_negatives_of(const Tensor& query, const Tensor& image, const Tensor& key, const Tensor& key_image,
+                               const Tensor& out, const Tensor& mean, double temperature, bool bounded) {
+  ser_fast::log_and_mean_negatives<Real>(rows_of<Real>(query, image), rows_of<Real>(key, key_image), query.size(1),
+                                         static_cast<Real>(temperature), bounded, output<double>(out),
+                                         output<Real>(mean), gemm<Real>, parallel);
+}
+
+void log_and_mean_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor out, Tensor mean,
+                            double temperature, bool bounded) {
+  const auto run =
+      type_of(query) == ser_fast::Type::float64 ? log_and_mean_negatives_of<double> : log_and_mean_negatives_of<float>;
+  run(query, image, key, key_image, out, mean, temperature, bounded);
 }
 
 template <typename Real>
 void negatives_gradient_of(const Tensor& query, const Tensor& image, const Tensor& key, const Tensor& key_image,
-                           const Tensor& weight, const Tensor& lse, const Tensor& d_query, const Tensor& d_key,
-                           double temperature, bool bounded) {
+                           const Tensor& weight, const Tensor& lse, const Tensor& kept, const Tensor& d_query,
+                           const Tensor& d_key, double temperature, bool bounded) {
   ser_fast::negatives_gradient<Real>(rows_of<Real>(query, image), rows_of<Real>(key, key_image), query.size(1),
                                      static_cast<Real>(temperature), bounded, data<Real>(weight), data<double>(lse),
-                                     output<Real>(d_query), output<Real>(d_key), gemm<Real>, parallel);
-}
-
-void log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor out, double temperature, bool bounded) {
-  const auto run = type_of(query) == ser_fast::Type::float64 ? log_negatives_of<double> : log_negatives_of<float>;
-  run(query, image, key, key_image, out, temperature, bounded);
+                                     kept.numel() ? data<Real>(kept) : nullptr, output<Real>(d_query),
+                                     output<Real>(d_key), gemm<Real>, parallel);
 }
 
 // d_query and d_key are added to; an empty one is not needed.
-void negatives_gradient(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor weight, Tensor lse,
+void negatives_gradient(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor weight, Tensor lse, Tensor kept,
                         Tensor d_query, Tensor d_key, double temperature, bool bounded) {
   const auto run = type_of(query) == ser_fast::Type::float64 ? negatives_gradient_of<double> : negatives_gradient_of<float>;
-  run(query, image, key, key_image, weight, lse, d_query, d_key, temperature, bounded);
+  run(query, image, key, key_image, weight, lse, kept, d_query, d_key, temperature, bounded);
 }
 
 }  // namespace
@@ -120,18 +181,35 @@ STABLE_TORCH_LIBRARY(ser_fast_native, m) {
   m.def(
       "group_action(Tensor x, Tensor linear, Tensor offset, Tensor(a!) out, int[] sizes, int interpolation, "
       "int padding, bool antialias, bool transpose) -> ()");
+  m.def("embed(Tensor first, Tensor second, Tensor index, bool normalize, Tensor(a!) u, Tensor(b!) scales) -> ()");
   m.def(
-      "log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor(a!) out, float temperature, "
-      "bool bounded) -> ()");
+      "embed_backward(Tensor(a!) d_first, Tensor(b!) d_second, Tensor index, Tensor d_u, Tensor u, Tensor scales, "
+      "Tensor coefficient, Tensor other, Tensor partner) -> ()");
+  m.def("dot_rows(Tensor u, Tensor other, Tensor partner, Tensor(a!) out) -> ()");
+  m.def("kept_similarities(int count) -> int");
+  m.def(
+      "log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor(a!) out, Tensor(b!) kept, "
+      "float temperature, bool bounded) -> ()");
+  m.def(
+      "log_and_mean_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor(a!) out, "
+      "Tensor(b!) mean, float temperature, bool bounded) -> ()");
   m.def(
       "negatives_gradient(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor weight, Tensor lse, "
-      "Tensor(a!) d_query, Tensor(b!) d_key, float temperature, bool bounded) -> ()");
+      "Tensor kept, Tensor(a!) d_query, Tensor(b!) d_key, float temperature, bool bounded) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CPU, m) {
   m.impl("group_action", TORCH_BOX(&group_action));
+  m.impl("embed", TORCH_BOX(&embed));
+  m.impl("embed_backward", TORCH_BOX(&embed_backward));
+  m.impl("dot_rows", TORCH_BOX(&dot_rows));
   m.impl("log_negatives", TORCH_BOX(&log_negatives));
+  m.impl("log_and_mean_negatives", TORCH_BOX(&log_and_mean_negatives));
   m.impl("negatives_gradient", TORCH_BOX(&negatives_gradient));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CompositeExplicitAutograd, m) {
+  m.impl("kept_similarities", TORCH_BOX(&kept_similarities));
 }
 
 // `import ser_fast._C` loads the library; there is nothing else in the module.

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ser_fast.ops.backends import BACKENDS, reason_not
+from ser_fast.ops.backends import BACKENDS, implementations, reason_not
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES = {"nt_xent": nt_xent, "info_nce": info_nce}
+KEPT_BYTES = implementations("kept_bytes")
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -536,7 +537,37 @@ def test_detached_keys(setting: Any, dtype: torch.dtype, temperature: float, nor
     for actual, expected in zip(*results, strict=True):
         assert actual.dtype == expected.dtype
         largest = expected.abs().max().item()  # 0 without negatives
-        assert (actual - expected).abs().max() <= largest * {f64: 1e-12, f32: 2e-5, bf16: 1e-2}[dtype]
+        assert (actual - expected).abs().max() <= largest * {f64: 1e-12, f32: 2**-20 / temperature, bf16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.2])
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=str)
+@pytest.mark.parametrize("setting", [case for case in SETTINGS.values() if case[0] is nt_xent], indirect=True)
+def test_kept_similarities_change_nothing(setting: Any, dtype: torch.dtype, temperature: float, backend: str) -> None:
+    _, x, y, options = setting
+    options = {"temperature": temperature, "reduction": "sum", "backend": backend, **options}
+    computed, kept = (
+        with_gradients(nt_xent, x.to(dtype), y.to(dtype), memory_budget=budget, **options) for budget in (0, 2**40)
+    )
+    for actual, expected in zip(kept, computed, strict=True):
+        largest = expected.abs().max().item()
+        assert (actual - expected).abs().max() <= largest * {f64: 1e-12, f32: 1e-6, bf16: 1e-2}[dtype]
+
+
+def test_keeps_no_more_than_the_budget(backend: str) -> None:
+    x, y = pair(6, dtype=f32)
+    wanted = KEPT_BYTES[backend](6, f32, 0.2, True)
+    for budget in (0, wanted - 1, wanted, 2**40):
+        with OpCalls() as recorded:
+            nt_xent(x, y, temperature=0.2, memory_budget=max(budget, 0), backend=backend)
+            nt_xent(x.detach(), y.detach(), temperature=0.2, memory_budget=max(budget, 0), backend=backend)
+        kept, without_gradient = (call[2][1].numel() for call in recorded.calls)
+        assert kept == (wanted if budget >= wanted else 0)
+        assert without_gradient == 0
+
+
+def test_never_keeps_what_has_no_bound(backend: str) -> None:
+    assert KEPT_BYTES[backend](6, f32, 0.01, True) == KEPT_BYTES[backend](6, f32, 0.2, False) == 0
 
 
 @pytest.mark.parametrize("layout", ["transposed", "offset"])
@@ -622,6 +653,8 @@ BOTH = [  # positional arguments, options, and what the error names
 VIEWS = [
     ((X, X[:3]), {}, ValueError, r"z1: got shape \(3, 3\), takes that of z0, \(4, 3\)"),
     ((X, X[:, :2]), {}, ValueError, r"z1: got shape \(4, 2\), takes that of z0, \(4, 3\)"),
+    ((X, X), {"memory_budget": -1}, ValueError, "memory_budget: got -1, takes 0 or a number of bytes"),
+    ((X, X), {"memory_budget": 1e9}, TypeError, "memory_budget: got float, takes a whole number of bytes"),
 ]
 KEYS = [
     ((X, X[:, :2]), {}, ValueError, "key: got 2 columns, takes those of query, 3"),

@@ -11,263 +11,224 @@
 #include "group_action.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
-#include <map>
-#include <memory>
+#include <numeric>
 #include <vector>
 
-#include "clones.h"
+#include "rows.h"
 
 namespace ser_fast {
 namespace {
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { _Float16 value; };
-
-// ------------------------------------------------------------------------------------------------ rows
-
-// out[c] = sum over taps of weight[t] rows[t][c]. 64 channels at a time stay in registers over all taps.
-#define SER_FAST_BLEND(NAME, REAL)                                                                        \
-  SER_FAST_CLONES void NAME(REAL* out, const REAL* const* rows, const REAL* weight, int64_t taps,         \
-                            int64_t channels) {                                                           \
-    typedef REAL Vector __attribute__((vector_size(64), aligned(alignof(REAL)), may_alias));              \
-    constexpr int64_t lanes = 64 / sizeof(REAL);                                                          \
-    int64_t c = 0;                                                                                        \
-    for (; c + 4 * lanes <= channels; c += 4 * lanes) {                                                   \
-      Vector s0{}, s1{}, s2{}, s3{};                                                                      \
-      for (int64_t t = 0; t < taps; ++t) {                                                                \
-        const Vector* row = reinterpret_cast<const Vector*>(rows[t] + c);                                 \
-        const REAL w = weight[t];                                                                         \
-        s0 += w * row[0];                                                                                 \
-        s1 += w * row[1];                                                                                 \
-        s2 += w * row[2];                                                                                 \
-        s3 += w * row[3];                                                                                 \
-      }                                                                                                   \
-      Vector* to = reinterpret_cast<Vector*>(out + c);                                                    \
-      to[0] = s0;                                                                                         \
-      to[1] = s1;                                                                                         \
-      to[2] = s2;                                                                                         \
-      to[3] = s3;                                                                                         \
-    }                                                                                                     \
-    for (; c < channels; ++c) {                                                                           \
-      REAL sum = 0;                                                                                       \
-      for (int64_t t = 0; t < taps; ++t) sum += weight[t] * rows[t][c];                                   \
-      out[c] = sum;                                                                                       \
-    }                                                                                                     \
-  }
-SER_FAST_BLEND(blend_float, float)
-SER_FAST_BLEND(blend_double, double)
-#undef SER_FAST_BLEND
-
-void blend(float* out, const float* const* rows, const float* weight, int64_t taps, int64_t channels) {
-  blend_float(out, rows, weight, taps, channels);
-}
-void blend(double* out, const double* const* rows, const double* weight, int64_t taps, int64_t channels) {
-  blend_double(out, rows, weight, taps, channels);
-}
-
-SER_FAST_CLONES void widen_bfloat16(float* out, const uint16_t* in, int64_t count) {
-  uint32_t* bits = reinterpret_cast<uint32_t*>(out);
-  for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(in[i]) << 16;
-}
-
-// To the nearest, ties to even; NaN stays NaN.
-SER_FAST_CLONES void narrow_bfloat16(uint16_t* out, const float* in, int64_t count) {
-  const uint32_t* bits = reinterpret_cast<const uint32_t*>(in);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t rounded = (bits[i] + 0x7fffu + ((bits[i] >> 16) & 1u)) >> 16;
-    const bool nan = (bits[i] & 0x7fffffffu) > 0x7f800000u;
-    out[i] = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
-  }
-}
-
-void widen(float* out, const bfloat16* in, int64_t count) {
-  widen_bfloat16(out, reinterpret_cast<const uint16_t*>(in), count);
-}
-void narrow(bfloat16* out, const float* in, int64_t count) {
-  narrow_bfloat16(reinterpret_cast<uint16_t*>(out), in, count);
-}
-void widen(float* out, const float16* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i].value);
-}
-void narrow(float16* out, const float* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i].value = static_cast<_Float16>(in[i]);
-}
-
 // ------------------------------------------------------------------------------------------------ plans
 
 // What a map does to a slab. Token (p, q) of x is row p * p_in + q * q_in; token (s, r) of out is row s * s_out + r * r_out.
+template <typename Real>
 struct Plan {
   enum class Kind { copy, separable, general } kind;
-  Sparse first;   // separable: (r, q), applied to each p
-  Sparse second;  // separable: (s, p); copy and general: (out token, in token)
+  Sparse<Real> first;   // separable: (r, q), applied to each p
+  Sparse<Real> second;  // separable: (s, p); copy and general: (out token, in token)
   int64_t p_in = 0, q_in = 0, s_out = 0, r_out = 0;
 };
 
-Plan make_plan(const double* linear, const double* offset, const Lattices& n, const Resampling& how, bool transpose) {
+template <typename Real>
+Plan<Real> make_plan(const double* linear, const double* offset, const Lattices& n, const Resampling& how, bool transpose) {
   const int64_t size_in[2] = {n.height_in, n.width_in}, size_out[2] = {n.height_out, n.width_out};
   const double step[2] = {std::hypot(linear[0], linear[1]), std::hypot(linear[2], linear[3])};
   bool exact = step[0] == 1 && step[1] == 1;
   for (int i = 0; i < 4; ++i) exact = exact && (linear[i] == 0 || std::abs(linear[i]) == 1);
   const bool straight = linear[1] == 0 && linear[2] == 0, turned = linear[0] == 0 && linear[3] == 0;
+  Axis axes[2] = {{how, step[0], exact, size_in[0]}, {how, step[1], exact, size_in[1]}};
 
-  Plan plan;
   if (straight || turned) {
     // Input y follows output axis 0, or 1 after a quarter turn; input x the other one.
-    Sparse axes[2];
+    Sparse<Real> along[2];
     for (int axis = 0; axis < 2; ++axis) {
-      const int along = turned ? 1 - axis : axis;
-      axes[axis].columns = size_in[axis];
-      for (int64_t i = 0; i < size_out[along]; ++i) {
-        const double position = linear[2 * axis + along] * (i + 0.5 - size_out[along] / 2.0) + offset[axis] + size_in[axis] / 2.0;
-        append_row(axes[axis], position, step[axis], exact, size_in[axis], how);
-      }
+      const int other = turned ? 1 - axis : axis;
+      const auto position = [&](int64_t i) {
+        return linear[2 * axis + other] * (i + 0.5 - size_out[other] / 2.0) + offset[axis] + size_in[axis] / 2.0;
+      };
+      along[axis].fill(size_out[other], size_in[axis], axes[axis].most(), [&](int64_t i, int32_t* index, Real* weight) {
+        const Axis::Taps taps = axes[axis].at(position(i));
+        std::copy_n(taps.index, taps.count, index);
+        std::copy_n(taps.weight, taps.count, weight);
+        return taps.count;
+      });
+      if (transpose) along[axis].transpose();
     }
-    if (transpose) {
-      plan.first = axes[1].transposed();
-      plan.second = axes[0].transposed();
-      plan.p_in = turned ? 1 : n.width_out;
-      plan.q_in = turned ? n.width_out : 1;
-      plan.s_out = n.width_in;
-      plan.r_out = 1;
-    } else {
-      plan.first = std::move(axes[1]);
-      plan.second = std::move(axes[0]);
-      plan.p_in = n.width_in;
-      plan.q_in = 1;
-      plan.s_out = turned ? 1 : n.width_out;
-      plan.r_out = turned ? n.width_out : 1;
-    }
-    plan.kind = Plan::Kind::separable;
+    // Strides between neighbours along input y and x, on the input lattice and on the output lattice.
+    int64_t in[2] = {n.width_in, 1}, out[2] = {turned ? 1 : n.width_out, turned ? n.width_out : 1};
+    if (transpose) std::swap(in, out);
+    // The axis to begin with is the one that leaves less to do for the other.
+    const auto cost = [&](int first) {
+      return along[first].index.size() * along[1 - first].columns + along[1 - first].index.size() * along[first].rows();
+    };
+    const int first = cost(1) <= cost(0), second = 1 - first;
+    Plan<Real> plan{Plan<Real>::Kind::separable, std::move(along[first]), std::move(along[second]),
+                    in[second],                  in[first],               out[second],
+                    out[first]};
     if (!plan.first.copies() || !plan.second.copies()) return plan;
     // One list of whole rows to move.
-    Sparse moves;
-    moves.columns = plan.first.columns * plan.second.columns;
-    const int64_t rows = plan.first.rows() * plan.second.rows();
-    std::vector<int32_t> source(rows, -1);
+    std::vector<int32_t> source(plan.first.rows() * plan.second.rows(), -1);
     for (int64_t s = 0; s < plan.second.rows(); ++s) {
       for (int64_t r = 0; r < plan.first.rows(); ++r) {
-        const int64_t i = plan.second.start[s], j = plan.first.start[r];
-        if (i == plan.second.start[s + 1] || j == plan.first.start[r + 1]) continue;
-        source[s * plan.s_out + r * plan.r_out] =
-            static_cast<int32_t>(plan.second.index[i] * plan.p_in + plan.first.index[j] * plan.q_in);
+        const int32_t p = plan.second.source(s), q = plan.first.source(r);
+        if (p >= 0 && q >= 0) source[s * plan.s_out + r * plan.r_out] = p * plan.p_in + q * plan.q_in;
       }
     }
-    for (int64_t o = 0; o < rows; ++o) {
-      if (source[o] >= 0) {
-        moves.index.push_back(source[o]);
-        moves.weight.push_back(1);
-      }
-      moves.start.push_back(static_cast<int64_t>(moves.index.size()));
-    }
-    plan.kind = Plan::Kind::copy;
-    plan.second = std::move(moves);
+    plan.kind = Plan<Real>::Kind::copy;
+    plan.second.fill(source.size(), plan.first.columns * plan.second.columns, 1, [&](int64_t o, int32_t* index, Real* weight) {
+      *index = source[o];
+      *weight = 1;
+      return int64_t(source[o] >= 0);
+    });
     return plan;
   }
 
-  Sparse full;
-  full.columns = size_in[0] * size_in[1];
-  for (int64_t i = 0; i < size_out[0]; ++i) {
-    for (int64_t j = 0; j < size_out[1]; ++j) {
-      const double v[2] = {i + 0.5 - size_out[0] / 2.0, j + 0.5 - size_out[1] / 2.0};
-      Sparse axes[2];
-      for (int axis = 0; axis < 2; ++axis) {
-        const double position = linear[2 * axis] * v[0] + linear[2 * axis + 1] * v[1] + offset[axis] + size_in[axis] / 2.0;
-        append_row(axes[axis], position, step[axis], exact, size_in[axis], how);
+  Plan<Real> plan;
+  plan.second.fill(size_out[0] * size_out[1], size_in[0] * size_in[1], axes[0].most() * axes[1].most(),
+                   [&](int64_t o, int32_t* index, Real* weight) {
+    const double v[2] = {o / size_out[1] + 0.5 - size_out[0] / 2.0, o % size_out[1] + 0.5 - size_out[1] / 2.0};
+    const auto position = [&](int axis) {
+      return linear[2 * axis] * v[0] + linear[2 * axis + 1] * v[1] + offset[axis] + size_in[axis] / 2.0;
+    };
+    const Axis::Taps y = axes[0].at(position(0)), x = axes[1].at(position(1));
+    for (int64_t a = 0; a < y.count; ++a) {
+      for (int64_t b = 0; b < x.count; ++b) {
+        *index++ = static_cast<int32_t>(y.index[a] * size_in[1] + x.index[b]);
+        *weight++ = static_cast<Real>(y.weight[a] * x.weight[b]);
       }
-      for (size_t a = 0; a < axes[0].index.size(); ++a) {
-        for (size_t b = 0; b < axes[1].index.size(); ++b) {
-          full.index.push_back(static_cast<int32_t>(axes[0].index[a] * size_in[1] + axes[1].index[b]));
-          full.weight.push_back(axes[0].weight[a] * axes[1].weight[b]);
-        }
-      }
-      full.start.push_back(static_cast<int64_t>(full.index.size()));
     }
-  }
-  plan.second = transpose ? full.transposed() : std::move(full);
-  plan.kind = plan.second.copies() ? Plan::Kind::copy : Plan::Kind::general;
+    return y.count * x.count;
+  });
+  if (transpose) plan.second.transpose();
+  plan.kind = plan.second.copies() ? Plan<Real>::Kind::copy : Plan<Real>::Kind::general;
   return plan;
 }
 
 // ------------------------------------------------------------------------------------------------ the mover
 
-constexpr int64_t kBlock = 256;  // channels: a 14 x 14 slab of float32 is 200 KB
+// Channels of a slab: 14 x 14 tokens of float32 are 200 KB, and lattices past that get narrower ones.
+int64_t block_of(int64_t tokens) { return tokens <= 512 ? 256 : tokens <= 1024 ? 128 : 64; }
 
-template <typename T, typename Real>
+// An output of this size will not be in the cache when it is read.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
+constexpr size_t kLine = 64;  // bytes of a cache line
+
+template <typename T>
+struct Traits {
+  using Real = float;
+};
+template <>
+struct Traits<double> {
+  using Real = double;
+};
+
+void widen(float* out, const bfloat16* in, int64_t count) { row_kernels().widen_bfloat16(out, in, count); }
+void widen(float* out, const float16* in, int64_t count) { row_kernels().widen_float16(out, in, count); }
+void blend(float* out, const Blend<float>& sum, int64_t count, bool stream) {
+  row_kernels().blend_float(out, sum, count, stream);
+}
+void blend(double* out, const Blend<double>& sum, int64_t count, bool stream) {
+  row_kernels().blend_double(out, sum, count, stream);
+}
+void blend(bfloat16* out, const Blend<float>& sum, int64_t count, bool stream) {
+  row_kernels().blend_bfloat16(out, sum, count, stream);
+}
+void blend(float16* out, const Blend<float>& sum, int64_t count, bool stream) {
+  row_kernels().blend_float16(out, sum, count, stream);
+}
+
+// Brings the slab that a thread takes next into its cache, a part with each output token.
+class Prefetch {
+ public:
+  Prefetch(const void* from, int64_t rows, int64_t stride, size_t bytes, int64_t parts)
+      : at_(static_cast<const char*>(from)), rows_(from ? rows : 0), stride_(stride), bytes_(bytes),
+        rows_a_part_((rows + parts - 1) / std::max<int64_t>(parts, 1)) {}
+  void part() {
+    for (int64_t r = 0; r < rows_a_part_ && rows_ > 0; ++r, --rows_, at_ += stride_) {
+      for (size_t b = 0; b < bytes_; b += kLine) __builtin_prefetch(at_ + b, 0, 2);
+    }
+  }
+
+ private:
+  const char* at_;
+  int64_t rows_, stride_;
+  size_t bytes_;
+  int64_t rows_a_part_;
+};
+
+template <typename T>
 struct Mover {
+  using Real = typename Traits<T>::Real;
+  static constexpr bool same = std::is_same_v<T, Real>;
+
   const T* x;
   T* out;
   int64_t tokens_in, tokens_out, channels;
+  bool stream;
 
   // Per thread, reused over its blocks.
-  std::vector<Real> slab, between, row;
-  std::vector<const Real*> rows;
-  std::vector<Real> weight;
+  Buffer<Real> slab, between;
 
-  void sum(const Sparse& matrix, int64_t r, const Real* base, int64_t stride, Real* to, int64_t count) {
-    rows.clear();
-    weight.clear();
-    for (int64_t t = matrix.start[r]; t < matrix.start[r + 1]; ++t) {
-      rows.push_back(base + matrix.index[t] * stride);
-      weight.push_back(static_cast<Real>(matrix.weight[t]));
-    }
-    blend(to, rows.data(), weight.data(), static_cast<int64_t>(rows.size()), count);
+  const T* source(int64_t sample, int64_t channel) const { return x + sample * tokens_in * channels + channel; }
+
+  static Blend<Real> taps(const Sparse<Real>& matrix, int64_t r, const Real* base, int64_t stride) {
+    const int64_t begin = matrix.start[r];
+    return {base, stride, matrix.index.data() + begin, matrix.weight.data() + begin, matrix.start[r + 1] - begin};
   }
 
-  // Output token: summed in place, or in `row` and rounded once.
-  void token(const Sparse& matrix, int64_t r, const Real* base, int64_t stride, T* to, int64_t count) {
-    if constexpr (std::is_same_v<T, Real>) {
-      sum(matrix, r, base, stride, to, count);
-    } else {
-      row.resize(kBlock);
-      sum(matrix, r, base, stride, row.data(), count);
-      narrow(to, row.data(), count);
-    }
-  }
+  void copy(T* to, const T* from, int64_t count) const { row_kernels().copy(to, from, count * sizeof(T), stream); }
 
-  void move(const Plan& plan, int64_t sample, int64_t begin, int64_t count) {
-    const T* from = x + sample * tokens_in * channels + begin;
-    T* to = out + sample * tokens_out * channels + begin;
-    if (plan.kind == Plan::Kind::copy) {
-      for (int64_t o = 0; o < tokens_out; ++o) {
-        const int64_t t = plan.second.start[o];
-        if (t == plan.second.start[o + 1]) {
-          std::memset(to + o * channels, 0, count * sizeof(T));
-        } else {
-          std::memcpy(to + o * channels, from + plan.second.index[t] * channels, count * sizeof(T));
-        }
+  // The output tokens [begin, end), whole.
+  void move_rows(const Plan<Real>& plan, int64_t sample, int64_t begin, int64_t end) {
+    T* to = out + sample * tokens_out * channels;
+    for (int64_t o = begin; o < end; ++o) {
+      const int32_t i = plan.second.source(o);
+      if (i >= 0) {
+        copy(to + o * channels, source(sample, 0) + i * channels, channels);
+      } else {
+        std::memset(to + o * channels, 0, channels * sizeof(T));
       }
-      return;
     }
+  }
+
+  // `count` channels of all tokens. `next`: the slab after this one, or null.
+  void move(const Plan<Real>& plan, int64_t sample, int64_t channel, int64_t count, const T* next) {
+    const T* from = source(sample, channel);
+    T* to = out + sample * tokens_out * channels + channel;
+    Prefetch prefetch(next, tokens_in, channels * sizeof(T), count * sizeof(T), tokens_out);
     const Real* base;
     int64_t stride;
-    if constexpr (std::is_same_v<T, Real>) {
+    if constexpr (same) {
       base = from;
       stride = channels;
     } else {
-      slab.resize(tokens_in * kBlock);
+      slab.resize(tokens_in * count);
       for (int64_t i = 0; i < tokens_in; ++i) widen(slab.data() + i * count, from + i * channels, count);
       base = slab.data();
       stride = count;
     }
-    if (plan.kind == Plan::Kind::general) {
+    if (plan.kind == Plan<Real>::Kind::general) {
       for (int64_t o = 0; o < tokens_out; ++o) {
         const int64_t i = plan.second.source(o);
         if (i >= 0) {
-          std::memcpy(to + o * channels, from + i * channels, count * sizeof(T));
+          copy(to + o * channels, from + i * channels, count);
         } else {
-          token(plan.second, o, base, stride, to + o * channels, count);
+          blend(to + o * channels, taps(plan.second, o, base, stride), count, stream);
         }
+        prefetch.part();
       }
       return;
     }
     const int64_t across = plan.first.rows();
-    between.resize(plan.second.columns * across * kBlock);
+    between.resize(plan.second.columns * across * count);
     for (int64_t p = 0; p < plan.second.columns; ++p) {
       for (int64_t r = 0; r < across; ++r) {
-        sum(plan.first, r, base + p * plan.p_in * stride, plan.q_in * stride, between.data() + (p * across + r) * count, count);
+        blend(between.data() + (p * across + r) * count,
+              taps(plan.first, r, base + p * plan.p_in * stride, plan.q_in * stride), count, false);
       }
     }
     for (int64_t s = 0; s < plan.second.rows(); ++s) {
@@ -275,29 +236,49 @@ struct Mover {
         T* at = to + (s * plan.s_out + r * plan.r_out) * channels;
         const int64_t p = plan.second.source(s), q = plan.first.source(r);
         if (p >= 0 && q >= 0) {
-          std::memcpy(at, from + (p * plan.p_in + q * plan.q_in) * channels, count * sizeof(T));
+          copy(at, from + (p * plan.p_in + q * plan.q_in) * channels, count);
         } else {
-          token(plan.second, s, between.data() + r * count, across * count, at, count);
+          blend(at, taps(plan.second, s, between.data() + r * count, across * count), count, stream);
         }
+        prefetch.part();
       }
     }
   }
 };
 
-template <typename T, typename Real>
-void run(const void* x, void* out, const std::vector<const Plan*>& plans, int64_t tokens_in, int64_t tokens_out,
-         int64_t channels, const ParallelFor& parallel) {
-  // Copies have no slab to keep: their rows are moved whole.
-  bool copies = true;
-  for (const Plan* plan : plans) copies = copies && plan->kind == Plan::Kind::copy;
-  const int64_t width = copies ? std::max<int64_t>(channels, 1) : kBlock;
-  const int64_t blocks = (channels + width - 1) / width;
-  parallel(static_cast<int64_t>(plans.size()) * blocks, [&](int64_t begin, int64_t end) {
-    Mover<T, Real> mover{static_cast<const T*>(x), static_cast<T*>(out), tokens_in, tokens_out, channels, {}, {}, {}, {}, {}};
+template <typename T>
+void run(const void* x, const double* linear, const double* offset, void* out, int64_t batch, int64_t channels,
+         const Lattices& lattices, const Resampling& how, bool transpose, const ParallelFor& parallel) {
+  using Real = typename Traits<T>::Real;
+  // Samples in an order in which those with the same map follow one another: a thread makes its plan once.
+  const auto compare = [&](int64_t a, int64_t b) {
+    const int by_linear = std::memcmp(linear + 4 * a, linear + 4 * b, 4 * sizeof(double));
+    return by_linear ? by_linear : std::memcmp(offset + 2 * a, offset + 2 * b, 2 * sizeof(double));
+  };
+  std::vector<int64_t> order(batch);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return compare(a, b) < 0; });
+
+  int64_t tokens_in = lattices.height_in * lattices.width_in, tokens_out = lattices.height_out * lattices.width_out;
+  if (transpose) std::swap(tokens_in, tokens_out);
+  const int64_t width = block_of(tokens_in), blocks = (channels + width - 1) / width;
+  const bool stream = batch * tokens_out * channels * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
+  parallel(batch * blocks, [&](int64_t begin, int64_t end) {
+    Mover<T> mover{static_cast<const T*>(x), static_cast<T*>(out), tokens_in, tokens_out, channels, stream, {}, {}};
+    Plan<Real> plan;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = i / blocks, first = i % blocks * width;
-      mover.move(*plans[sample], sample, first, std::min(width, channels - first));
+      const int64_t sample = order[i / blocks], block = i % blocks;
+      if (i == begin || (block == 0 && compare(sample, order[i / blocks - 1]))) {
+        plan = make_plan<Real>(linear + 4 * sample, offset + 2 * sample, lattices, how, transpose);
+      }
+      if (plan.kind == Plan<Real>::Kind::copy) {  // there is no slab to keep: as many tokens as blocks of channels
+        mover.move_rows(plan, sample, block * tokens_out / blocks, (block + 1) * tokens_out / blocks);
+        continue;
+      }
+      const T* next = i + 1 < end ? mover.source(order[(i + 1) / blocks], (i + 1) % blocks * width) : nullptr;
+      mover.move(plan, sample, block * width, std::min(width, channels - block * width), next);
     }
+    row_kernels().finish();
   });
 }
 
@@ -306,35 +287,14 @@ void run(const void* x, void* out, const std::vector<const Plan*>& plans, int64_
 void group_action(const void* x, const double* linear, const double* offset, void* out, Type type, int64_t batch,
                   int64_t channels, const Lattices& lattices, const Resampling& how, bool transpose,
                   const ParallelFor& parallel) {
-  std::map<std::array<double, 6>, std::unique_ptr<Plan>> cache;
-  std::vector<Plan*> plans(batch);
-  std::vector<std::pair<Plan*, int64_t>> distinct;
-  for (int64_t b = 0; b < batch; ++b) {
-    std::array<double, 6> key;
-    std::copy(linear + 4 * b, linear + 4 * b + 4, key.begin());
-    std::copy(offset + 2 * b, offset + 2 * b + 2, key.begin() + 4);
-    std::unique_ptr<Plan>& plan = cache[key];
-    if (!plan) {
-      plan = std::make_unique<Plan>();
-      distinct.emplace_back(plan.get(), b);
-    }
-    plans[b] = plan.get();
-  }
-  parallel(static_cast<int64_t>(distinct.size()), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = distinct[i].second;
-      *distinct[i].first = make_plan(linear + 4 * b, offset + 2 * b, lattices, how, transpose);
-    }
-  });
-
-  int64_t tokens_in = lattices.height_in * lattices.width_in, tokens_out = lattices.height_out * lattices.width_out;
-  if (transpose) std::swap(tokens_in, tokens_out);
-  const std::vector<const Plan*> ready(plans.begin(), plans.end());
+  const auto run_as = [&](auto run) {
+    run(x, linear, offset, out, batch, channels, lattices, how, transpose, parallel);
+  };
   switch (type) {
-    case Type::float32: return run<float, float>(x, out, ready, tokens_in, tokens_out, channels, parallel);
-    case Type::float64: return run<double, double>(x, out, ready, tokens_in, tokens_out, channels, parallel);
-    case Type::bfloat16: return run<bfloat16, float>(x, out, ready, tokens_in, tokens_out, channels, parallel);
-    case Type::float16: return run<float16, float>(x, out, ready, tokens_in, tokens_out, channels, parallel);
+    case Type::float32: return run_as(run<float>);
+    case Type::float64: return run_as(run<double>);
+    case Type::bfloat16: return run_as(run<bfloat16>);
+    case Type::float16: return run_as(run<float16>);
   }
 }
 

@@ -5,10 +5,9 @@
 
 #include "parallel.h"
 #include "resampling.h"
+#include "types.h"
 
 namespace ser_fast {
-
-enum class Type { float32, float64, bfloat16, float16 };
 
 struct Lattices {
   int64_t height_in, width_in, height_out, width_out;

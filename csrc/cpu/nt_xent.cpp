@@ -17,6 +17,7 @@
 #include <limits>
 #include <vector>
 
+#include "buffer.h"
 #include "clones.h"
 
 namespace ser_fast {
@@ -52,7 +53,8 @@ inline float exp2_of(float x) {
 inline double exp2_of(double x) { return std::exp2(x); }
 
 // The loops over a tile's rows, for one type. exp2_row: row[c] = 2^(row[c] - shift), also added to columns[c] where given;
-// returns the sum. weigh_row: row[c] = 2^(row[c] - shift) (a + b[c]), without b times a. weigh_row_unbounded:
+// returns the sum. weigh_row: row[c] = 2^(row[c] - shift) (a + b[c]), without b times a. weigh_kept: the same of a row
+// that is a power already. weigh_row_unbounded:
 // row[c] = a 2^(row[c] - shift) + b[c] 2^(row[c] - shifts[c]), without b the first term.
 #define SER_FAST_ROWS(REAL)                                                                                         \
   SER_FAST_CLONES REAL exp2_row(REAL* row, REAL shift, int64_t count, REAL* columns) {                              \
@@ -82,6 +84,12 @@ inline double exp2_of(double x) { return std::exp2(x); }
     } else {                                                                                                        \
       for (int64_t c = 0; c < count; ++c) row[c] = exp2_of(row[c] - shift) * a;                                     \
     }                                                                                                               \
+  }                                                                                                                 \
+  SER_FAST_CLONES void weigh_kept(REAL* out, const REAL* row, REAL a, const REAL* b, int64_t count) {               \
+    for (int64_t c = 0; c < count; ++c) out[c] = row[c] * (a + b[c]);                                               \
+  }                                                                                                                 \
+  SER_FAST_CLONES void scale_row(REAL* row, REAL factor, int64_t count) {                                           \
+    for (int64_t c = 0; c < count; ++c) row[c] *= factor;                                                           \
   }                                                                                                                 \
   SER_FAST_CLONES void weigh_row_unbounded(REAL* row, REAL shift, REAL a, const REAL* shifts, const REAL* b,        \
                                            int64_t count) {                                                         \
@@ -161,78 +169,109 @@ struct Span {
 
 }  // namespace
 
+int64_t kept_similarities(int64_t count) {
+  // A block of the larger size may hold fewer rows than there will be: count whole tiles, of either size.
+  const auto tiles = [&](int64_t block) {
+    const int64_t blocks = divide_up(count, block);
+    return blocks * (blocks + 1) / 2 * block * block;
+  };
+  return std::max(tiles(block_of(count)), tiles(block_of(0)));
+}
+
 template <typename Real>
 void log_negatives(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, Real temperature, bool bounded,
-                   double* result, Gemm<Real> gemm, const ParallelFor& parallel) {
+                   double* result, Real* kept, Gemm<Real> gemm, const ParallelFor& parallel) {
+  if (!bounded) return log_and_mean_negatives<Real>(query, key, dim, temperature, false, result, nullptr, gemm, parallel);
   const bool same = query.u == key.u;
   const int64_t block = block_of(std::max(query.count, key.count));
   const int64_t rows = divide_up(query.count, block), columns = divide_up(key.count, block);
   const Real scale = static_cast<Real>(kLog2e / temperature);
   const Excluded excluded(query, key);
-
-  if (bounded) {
-    std::vector<Tile> tiles;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = same ? i : 0; j < columns; ++j) tiles.push_back({i, j});
-    }
-    // partial[j][t]: the sum of row t over block j of the keys.
-    std::vector<Real> partial(columns * query.count, Real(0));
-    parallel(static_cast<int64_t>(tiles.size()), [&](int64_t begin, int64_t end) {
-      std::vector<Real> tile(block * block), sums(block);
-      for (int64_t t = begin; t < end; ++t) {
-        const Span i(tiles[t].i, block, query.count), j(tiles[t].j, block, key.count);
-        const bool mirrored = same && tiles[t].i != tiles[t].j;
-        gemm(false, true, i.count, j.count, dim, scale, query.u + i.begin * dim, dim, key.u + j.begin * dim, dim, Real(0),
-             tile.data(), j.count);
-        std::fill(sums.begin(), sums.end(), Real(0));
-        for (int64_t r = 0; r < i.count; ++r) {
-          Real* row = tile.data() + r * j.count;
-          Real sum = 0;
-          outside(row, j.begin, j.count, excluded.first[i.begin + r], excluded.last[i.begin + r],
-                  [&](int64_t from, int64_t to) {
-                    sum += exp2_row(row + from, scale, to - from, mirrored ? sums.data() + from : nullptr);
-                  });
-          partial[tiles[t].j * query.count + i.begin + r] = sum;
-        }
-        if (mirrored) std::copy_n(sums.data(), j.count, partial.data() + tiles[t].i * query.count + j.begin);
-      }
-    });
-    parallel(query.count, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        double sum = 0;
-        for (int64_t j = 0; j < columns; ++j) sum += partial[j * query.count + t];
-        result[t] = std::log(sum) + 1.0 / temperature;
-      }
-    });
-    return;
+  std::vector<Tile> tiles;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = same ? i : 0; j < columns; ++j) tiles.push_back({i, j});
   }
+  // partial[j][t]: the sum of row t over block j of the keys.
+  std::vector<Real> partial(columns * query.count, Real(0));
+  parallel(static_cast<int64_t>(tiles.size()), [&](int64_t begin, int64_t end) {
+    Buffer<Real> scratch(kept ? 0 : block * block), sums(block);
+    for (int64_t t = begin; t < end; ++t) {
+      const Span i(tiles[t].i, block, query.count), j(tiles[t].j, block, key.count);
+      const bool mirrored = same && tiles[t].i != tiles[t].j;
+      Real* tile = kept ? kept + t * block * block : scratch.data();
+      gemm(false, true, i.count, j.count, dim, scale, query.u + i.begin * dim, dim, key.u + j.begin * dim, dim, Real(0),
+           tile, j.count);
+      std::fill(sums.begin(), sums.end(), Real(0));
+      for (int64_t r = 0; r < i.count; ++r) {
+        Real* row = tile + r * j.count;
+        Real sum = 0;
+        outside(row, j.begin, j.count, excluded.first[i.begin + r], excluded.last[i.begin + r],
+                [&](int64_t from, int64_t to) {
+                  sum += exp2_row(row + from, scale, to - from, mirrored ? sums.data() + from : nullptr);
+                });
+        partial[tiles[t].j * query.count + i.begin + r] = sum;
+      }
+      if (mirrored) std::copy_n(sums.data(), j.count, partial.data() + tiles[t].i * query.count + j.begin);
+    }
+  });
+  parallel(query.count, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      double sum = 0;
+      for (int64_t j = 0; j < columns; ++j) sum += partial[j * query.count + t];
+      result[t] = std::log(sum) + 1.0 / temperature;
+    }
+  });
+}
 
-  // No bound on s: a running maximum, and every tile computed for its rows.
+// Every tile is computed for its rows, so that a block of rows can be finished on its own: the shift of a row may be its
+// running maximum, and its mean is at hand with its sum.
+template <typename Real>
+void log_and_mean_negatives(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, Real temperature, bool bounded,
+                            double* result, Real* mean, Gemm<Real> gemm, const ParallelFor& parallel) {
+  const int64_t row_block = query.count <= 4096 ? 128 : 256, block = block_of(key.count);  // as many parts as threads
+  const int64_t rows = divide_up(query.count, row_block), columns = divide_up(key.count, block);
+  const Real scale = static_cast<Real>(kLog2e / temperature), lowest = -std::numeric_limits<Real>::infinity();
+  const Excluded excluded(query, key);
+  if (mean && columns == 0) std::fill_n(mean, query.count * dim, Real(0));
+
   parallel(rows, [&](int64_t begin, int64_t end) {
-    std::vector<Real> tile(block * block);
+    Buffer<Real> tile(row_block * block);
     for (int64_t b = begin; b < end; ++b) {
-      const Span i(b, block, query.count);
-      std::vector<Real> top(i.count, -std::numeric_limits<Real>::infinity());
+      const Span i(b, row_block, query.count);
+      Real* means = mean ? mean + i.begin * dim : nullptr;
+      std::vector<Real> top(i.count, bounded ? scale : lowest);
       std::vector<double> sum(i.count, 0.0);
       for (int64_t c = 0; c < columns; ++c) {
         const Span j(c, block, key.count);
-        gemm(false, true, i.count, j.count, dim, scale, query.u + i.begin * dim, dim, key.u + j.begin * dim, dim, Real(0),
-             tile.data(), j.count);
+        const Real* k = key.u + j.begin * dim;
+        gemm(false, true, i.count, j.count, dim, scale, query.u + i.begin * dim, dim, k, dim, Real(0), tile.data(), j.count);
         for (int64_t r = 0; r < i.count; ++r) {
           Real* row = tile.data() + r * j.count;
-          outside(row, j.begin, j.count, excluded.first[i.begin + r], excluded.last[i.begin + r],
-                  [&](int64_t from, int64_t to) {
-                    Real highest = top[r];
-                    for (int64_t k = from; k < to; ++k) highest = row[k] > highest || row[k] != row[k] ? row[k] : highest;
-                    if (highest != top[r]) sum[r] *= std::exp2(static_cast<double>(top[r]) - highest);
-                    top[r] = highest;
-                    sum[r] += exp2_row(row + from, highest, to - from, nullptr);
-                  });
+          const int64_t first = excluded.first[i.begin + r], last = excluded.last[i.begin + r];
+          if (!bounded) {
+            Real highest = top[r];
+            outside(row, j.begin, j.count, first, last, [&](int64_t from, int64_t to) {
+              for (int64_t k = from; k < to; ++k) highest = row[k] > highest || row[k] != row[k] ? row[k] : highest;
+            });
+            if (highest != top[r]) {
+              const Real factor = std::exp2(top[r] - highest);
+              sum[r] *= factor;
+              if (means && c > 0) scale_row(means + r * dim, factor, dim);
+              top[r] = highest;
+            }
+          }
+          outside(row, j.begin, j.count, first, last, [&](int64_t from, int64_t to) {
+            sum[r] += exp2_row(row + from, top[r], to - from, nullptr);
+          });
+        }
+        if (means) {
+          gemm(false, false, i.count, dim, j.count, Real(1), tile.data(), j.count, k, dim, Real(c > 0), means, dim);
         }
       }
       for (int64_t r = 0; r < i.count; ++r) {
         result[i.begin + r] = sum[r] == 0 ? -std::numeric_limits<double>::infinity()
                                           : std::log(sum[r]) + top[r] / kLog2e;
+        if (means) scale_row(means + r * dim, sum[r] == 0 ? Real(0) : static_cast<Real>(1 / sum[r]), dim);
       }
     }
   });
@@ -240,8 +279,8 @@ void log_negatives(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, 
 
 template <typename Real>
 void negatives_gradient(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, Real temperature, bool bounded,
-                        const Real* weight, const double* lse, Real* d_query, Real* d_key, Gemm<Real> gemm,
-                        const ParallelFor& parallel) {
+                        const Real* weight, const double* lse, const Real* kept, Real* d_query, Real* d_key,
+                        Gemm<Real> gemm, const ParallelFor& parallel) {
   const bool same = query.u == key.u;
   const int64_t block = block_of(std::max(query.count, key.count));
   const int64_t rows = divide_up(query.count, block), columns = divide_up(key.count, block);
@@ -256,14 +295,20 @@ void negatives_gradient(const Rows<Real>& query, const Rows<Real>& key, int64_t 
     a[t] = static_cast<Real>(weight[t] * (bounded ? std::exp(1.0 / temperature - lse[t]) : std::exp2(shift[t] - lse[t] * kLog2e)));
   }
 
-  const auto accumulate = [&](const Tile& at, std::vector<Real>& tile) {
+  const auto accumulate = [&](const Tile& at, Buffer<Real>& tile) {
     const Span i(at.i, block, query.count), j(at.j, block, key.count);
     const Real* q = query.u + i.begin * dim;
     const Real* k = key.u + j.begin * dim;
-    gemm(false, true, i.count, j.count, dim, scale, q, dim, k, dim, Real(0), tile.data(), j.count);
+    // Tiles are kept row by row of the upper triangle.
+    const Real* powers = kept ? kept + (at.i * columns - at.i * (at.i - 1) / 2 + at.j - at.i) * block * block : nullptr;
+    if (!kept) gemm(false, true, i.count, j.count, dim, scale, q, dim, k, dim, Real(0), tile.data(), j.count);
     for (int64_t r = 0; r < i.count; ++r) {
       Real* row = tile.data() + r * j.count;
       const int64_t t = i.begin + r;
+      if (kept) {
+        weigh_kept(row, powers + r * j.count, a[t], a.data() + j.begin, j.count);
+        continue;
+      }
       outside(row, j.begin, j.count, excluded.first[t], excluded.last[t], [&](int64_t from, int64_t to) {
         const Real* other = same ? a.data() + j.begin + from : nullptr;
         if (bounded) {
@@ -282,19 +327,23 @@ void negatives_gradient(const Rows<Real>& query, const Rows<Real>& key, int64_t 
 
   for (const std::vector<Tile>& round : tournament(rows, columns, same)) {
     parallel(static_cast<int64_t>(round.size()), [&](int64_t begin, int64_t end) {
-      std::vector<Real> tile(block * block);
+      Buffer<Real> tile(block * block);
       for (int64_t t = begin; t < end; ++t) accumulate(round[t], tile);
     });
   }
 }
 
-template void log_negatives(const Rows<float>&, const Rows<float>&, int64_t, float, bool, double*, Gemm<float>,
+template void log_negatives(const Rows<float>&, const Rows<float>&, int64_t, float, bool, double*, float*, Gemm<float>,
                             const ParallelFor&);
-template void log_negatives(const Rows<double>&, const Rows<double>&, int64_t, double, bool, double*, Gemm<double>,
-                            const ParallelFor&);
+template void log_negatives(const Rows<double>&, const Rows<double>&, int64_t, double, bool, double*, double*,
+                            Gemm<double>, const ParallelFor&);
+template void log_and_mean_negatives(const Rows<float>&, const Rows<float>&, int64_t, float, bool, double*, float*,
+                                     Gemm<float>, const ParallelFor&);
+template void log_and_mean_negatives(const Rows<double>&, const Rows<double>&, int64_t, double, bool, double*, double*,
+                                     Gemm<double>, const ParallelFor&);
 template void negatives_gradient(const Rows<float>&, const Rows<float>&, int64_t, float, bool, const float*, const double*,
-                                 float*, float*, Gemm<float>, const ParallelFor&);
+                                 const float*, float*, float*, Gemm<float>, const ParallelFor&);
 template void negatives_gradient(const Rows<double>&, const Rows<double>&, int64_t, double, bool, const double*,
-                                 const double*, double*, double*, Gemm<double>, const ParallelFor&);
+                                 const double*, const double*, double*, double*, Gemm<double>, const ParallelFor&);
 
 }  // namespace ser_fast

@@ -10,31 +10,35 @@ constexpr double kTolerance = 1e-4;  // LatticeMap's: this close to a border bet
 constexpr double kPi = 3.14159265358979323846;
 
 // The (B, C) family of Mitchell and Netravali; (0, -a) is Keys' kernel with parameter a.
-double cubic(double t, double b, double c) {
-  t = std::abs(t);
-  if (t < 1) return (((12 - 9 * b - 6 * c) * t + (-18 + 12 * b + 6 * c)) * t * t + 6 - 2 * b) / 6;
-  if (t < 2) return (((-b - 6 * c) * t + (6 * b + 30 * c)) * t * t + (-12 * b - 48 * c) * t + 8 * b + 24 * c) / 6;
-  return 0;
+constexpr Cubics family(double b, double c) {
+  return {{1 - b / 3, 0, -3 + 2 * b + c, 2 - 1.5 * b - c},
+          {4 * b / 3 + 4 * c, -2 * b - 8 * c, b + 5 * c, -b / 6 - c}};
+}
+
+constexpr Cubics cubics(Interpolation interpolation) {
+  switch (interpolation) {
+    case Interpolation::bilinear: return {{1, -1, 0, 0}, {}};
+    case Interpolation::bicubic: return family(0, 0.75);
+    case Interpolation::catmull_rom: return family(0, 0.5);
+    case Interpolation::mitchell: return family(1.0 / 3, 1.0 / 3);
+    default: return {};
+  }
 }
 
 double sinc(double t) { return t == 0 ? 1 : std::sin(kPi * t) / (kPi * t); }
 
-double kernel(Interpolation interpolation, double t) {
-  switch (interpolation) {
-    case Interpolation::nearest: return t > -0.5 + kTolerance && t <= 0.5 + kTolerance;
-    case Interpolation::bilinear: return std::max(0.0, 1 - std::abs(t));
-    case Interpolation::bicubic: return cubic(t, 0, 0.75);
-    case Interpolation::catmull_rom: return cubic(t, 0, 0.5);
-    case Interpolation::mitchell: return cubic(t, 1.0 / 3, 1.0 / 3);
-    case Interpolation::lanczos3: return std::abs(t) < 3 ? sinc(t) * sinc(t / 3) : 0;
-    case Interpolation::area: break;
-  }
-  return 0;
+double kernel(Interpolation interpolation, const Cubics& of, double t) {
+  if (interpolation == Interpolation::nearest) return t > -0.5 + kTolerance && t <= 0.5 + kTolerance;
+  t = std::abs(t);
+  if (interpolation == Interpolation::lanczos3) return t < 3 ? sinc(t) * sinc(t / 3) : 0;
+  if (t >= 2) return 0;
+  const double* c = t < 1 ? of.inner : of.outer;
+  return c[0] + t * (c[1] + t * (c[2] + t * c[3]));
 }
 
 double radius(Interpolation interpolation) {
   switch (interpolation) {
-    case Interpolation::nearest: return 0.5;
+    case Interpolation::nearest: return 0.5 + kTolerance;
     case Interpolation::bilinear: return 1;
     case Interpolation::lanczos3: return 3;
     default: return 2;
@@ -43,59 +47,79 @@ double radius(Interpolation interpolation) {
 
 }  // namespace
 
-void append_row(Sparse& matrix, double position, double step, bool exact, int64_t size, const Resampling& how) {
-  if (size == 0) {
-    matrix.start.push_back(matrix.start.back());
-    return;
-  }
-  const bool area = how.interpolation == Interpolation::area;
-  const Interpolation interpolation = how.antialias && how.interpolation == Interpolation::bicubic
-                                          ? Interpolation::catmull_rom
-                                          : how.interpolation;
+Axis::Axis(const Resampling& how, double step, bool exact, int64_t size)
+    : how_(how),
+      interpolation_(how.antialias && how.interpolation == Interpolation::bicubic ? Interpolation::catmull_rom
+                                                                                  : how.interpolation),
+      exact_(exact),
+      size_(size),
+      cubics_(cubics(interpolation_)) {
+  const bool area = interpolation_ == Interpolation::area;
   const double stretch = how.antialias ? std::max(1.0, step) : 1.0;
-  const double reach = area ? (step + 1) / 2 - kTolerance : radius(interpolation) * stretch;
-  const bool cut = how.padding == Padding::border && (area || how.antialias);
-  if (cut) {
-    const double end = interpolation == Interpolation::nearest ? size - 2 * kTolerance : size;
-    position = std::min(std::max(position, 0.0), end);
-  }
-  const int64_t first = static_cast<int64_t>(std::floor(position - reach));
-  const int64_t count = static_cast<int64_t>(2 * reach) + 2;
-
-  const double own = std::floor(position);
-  const bool on_centre = exact && position - own == 0.5;
-  std::vector<double> row(size, 0.0);
-  std::vector<char> used(size, 0);
-  double sum = 0;
-  std::vector<double> k(count);
-  for (int64_t t = 0; t < count; ++t) {
-    const double distance = first + t + 0.5 - position;
-    k[t] = on_centre ? distance == 0 : area ? std::abs(distance) < reach : kernel(interpolation, distance / stretch);
-    const bool inside = first + t >= 0 && first + t < size;
-    if (cut && !inside) k[t] = 0;
-    sum += k[t];
-  }
-  for (int64_t t = 0; t < count; ++t) {
-    int64_t tap = first + t;
-    if (how.padding == Padding::zeros && (tap < 0 || tap >= size)) continue;
-    if (how.padding == Padding::reflection) {
-      tap = ((tap % (2 * size)) + 2 * size) % (2 * size);
-      tap = std::min(tap, 2 * size - 1 - tap);
-    }
-    tap = std::min(std::max<int64_t>(tap, 0), size - 1);
-    row[tap] += k[t] / sum;
-    used[tap] = 1;
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    if (used[i] && row[i] != 0) {
-      matrix.index.push_back(static_cast<int32_t>(i));
-      matrix.weight.push_back(row[i]);
-    }
-  }
-  matrix.start.push_back(static_cast<int64_t>(matrix.index.size()));
+  squeeze_ = 1 / stretch;
+  reach_ = area ? (step + 1) / 2 - kTolerance : radius(interpolation_) * stretch;
+  cut_ = how.padding == Padding::border && (area || how.antialias);
+  const size_t most = static_cast<size_t>(2 * reach_) + 1;  // centres within the reach, on either side
+  kernel_.resize(most);
+  index_.resize(std::min<size_t>(most, size));
+  weight_.resize(index_.size());
 }
 
-Sparse Sparse::transposed() const {
+Axis::Taps Axis::at(double position) {
+  if (size_ == 0) return {0, nullptr, nullptr};
+  if (cut_) {
+    const double end = interpolation_ == Interpolation::nearest ? size_ - 2 * kTolerance : size_;
+    position = std::min(std::max(position, 0.0), end);
+  }
+  int64_t first = static_cast<int64_t>(std::floor(position)), taps = 1;
+  kernel_[0] = 1;
+  if (!exact_ || position - first != 0.5) {
+    const bool area = interpolation_ == Interpolation::area;
+    first = static_cast<int64_t>(std::floor(position - reach_ + 0.5));
+    taps = static_cast<int64_t>(kernel_.size());
+    double sum = 0;
+    for (int64_t t = 0; t < taps; ++t) {
+      const double distance = first + t + 0.5 - position;
+      kernel_[t] = area ? std::abs(distance) < reach_ : kernel(interpolation_, cubics_, distance * squeeze_);
+      if (cut_ && (first + t < 0 || first + t >= size_)) kernel_[t] = 0;
+      sum += kernel_[t];
+    }
+    const double unit = 1 / sum;
+    for (double& k : kernel_) k *= unit;
+  }
+
+  int64_t count = 0;
+  if (how_.padding == Padding::reflection) {
+    row_.assign(size_, 0.0);
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t tap = ((first + t) % (2 * size_) + 2 * size_) % (2 * size_);
+      row_[std::min(tap, 2 * size_ - 1 - tap)] += kernel_[t];
+    }
+    for (int64_t i = 0; i < size_; ++i) {
+      if (row_[i] == 0) continue;
+      index_[count] = static_cast<int32_t>(i);
+      weight_[count] = row_[i];
+      ++count;
+    }
+    return {count, index_.data(), weight_.data()};
+  }
+  for (int64_t t = 0; t < taps; ++t) {
+    const int64_t tap = first + t;
+    if (kernel_[t] == 0 || (how_.padding == Padding::zeros && (tap < 0 || tap >= size_))) continue;
+    const int32_t i = static_cast<int32_t>(std::min(std::max<int64_t>(tap, 0), size_ - 1));
+    if (count && index_[count - 1] == i) {  // past the border: onto the edge
+      weight_[count - 1] += kernel_[t];
+    } else {
+      index_[count] = i;
+      weight_[count] = kernel_[t];
+      ++count;
+    }
+  }
+  return {count, index_.data(), weight_.data()};
+}
+
+template <typename Real>
+void Sparse<Real>::transpose() {
   Sparse result;
   result.columns = rows();
   result.start.assign(columns + 1, 0);
@@ -103,7 +127,7 @@ Sparse Sparse::transposed() const {
   for (int64_t i = 0; i < columns; ++i) result.start[i + 1] += result.start[i];
   result.index.resize(index.size());
   result.weight.resize(weight.size());
-  std::vector<int64_t> next(result.start.begin(), result.start.end() - 1);
+  Buffer<int64_t> next(result.start);
   for (int64_t r = 0; r < rows(); ++r) {
     for (int64_t t = start[r]; t < start[r + 1]; ++t) {
       const int64_t slot = next[index[t]]++;
@@ -111,14 +135,18 @@ Sparse Sparse::transposed() const {
       result.weight[slot] = weight[t];
     }
   }
-  return result;
+  std::swap(*this, result);
 }
 
-bool Sparse::copies() const {
+template <typename Real>
+bool Sparse<Real>::copies() const {
   for (int64_t r = 0; r < rows(); ++r) {
     if (start[r] != start[r + 1] && source(r) < 0) return false;
   }
   return true;
 }
+
+template struct Sparse<float>;
+template struct Sparse<double>;
 
 }  // namespace ser_fast

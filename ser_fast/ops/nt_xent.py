@@ -154,6 +154,7 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save_nt_xent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # the similarities have none, and zeros would take as much memory again
     *tensors, ctx.temperature, ctx.normalize, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output)
 
@@ -177,6 +178,7 @@ def _info_nce_gradient(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
 

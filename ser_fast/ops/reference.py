@@ -119,8 +119,8 @@ def info_nce(
     temperature: float,
     normalize: bool,
 ) -> Tensor:  # (T,)
-    q = embed(participants(query, valid), normalize)
-    k = embed(participants(key, key_valid), normalize)
+    q = _embed(_participants(query, valid), normalize)
+    k = _embed(_participants(key, key_valid), normalize)
     s = q @ k.T / temperature  # (T, M)
     s_positive = (q * k[positive]).sum(1) / temperature  # (T,)
     s_negative = s.masked_fill(~_negatives(image, key_image, valid, key_valid), -torch.inf).logsumexp(1)  # (T,)
@@ -142,8 +142,8 @@ def info_nce_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor]:  # (T, D) and (M, D); empty, (0,), where not needed
-    x, y = participants(query, valid), participants(key, key_valid)
-    q, k = embed(x, normalize), embed(y, normalize)
+    x, y = _participants(query, valid), _participants(key, key_valid)
+    q, k = _embed(x, normalize), _embed(y, normalize)
     s = q @ k.T / temperature  # (T, M)
     s_positive = (q * k[positive]).sum(1) / temperature  # (T,)
 
@@ -155,9 +155,11 @@ def info_nce_backward(
 
     d_query, d_key = query.new_empty(0), key.new_empty(0)
     if need_query:
-        d_query = torch.where(valid[:, None], embed_backward(g @ k / temperature, q, x, normalize), 0).to(query.dtype)
+        d_query = torch.where(valid[:, None], _embed_backward(g @ k / temperature, q, x, normalize), 0).to(query.dtype)
     if need_key:
-        d_key = torch.where(key_valid[:, None], embed_backward(g.T @ q / temperature, k, y, normalize), 0).to(key.dtype)
+        d_key = torch.where(key_valid[:, None], _embed_backward(g.T @ q / temperature, k, y, normalize), 0).to(
+            key.dtype
+        )
     return d_query, d_key
 
 
@@ -231,11 +233,11 @@ def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def participants(x: Tensor, valid: Tensor | None = None) -> Tensor:  # (T, D)
+def _participants(x: Tensor, valid: Tensor) -> Tensor:  # (T, D)
     """The rows in at least float32: 0 where they take no part, NaN where they hold an Inf (an Inf could vanish)."""
     x = _upcast(x)
     x = torch.where(x.isfinite(), x, torch.nan)
-    return x if valid is None else torch.where(valid[:, None], x, 0)
+    return torch.where(valid[:, None], x, 0)
 
 
 def _lengths(x: Tensor) -> tuple[Tensor, Tensor]:  # (T, 1) twice
@@ -244,7 +246,7 @@ def _lengths(x: Tensor) -> tuple[Tensor, Tensor]:  # (T, 1) twice
     return scale, torch.linalg.vector_norm(x / scale, dim=1, keepdim=True)
 
 
-def embed(x: Tensor, normalize: bool) -> Tensor:  # (T, D)
+def _embed(x: Tensor, normalize: bool) -> Tensor:  # (T, D)
     """u = x / max(|x|, EPS)."""
     if not normalize:
         return x
@@ -252,7 +254,7 @@ def embed(x: Tensor, normalize: bool) -> Tensor:  # (T, D)
     return x / scale / length.clamp(min=1)
 
 
-def embed_backward(d_u: Tensor, u: Tensor, x: Tensor, normalize: bool) -> Tensor:  # (T, D)
+def _embed_backward(d_u: Tensor, u: Tensor, x: Tensor, normalize: bool) -> Tensor:  # (T, D)
     """dx = (du - u <u, du>) / |x|, and du / EPS where |x| < EPS."""
     if normalize:
         scale, length = _lengths(x)

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/embedding.h"
 #include "cpu/group_action.h"
 #include "cpu/nt_xent.h"
 #include "cpu/resampling.h"
@@ -96,9 +97,9 @@ Values matrix(const double* map, const Lattices& n, const Resampling& how) {
       for (int axis = 0; axis < 2; ++axis) {
         const double *linear = map + 2 * axis, step = std::hypot(linear[0], linear[1]);
         const double position = linear[0] * v[0] + linear[1] * v[1] + map[4 + axis] + size_in[axis] / 2;
-        Sparse row;
-        append_row(row, position, step, exact, static_cast<int64_t>(axes[axis].size()), how);
-        for (size_t t = 0; t < row.index.size(); ++t) axes[axis][row.index[t]] = row.weight[t];
+        Axis along(how, step, exact, static_cast<int64_t>(axes[axis].size()));
+        const Axis::Taps taps = along.at(position);
+        for (int64_t t = 0; t < taps.count; ++t) axes[axis][taps.index[t]] = taps.weight[t];
       }
       for (double y : axes[0]) {
         for (double x : axes[1]) w.push_back(y * x);
@@ -219,7 +220,7 @@ void check_pair(const std::string& what, const Set<Real>& query, const Set<Real>
   const Real temperature = bounded ? Real(0.3) : Real(0.1);
   const double budget = std::is_same_v<Real, float> ? 1e-5 : 1e-12;
 
-  Values negatives(q.count), expected(q.count), lse(q.count);
+  Values negatives(q.count), expected(q.count), lse(q.count), mean(q.count * dim);
   const double lowest = -std::numeric_limits<double>::infinity();
   for (int64_t t = 0; t < q.count; ++t) {
     double top = lowest, sum = 0;
@@ -232,9 +233,21 @@ void check_pair(const std::string& what, const Set<Real>& query, const Set<Real>
     expected[t] = s.empty() ? lowest : top + std::log(sum);
     const double positive = 0.9 / temperature, most = std::max(expected[t], positive);
     lse[t] = most + std::log(std::exp(expected[t] - most) + std::exp(positive - most));
+    for (int64_t b = 0; b < k.count; ++b) {
+      if (q.image[t] == k.image[b]) continue;
+      const double share = std::exp(dot(q, t, k, b, dim) / temperature - expected[t]);
+      for (int64_t d = 0; d < dim; ++d) mean[t * dim + d] += share * k.u[b * dim + d];
+    }
   }
-  log_negatives<Real>(q, k, dim, temperature, bounded, negatives.data(), gemm<Real>, parallel);
+  std::vector<Real> kept(same && bounded ? kept_similarities(q.count) : 0);
+  log_negatives<Real>(q, k, dim, temperature, bounded, negatives.data(), kept.empty() ? nullptr : kept.data(),
+                      gemm<Real>, parallel);
   compare(what + ", log_negatives", negatives, expected, budget);
+  std::fill(negatives.begin(), negatives.end(), 0.0);
+  std::vector<Real> got_mean(mean.size(), Real(1));
+  log_and_mean_negatives<Real>(q, k, dim, temperature, bounded, negatives.data(), got_mean.data(), gemm<Real>, parallel);
+  compare(what + ", log_and_mean_negatives", negatives, expected, budget);
+  compare(what + ", mean", widened(got_mean), mean, budget);
 
   std::vector<Real> weight;
   for (double value : normal(q.count)) weight.push_back(static_cast<Real>(value));
@@ -249,18 +262,93 @@ void check_pair(const std::string& what, const Set<Real>& query, const Set<Real>
       }
     }
   }
+  const auto check_gradients = [&](bool need_query, bool need_key, const Real* kept) {
+    // "Adds": the outputs hold something already.
+    std::vector<Real> got_q(d_q.size(), Real(1)), got_k(d_k.size(), Real(1));
+    negatives_gradient<Real>(q, k, dim, temperature, bounded, weight.data(), lse.data(), kept,
+                             need_query ? got_q.data() : nullptr, need_key ? got_k.data() : nullptr, gemm<Real>, parallel);
+    for (Real& value : got_q) value -= 1;
+    for (Real& value : got_k) value -= 1;
+    compare(what + ", d_query", widened(got_q), need_query ? d_q : Values(d_q.size()), 10 * budget);
+    if (!same) compare(what + ", d_key", widened(got_k), need_key ? d_k : Values(d_k.size()), 10 * budget);
+  };
+  if (same) {
+    check_gradients(true, false, nullptr);
+    if (bounded && q.count) check_gradients(true, false, kept.data());
+    return;
+  }
   for (bool need_query : {true, false}) {
-    for (bool need_key : {true, false}) {
-      if (same && !(need_query && !need_key)) continue;
-      // "Adds": the outputs hold something already.
-      std::vector<Real> got_q(d_q.size(), Real(1)), got_k(d_k.size(), Real(1));
-      negatives_gradient<Real>(q, k, dim, temperature, bounded, weight.data(), lse.data(),
-                               need_query ? got_q.data() : nullptr, need_key ? got_k.data() : nullptr, gemm<Real>,
-                               parallel);
-      for (Real& value : got_q) value -= 1;
-      for (Real& value : got_k) value -= 1;
-      compare(what + ", d_query", widened(got_q), need_query ? d_q : Values(d_q.size()), 10 * budget);
-      if (!same) compare(what + ", d_key", widened(got_k), need_key ? d_k : Values(d_k.size()), 10 * budget);
+    for (bool need_key : {true, false}) check_gradients(need_query, need_key, nullptr);
+  }
+}
+
+// Rows of very different sizes, one of 0 and one that holds an Inf, from two tensors, some of them left out.
+template <typename T, typename Real>
+void check_rows(const std::string& what, Type type, bool normalize, int64_t dim, double budget) {
+  const int64_t counts[] = {7, 5};
+  std::vector<int64_t> index, partner;
+  for (int64_t i = 11; i >= 0; --i) {
+    if (i != 4) index.push_back(i);
+  }
+  const int64_t count = static_cast<int64_t>(index.size());
+  for (int64_t i = 0; i < count; ++i) partner.push_back((3 * i + 1) % count);
+  std::vector<std::vector<T>> x(2), d_x(2);
+  for (int part = 0; part < 2; ++part) {
+    int64_t row = 0;
+    for (double value : normal(counts[part] * dim)) {
+      const double scale = part == 1 && row / dim == 2 ? 0 : normalize ? std::pow(10, row / dim - 3) : 1;
+      x[part].push_back(static_cast<T>(value * scale));
+      ++row;
+    }
+    d_x[part].assign(x[part].size(), static_cast<T>(2.0));
+  }
+  x[0][6 * dim + dim / 2] = static_cast<T>(std::numeric_limits<double>::infinity());
+
+  std::vector<Real> u(count * dim), scales(2 * count), coefficient, d_u;
+  for (double value : normal(count * dim)) d_u.push_back(static_cast<Real>(value));
+  for (double value : normal(count)) coefficient.push_back(static_cast<Real>(value));
+  embed<Real>({x[0].data(), x[1].data(), counts[0], type, index.data(), count, dim}, normalize, u.data(), scales.data(),
+              parallel);
+  Values dots(count);
+  dot_rows(u.data(), u.data(), partner.data(), count, dim, dots.data(), parallel);
+  embed_backward<Real>({d_x[0].data(), d_x[1].data(), counts[0], type, index.data(), count, dim}, d_u.data(), u.data(),
+                       scales.data(), coefficient.data(), u.data(), partner.data(), parallel);
+
+  const auto at = [&](auto& parts, int64_t row) { return parts[row >= counts[0]].data() + row % counts[0] * dim; };
+  for (int64_t i = 0; i < count; ++i) {
+    const std::string row = what + ", row " + std::to_string(index[i]);
+    Values in(at(x, index[i]), at(x, index[i]) + dim), out(at(d_x, index[i]), at(d_x, index[i]) + dim), v(dim), dv(dim);
+    double length = 0, radial = 0, dot = 0;
+    for (double value : in) length += value * value;
+    length = normalize ? std::max(std::sqrt(length), 1e-12) : 1;
+    if (!std::isfinite(length) || index[i] == 6) {
+      if (u[i * dim] == u[i * dim] || out[0] == out[0]) std::printf("%s: no NaN\n", row.c_str()), ++failures;
+      continue;
+    }
+    for (int64_t d = 0; d < dim; ++d) v[d] = in[d] / length;
+    compare(row + ", u", Values(u.begin() + i * dim, u.begin() + (i + 1) * dim), v, budget);
+    for (int64_t d = 0; d < dim; ++d) {
+      dot += double(u[i * dim + d]) * u[partner[i] * dim + d];
+      dv[d] = d_u[i * dim + d] + double(coefficient[i]) * u[partner[i] * dim + d];
+      radial += v[d] * dv[d];
+    }
+    if (std::isfinite(dot)) compare(row + ", dot", {dots[i]}, {dot}, 1e-12);
+    if (!std::isfinite(dv[0])) continue;
+    for (int64_t d = 0; d < dim; ++d) dv[d] = (dv[d] - (normalize && length > 1e-12 ? radial * v[d] : 0)) / length;
+    compare(row + ", dx", out, dv, std::max(budget, sizeof(T) == 2 ? 1.0 / 128 : 0));
+  }
+  for (int64_t d = 0; d < dim; ++d) {
+    if (static_cast<double>(d_x[0][4 * dim + d]) != 2) std::printf("%s: wrote row 4\n", what.c_str()), ++failures;
+  }
+}
+
+void check_all_rows() {
+  for (bool normalize : {true, false}) {
+    for (int64_t dim : {1, 17, 64}) {
+      const std::string what = "rows of " + std::to_string(dim) + (normalize ? ", normalized" : "");
+      check_rows<float, float>(what + ", float32", Type::float32, normalize, dim, 1e-6);
+      check_rows<double, double>(what + ", float64", Type::float64, normalize, dim, 1e-14);
+      check_rows<bfloat16, float>(what + ", bfloat16", Type::bfloat16, normalize, dim, 1e-6);
     }
   }
 }
@@ -285,6 +373,7 @@ void check_losses(const std::string& type) {
 
 int main() {
   check_group_actions();
+  check_all_rows();
   check_losses<float>("float");
   check_losses<double>("double");
   return failures != 0;
