@@ -44,10 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if sys.platform == "linux":
-        # Freed memory stays with the process: otherwise a rival that frees much makes the next one fault its pages in
-        # again, which costs as much as the copy that is the floor.
+        # The allocator as a long run leaves it, with the largest threshold that it adapts to: blocks up to there are
+        # used again. A rival that frees much would make the next one fault its pages in, at the cost of a copy.
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     config.stash[_rows] = []
     config.addinivalue_line("markers", "large: runs with --large only")

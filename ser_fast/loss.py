@@ -40,6 +40,8 @@ class SERLoss(nn.Module):
         max_tokens: use at most this many token pairs of the batch (of this rank), drawn anew at every call from torch's
             generator of the tokens' device, also among those that a partial map leaves without a partner. None uses
             all of them.
+        memory_budget: bytes that `nt_xent` may keep for its backward pass, which is then faster; with `negatives="both"`
+            and without keys or `gather`.
         gather: contrast with the tokens of all ranks; see `ser_fast.distributed`. Averaged over the ranks as
             DistributedDataParallel averages gradients, N ranks give what one rank gives on the whole batch.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -70,6 +72,7 @@ class SERLoss(nn.Module):
         padding: str = "border",
         antialias: bool = False,
         max_tokens: int | None = None,
+        memory_budget: int = 0,
         gather: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -88,7 +91,9 @@ class SERLoss(nn.Module):
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens: got {max_tokens}, takes None or a positive number")
         self.interpolation, self.padding, self.antialias = interpolation, padding, antialias
-        self.max_tokens, self.gather, self.backend = max_tokens, gather, backend
+        if memory_budget < 0:
+            raise ValueError(f"memory_budget: got {memory_budget}, takes 0 or a number of bytes")
+        self.max_tokens, self.memory_budget, self.gather, self.backend = max_tokens, memory_budget, gather, backend
         self.dim = dim
         self.norm = nn.LayerNorm(dim)
         self.projector = nn.Sequential(
@@ -181,7 +186,7 @@ class SERLoss(nn.Module):
             return self._contrast_with_all_ranks(moved, target, image, valid, both_views)
         options: dict[str, Any] = {"temperature": self.temperature, "image": image, "valid": valid}
         if both_views:
-            return nt_xent(moved, target, **options, backend=self.backend)
+            return nt_xent(moved, target, **options, memory_budget=self.memory_budget, backend=self.backend)
         return info_nce(target, moved, **options, backend=self.backend)
 
     def _contrast_with_all_ranks(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ser_fast import LatticeMap, SERLoss, group_action
-from ser_fast.ops.backends import BACKENDS, reason_not
+from ser_fast.ops.backends import BACKENDS, implementations, reason_not
 from ser_fast.vit import SplitViT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -430,6 +430,48 @@ def test_one_action_and_one_contrast_a_direction(preset: str, ops: list[str], ba
     assert recorded.calls == [call for op in ops for call in (("group_action", backend), (op, backend))]
 
 
+class Storages(TorchDispatchMode):
+    """Records which ops return new memory of `size` elements or more."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.ops = size, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor) and x.numel() >= self.size and x.untyped_storage().data_ptr() not in given:
+                self.ops.append(func.__name__.split(".")[0])
+        return out
+
+
+def test_copies_nothing_between_projector_action_and_contrast() -> None:
+    g0, g1 = LatticeMap.identity((8, 8), batch=4), LatticeMap.resize((8, 8), (8, 8), batch=4)
+    ser = SERLoss(32, hidden_dim=32, out_dim=32, backend="auto")
+    tokens = [torch.randn(4, 64, 32, requires_grad=True) for _ in range(2)]
+    with Storages(4 * 64 * 32) as recorded:
+        ser(*tokens, g0, g1)
+    assert recorded.ops == ["native_layer_norm", "mm", "gelu", "mm"] * 2 + ["group_action"]
+
+
+@pytest.mark.parametrize("budget", [0, 2**40])
+def test_memory_budget_reaches_the_contrast(budget: int, backend: str) -> None:
+    ser, (g0, g1) = small_ser(memory_budget=budget, backend=backend), d4_scale()
+    recorded: list[int] = []
+
+    class Kept(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.__name__.startswith("nt_xent."):
+                recorded.append(args[-2])
+            return func(*args, **(kwargs or {}))
+
+    with Kept():
+        ser(*tokens_for(g0, g1), g0, g1)
+    wanted = implementations("kept_bytes")[backend](2 * 8, f64, ser.temperature, True)
+    assert recorded == [wanted if budget else 0]
+
+
 def test_both_directions_is_the_mean_of_the_two() -> None:
     one, both = (small_ser(both_directions=both_directions) for both_directions in (False, True))
     both.load_state_dict(one.state_dict())
@@ -628,6 +670,7 @@ def test_gather_needs_no_process_group(maps: tuple[LatticeMap, LatticeMap]) -> N
         ({"temperature": -0.5}, "temperature: got -0.5, takes a finite positive number"),
         ({"temperature": math.nan}, "temperature: got nan, takes a finite positive number"),
         ({"temperature": math.inf}, "temperature: got inf, takes a finite positive number"),
+        ({"memory_budget": -1}, "memory_budget: got -1, takes 0 or a number of bytes"),
         ({"max_tokens": 0}, "max_tokens: got 0, takes None or a positive number"),
     ],
 )
