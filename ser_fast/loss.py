@@ -40,8 +40,8 @@ class SERLoss(nn.Module):
         max_tokens: use at most this many token pairs of the batch (of this rank), drawn anew at every call from torch's
             generator of the tokens' device, also among those that a partial map leaves without a partner. None uses
             all of them.
-        memory_budget: bytes that `nt_xent` may keep for its backward pass, which is then faster; with `negatives="both"`
-            and without keys or `gather`.
+        memory_budget: bytes that `nt_xent` may keep for its backward pass, to be faster; with `negatives="both"`,
+            without keys and without `gather`.
         gather: contrast with the tokens of all ranks; see `ser_fast.distributed`. Averaged over the ranks as
             DistributedDataParallel averages gradients, N ranks give what one rank gives on the whole batch.
         backend: "auto", "reference", "cpu", "triton" or "cuda".

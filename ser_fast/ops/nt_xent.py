@@ -159,7 +159,9 @@ def _save_nt_xent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(*tensors, *output)
 
 
-def _nt_xent_gradient(ctx: Any, weight: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _nt_xent_gradient(ctx: Any, weight: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if weight is None:
+        return (None,) * 8
     d_z0, d_z1 = _nt_xent_backward(weight, *ctx.saved_tensors, ctx.temperature, ctx.normalize, ctx.backend)
     return d_z0, d_z1, *(None,) * 6
 
@@ -183,7 +185,9 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[1])
 
 
-def _detached_gradient(ctx: Any, weight: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _detached_gradient(ctx: Any, weight: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if weight is None:
+        return (None,) * 10
     (gradient,) = ctx.saved_tensors
     return (weight[:, None] * gradient).to(ctx.dtype), *(None,) * 9
 
