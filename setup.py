@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+HEADERS = sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc/cpu").glob(pattern))
 
 setup(
     packages=find_packages(include=["ser_fast", "ser_fast.*"]),
@@ -13,6 +14,7 @@ setup(
         CppExtension(
             "ser_fast._C",
             SOURCES,
+            depends=HEADERS,
             include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
             # The stable ABIs of torch and (py_limited_api) Python: one wheel serves torch >= 2.10 and Python >= 3.10.
             extra_compile_args=[

@@ -6,6 +6,12 @@
 
 namespace ser_fast {
 
+#ifdef __aarch64__
+typedef __fp16 Half;  // GCC has no _Float16 in C++ there before its version 13
+#else
+typedef _Float16 Half;
+#endif
+
 namespace portable {
 #define SER_FAST_BYTES 16
 #define SER_FAST_REGISTERS 8
