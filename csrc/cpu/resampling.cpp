@@ -25,15 +25,15 @@ constexpr Cubics cubics(Interpolation interpolation) {
   }
 }
 
+double value(const double* c, double t) { return c[0] + t * (c[1] + t * (c[2] + t * c[3])); }
+
 double sinc(double t) { return t == 0 ? 1 : std::sin(kPi * t) / (kPi * t); }
 
 double kernel(Interpolation interpolation, const Cubics& of, double t) {
   if (interpolation == Interpolation::nearest) return t > -0.5 + kTolerance && t <= 0.5 + kTolerance;
   t = std::abs(t);
   if (interpolation == Interpolation::lanczos3) return t < 3 ? sinc(t) * sinc(t / 3) : 0;
-  if (t >= 2) return 0;
-  const double* c = t < 1 ? of.inner : of.outer;
-  return c[0] + t * (c[1] + t * (c[2] + t * c[3]));
+  return t < 1 ? value(of.inner, t) : t < 2 ? value(of.outer, t) : 0;
 }
 
 double radius(Interpolation interpolation) {
@@ -60,7 +60,10 @@ Axis::Axis(const Resampling& how, double step, bool exact, int64_t size)
   reach_ = area ? (step + 1) / 2 - kTolerance : radius(interpolation_) * stretch;
   cut_ = how.padding == Padding::border && (area || how.antialias);
   const size_t most = static_cast<size_t>(2 * reach_) + 1;  // centres within the reach, on either side
-  kernel_.resize(most);
+  // Without a stretch or a cut every position has the same four taps (bilinear: two of them 0), which sum up to 1.
+  plain_ = stretch == 1 && !cut_ && !area && interpolation_ != Interpolation::nearest &&
+           interpolation_ != Interpolation::lanczos3;
+  kernel_.resize(std::max<size_t>(most, 4));
   index_.resize(std::min<size_t>(most, size));
   weight_.resize(index_.size());
 }
@@ -73,10 +76,20 @@ Axis::Taps Axis::at(double position) {
   }
   int64_t first = static_cast<int64_t>(std::floor(position)), taps = 1;
   kernel_[0] = 1;
-  if (!exact_ || position - first != 0.5) {
+  if (exact_ && position - first == 0.5) {
+    // one tap
+  } else if (plain_) {
+    first = static_cast<int64_t>(std::floor(position - 0.5)) - 1;
+    const double t = position - 1.5 - first;  // in [0, 1), past the centre of the second tap
+    taps = 4;
+    kernel_[0] = value(cubics_.outer, 1 + t);
+    kernel_[1] = value(cubics_.inner, t);
+    kernel_[2] = t > 0 ? value(cubics_.inner, 1 - t) : value(cubics_.outer, 1);
+    kernel_[3] = 2 - t < 2 ? value(cubics_.outer, 2 - t) : 0;
+  } else {
     const bool area = interpolation_ == Interpolation::area;
     first = static_cast<int64_t>(std::floor(position - reach_ + 0.5));
-    taps = static_cast<int64_t>(kernel_.size());
+    taps = static_cast<int64_t>(2 * reach_) + 1;
     double sum = 0;
     for (int64_t t = 0; t < taps; ++t) {
       const double distance = first + t + 0.5 - position;
@@ -85,7 +98,7 @@ Axis::Taps Axis::at(double position) {
       sum += kernel_[t];
     }
     const double unit = 1 / sum;
-    for (double& k : kernel_) k *= unit;
+    for (int64_t t = 0; t < taps; ++t) kernel_[t] *= unit;
   }
 
   int64_t count = 0;

@@ -69,7 +69,7 @@ class Axis {
  private:
   Resampling how_;
   Interpolation interpolation_;  // bicubic with antialias is torch's a = -0.5
-  bool exact_, cut_;
+  bool exact_, cut_, plain_;
   double squeeze_, reach_;  // 1 / stretch of the kernel; the farthest centre with a weight
   int64_t size_;
   Cubics cubics_;
