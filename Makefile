@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/ser-fast demo
 
 test: lint
-	$(BIN)/python -m pytest tests --cov --cov-report=term
+	$(BIN)/python -m pytest tests --numprocesses auto --cov --cov-report=term
 
 bench: install
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bench]'
