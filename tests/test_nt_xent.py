@@ -504,13 +504,50 @@ def test_computes_only_the_gradients_needed(need_query: bool, need_key: bool, ba
     query, key = rows(6).requires_grad_(need_query), rows(6, seed=1).requires_grad_(need_key)
     with OpCalls() as recorded:
         info_nce(query, key, temperature=0.2, backend=backend).backward()
-    _, _, (d_query, d_key) = recorded.calls[-1]
     assert (query.grad is not None, key.grad is not None) == (need_query, need_key)
-    assert (d_query.numel() > 0, d_key.numel() > 0) == (need_query, need_key)
+    names = [func.name() for func, *_ in recorded.calls]
+    if need_key:
+        assert names == ["ser_fast::info_nce", "ser_fast::info_nce_backward"]
+        d_query, d_key = recorded.calls[-1][2]
+        assert (d_query.numel() > 0, d_key.numel() > 0) == (need_query, need_key)
+    else:  # in one pass
+        assert names == ["ser_fast::info_nce_detached"]
     expected = with_gradients(info_nce, query, key, temperature=0.2, backend=backend)[1:]
     for z, gradient in zip((query, key), expected, strict=True):
         if z.requires_grad:
-            torch.testing.assert_close(z.grad, gradient, rtol=0, atol=0)
+            torch.testing.assert_close(z.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("temperature", [0.01, 0.2])
+@pytest.mark.parametrize("dtype", [f64, f32, bf16], ids=str)
+@pytest.mark.parametrize("setting", [case for case in SETTINGS.values() if case[0] is info_nce], indirect=True)
+def test_detached_keys(setting: Any, dtype: torch.dtype, temperature: float, normalize: bool, backend: str) -> None:
+    """One pass gives what two give, for any weights of the rows."""
+    _, x, y, options = setting
+    query, key = x.to(dtype), y.to(dtype)
+    options = {"temperature": temperature, "normalize": normalize, "reduction": "none", "backend": backend, **options}
+    weight = rows(len(query), 1)[:, 0]
+    results = []
+    for detached in (True, False):
+        q = query.clone().requires_grad_()
+        loss = info_nce(q, key.clone().requires_grad_(not detached), **options)
+        results.append((loss.detach(), *torch.autograd.grad((weight * loss).sum(), q)))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        largest = expected.abs().max().item()  # 0 without negatives
+        assert (actual - expected).abs().max() <= largest * {f64: 1e-12, f32: 2e-5, bf16: 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("layout", ["transposed", "offset"])
+@pytest.mark.parametrize("count", [0, 6])
+def test_opcheck_detached(count: int, layout: str, backend: str) -> None:
+    query, key = (LAYOUTS[layout](z.detach()) for z in pair(count))
+    query.requires_grad_()
+    with OpCalls() as recorded:
+        info_nce(query, key, temperature=0.2, image=IMAGE[:count], valid=VALID[:count], backend=backend)
+    ((forward, inputs, _),) = recorded.calls
+    torch.library.opcheck(forward, (query, key, *inputs[2:]))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

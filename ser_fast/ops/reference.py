@@ -161,6 +161,28 @@ def info_nce_backward(
     return d_query, d_key
 
 
+def info_nce_detached(
+    query: Tensor,  # (T, D)
+    key: Tensor,  # (M, D)
+    image: Tensor,  # (T,) int64
+    key_image: Tensor,  # (M,) int64
+    valid: Tensor,  # (T,) bool
+    key_valid: Tensor,  # (M,) bool
+    positive: Tensor,  # (T,) int64, rows of key
+    temperature: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:  # (T,) and (T, D), the gradient of loss_t in query t, in at least float32
+    inputs = (_upcast(query), _upcast(key), image, key_image, valid, key_valid, positive)
+    loss = info_nce(*inputs, temperature, normalize)
+    gradient, _ = info_nce_backward(torch.ones_like(loss), *inputs, loss, temperature, normalize, True, False)
+    return loss, gradient
+
+
+def kept_bytes(rows: int, dtype: torch.dtype, temperature: float, normalize: bool) -> int:
+    """How much nt_xent on `rows` rows a view keeps for its backward pass: `similarities` has this size, or is empty."""
+    return 0
+
+
 def nt_xent(
     z0: Tensor,  # (T, D)
     z1: Tensor,  # (T, D)
@@ -168,6 +190,7 @@ def nt_xent(
     valid: Tensor,  # (T,) bool
     temperature: float,
     normalize: bool,
+    similarities: Tensor,  # (K,) uint8, written if not empty
 ) -> Tensor:  # (2T,)
     return info_nce(*_both_views(z0, z1, image, valid), temperature, normalize)
 
@@ -179,6 +202,7 @@ def nt_xent_backward(
     image: Tensor,  # (T,) int64
     valid: Tensor,  # (T,) bool
     loss: Tensor,  # (2T,), what nt_xent returned
+    similarities: Tensor,  # (K,) uint8, what nt_xent wrote
     temperature: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:  # (T, D) twice
