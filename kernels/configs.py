@@ -1,10 +1,21 @@
 """What the kernels are compiled to: launch configurations, and the builds that are compiled without a GPU."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import triton
+
 CAPABILITIES = (80, 90, 100)  # A100, H100, B200: what the builds are compiled for and held to
+
+
+def capability_of(device: torch.device) -> int:
+    """Which of CAPABILITIES the kernels for `device` are configured as; any of them serves the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in CAPABILITIES if known <= 10 * major + minor), default=CAPABILITIES[0])
 
 
 @dataclass(frozen=True)
@@ -40,3 +51,83 @@ class Build:
     aligned: tuple[str, ...] = field(default=())
     product: bool = True
     vector: bool = True
+
+
+# group_action, by capability and bytes an element: CHANNELS of a slab, at most; wide slabs build W less often.
+_GROUP_ACTION = {
+    (80, 2): Config({"CHANNELS": 128}, 4, 3),
+    (80, 4): Config({"CHANNELS": 64}, 4, 2),
+    (90, 2): Config({"CHANNELS": 256}, 8, 2),
+    (90, 4): Config({"CHANNELS": 128}, 8, 2),
+    (100, 2): Config({"CHANNELS": 256}, 8, 2),
+    (100, 4): Config({"CHANNELS": 128}, 8, 2),
+}
+
+
+def group_action_config(capability: int, channels: int, dtype: torch.dtype) -> Config:
+    widest = _GROUP_ACTION[capability, dtype.itemsize]
+    slab = min(widest.tiles["CHANNELS"], max(16, 1 << (channels - 1).bit_length()))
+    return replace(widest, tiles={"CHANNELS": slab})
+
+
+# nt_xent and info_nce. Tiles of the similarity matrix: BLOCK_M is a multiple of BLOCK_N (a thread holds the images of
+# its columns), and GROUP tile rows share the second-level cache.
+_SIMILARITIES = {
+    80: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, 8, 3),
+    90: Config({"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, 8, 3),
+    100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, 8, 3),
+}
+
+# Strips of BLOCK_M rows that one program sums, with a running maximum.
+_RUNNING = {
+    80: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
+    90: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
+    100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
+}
+
+# Strips of BLOCK_M rows whose gradient one program accumulates, by capability and columns.
+_OWNER = {
+    (80, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3),
+    (80, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
+    (80, 256): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
+    (80, 512): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
+    (90, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 3),
+    (90, 128): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 3),
+    (90, 256): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2),
+    (90, 512): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
+    (100, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 3),
+    (100, 128): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 3),
+    (100, 256): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
+    (100, 512): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
+}
+
+# The backward pass: up to so many columns by `_owner` (5 units of work with the forward pass), beyond by panels of G in
+# two bytes that the library multiplies (4 units). A panel's bytes pay from 263 columns on.
+LARGEST_OWNED = {80: 256, 90: 256, 100: 256}
+
+PANEL = (8192, 8192)  # rows and columns, in whole tiles: 128 MB in float16, one wave of 128 x 256 tiles of a gradient
+
+
+def similarity_config(capability: int) -> Config:
+    if triton.knobs.runtime.interpret:  # time goes by programs there, and by padding
+        return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 1}, 4, 1)
+    return _SIMILARITIES[capability]
+
+
+def running_config(capability: int) -> Config:
+    if triton.knobs.runtime.interpret:
+        return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 4, 1)
+    return _RUNNING[capability]
+
+
+def owner_config(capability: int, columns: int) -> Config:
+    if triton.knobs.runtime.interpret:
+        return Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
+    return _OWNER[capability, columns]
+
+
+def row_config(columns: int) -> Config:
+    """Kernels that read each row once: 2048 numbers a program."""
+    if triton.knobs.runtime.interpret:
+        return Config({"ROWS": 64}, 4, 1)
+    return Config({"ROWS": max(1, 2048 // triton.next_power_of_2(columns))}, 4, 1)
