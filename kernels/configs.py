@@ -53,19 +53,19 @@ class Build:
     vector: bool = True
 
 
-# group_action, by capability and bytes an element: CHANNELS of a slab, at most; wide slabs build W less often.
+# group_action, by capability and bytes an element: CHANNELS of a slab, at most. Twice as wide would spill.
 _GROUP_ACTION = {
-    (80, 2): Config({"CHANNELS": 128}, 4, 3),
-    (80, 4): Config({"CHANNELS": 64}, 4, 2),
-    (90, 2): Config({"CHANNELS": 256}, 8, 2),
-    (90, 4): Config({"CHANNELS": 128}, 8, 2),
-    (100, 2): Config({"CHANNELS": 256}, 8, 2),
-    (100, 4): Config({"CHANNELS": 128}, 8, 2),
+    (80, 2): Config({"CHANNELS": 128}, 8, 2),
+    (80, 4): Config({"CHANNELS": 64}, 8, 2),
+    (90, 2): Config({"CHANNELS": 128}, 4, 2),
+    (90, 4): Config({"CHANNELS": 64}, 4, 2),
+    (100, 2): Config({"CHANNELS": 128}, 4, 2),
+    (100, 4): Config({"CHANNELS": 64}, 4, 2),
 }
 
 
 def group_action_config(capability: int, channels: int, dtype: torch.dtype) -> Config:
-    widest = _GROUP_ACTION[capability, dtype.itemsize]
+    widest = _GROUP_ACTION[capability, min(dtype.itemsize, 4)]  # float64 is there to be tested, not to be fast
     slab = min(widest.tiles["CHANNELS"], max(16, 1 << (channels - 1).bit_length()))
     return replace(widest, tiles={"CHANNELS": slab})
 
@@ -110,24 +110,31 @@ PANEL = (8192, 8192)  # rows and columns, in whole tiles: 128 MB in float16, one
 
 def similarity_config(capability: int) -> Config:
     if triton.knobs.runtime.interpret:  # time goes by programs there, and by padding
-        return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 1}, 4, 1)
+        return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 1}, 4, 1)
     return _SIMILARITIES[capability]
 
 
 def running_config(capability: int) -> Config:
     if triton.knobs.runtime.interpret:
-        return Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}, 4, 1)
+        return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 1)
     return _RUNNING[capability]
 
 
 def owner_config(capability: int, columns: int) -> Config:
     if triton.knobs.runtime.interpret:
-        return Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
+        return Config({"BLOCK_M": 128, "BLOCK_N": 128}, 4, 1)
     return _OWNER[capability, columns]
+
+
+def prepare_config(columns: int) -> Config:
+    """SPANS of 32 rows a program, with `columns` a power of two."""
+    if triton.knobs.runtime.interpret:
+        return Config({"SPANS": 4}, 4, 1)
+    return Config({"SPANS": 1}, max(4, columns // 64), 1)
 
 
 def row_config(columns: int) -> Config:
     """Kernels that read each row once: 2048 numbers a program."""
     if triton.knobs.runtime.interpret:
-        return Config({"ROWS": 64}, 4, 1)
+        return Config({"ROWS": 128}, 4, 1)
     return Config({"ROWS": max(1, 2048 // triton.next_power_of_2(columns))}, 4, 1)

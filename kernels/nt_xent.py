@@ -48,6 +48,7 @@ from ser_fast.kernels.configs import (
     Config,
     capability_of,
     owner_config,
+    prepare_config,
     row_config,
     running_config,
     similarity_config,
@@ -107,22 +108,25 @@ def _prepare(
     D: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SPANS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
     """Rows as operands u (padded, DIM), and `table`: image, valid (padded,), and of each 32 rows the lowest image, the
     highest, and whether all are valid (padded / 32,).
     """
-    span = tl.program_id(0).to(tl.int64)
-    r = span * _SPAN + tl.arange(0, _SPAN)
+    program = tl.program_id(0).to(tl.int64)
+    r = program * SPANS * _SPAN + tl.arange(0, SPANS * _SPAN)
     t = tl.where(r < split, r, r - split)
     take = tl.load(valid + t, mask=r < count, other=0) != 0
     of = tl.load(image + t, mask=r < count, other=0)
     tl.store(table + r, of)
     tl.store(table + padded + r, take.to(tl.int64))
     spans = padded // _SPAN
-    tl.store(table + 2 * padded + span, tl.min(of))
-    tl.store(table + 2 * padded + spans + span, tl.max(of))
-    tl.store(table + 2 * padded + 2 * spans + span, tl.min(take.to(tl.int64)))
+    at = table + 2 * padded + program * SPANS + tl.arange(0, SPANS)
+    of = tl.reshape(of, (SPANS, _SPAN))
+    tl.store(at, tl.min(of, 1))
+    tl.store(at + spans, tl.max(of, 1))
+    tl.store(at + 2 * spans, tl.min(tl.reshape(take.to(tl.int64), (SPANS, _SPAN)), 1))
     x, _, _ = _embed(_load_rows(x0, x1, r, take, split, D, BLOCK_D), NORMALIZE)
     d = tl.arange(0, BLOCK_D)[None, :]
     tl.store(u + r[:, None] * DIM + d, x.to(u.dtype.element_ty), mask=d < DIM)
@@ -789,7 +793,8 @@ class _Rows:
         u = x0.new_empty(padded, _operand_columns(d), dtype=dtype)
         table = x0.new_empty(2 * padded + 3 * padded // _SPAN.value, dtype=torch.int64)
         block = triton.next_power_of_2(u.shape[1])
-        _prepare[(padded // _SPAN.value,)](
+        config = prepare_config(block)
+        _prepare[(padded // (config.tiles["SPANS"] * _SPAN.value),)](
             x0,
             x1,
             image.contiguous(),
@@ -803,7 +808,8 @@ class _Rows:
             DIM=u.shape[1],
             BLOCK_D=block,
             NORMALIZE=normalize,
-            num_warps=max(4, block // 64),
+            **config.tiles,
+            num_warps=config.num_warps,
         )
         return cls(x0, x1, count, normalize, u, table)
 
@@ -1389,7 +1395,7 @@ def shipped(capability: int) -> list[Build]:
     builds.append(build("nt_xent sums, kept", _symmetric_sums, tile, 512, KEEP=True))
     builds.append(build("nt_xent panel, kept", _panel, tile, 512, SOURCE="kept", **both))
     row = row_config(512)
-    builds.append(build("nt_xent prepare", _prepare, Config({}, 8, 1), 512))
+    builds.append(build("nt_xent prepare", _prepare, prepare_config(512), 512))
     builds.append(build("nt_xent losses", _losses, row, 512, **summed))
     builds.append(build("nt_xent coefficients", _coefficients, row, 512, VIEWS=True, BOUNDED=True, LIBRARY=False))
     builds.append(build("nt_xent finish", _finish, row, 512, SIDE="views", LIBRARY=False))
