@@ -8,7 +8,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
 
 setup(
-    packages=find_packages(include=["ser_fast", "ser_fast.*"]),
+    packages=[*find_packages(include=["ser_fast", "ser_fast.*"]), "ser_fast.kernels"],
+    package_dir={"ser_fast.kernels": "kernels"},
     ext_modules=[
         CppExtension(
             "ser_fast._C",

@@ -1,7 +1,14 @@
 """Fixtures shared by the test files."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # runs the Triton kernels on CPU tensors; read when they are imported
 
 from ser_fast.ops.backends import BACKENDS, reason_not
 

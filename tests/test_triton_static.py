@@ -13,7 +13,7 @@ STATIC = Path(__file__).parents[1] / "benchmarks" / "static.py"
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_what_the_kernels_compile_to():
-    """No spill, within the chips' limits, with matrix instructions and wide loads, no worse than the committed table."""
+    """No spill, no limit passed, matrix instructions, wide loads, and no worse than the committed table."""
     # The interpreter takes the place of the compiler in a whole process, so this needs another.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
