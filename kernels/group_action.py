@@ -20,7 +20,7 @@ Positions are float64 and, relative to their first tap, float32: good to 1e-7 of
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, factorial, pi
+from math import factorial, pi
 
 import torch
 import triton
@@ -32,6 +32,7 @@ from ser_fast.lattice import TOLERANCE
 
 _TOLERANCE = tl.constexpr(TOLERANCE)
 _EDGE = tl.constexpr(8)  # of a square of tokens
+_TAPS = tl.constexpr(8)  # that are looked at together; fewer make the compiler spread positions over threads worse
 _NOWHERE = tl.constexpr(-(2**30))  # stands for a token that isn't there
 
 _REACH = {"nearest": 0.5 + TOLERANCE, "bilinear": 1.0, "lanczos3": 3.0, "area": 0.0}  # the cubic ones: 2
@@ -43,15 +44,13 @@ class Resampling:
 
     `padding` is "zeros", "border", "reflection", or "cut": border with antialias or area, where the kernel ends at the
     edge. `reach` is how far a token of weight may be; with `stretch` it is a multiple of the step, and for area it
-    follows from the step alone. `taps` is how many are looked at together: all of them where that is `counted`, and
-    not left to the map's step.
+    follows from the step alone. `counted`: _TAPS taps are enough, whatever the map.
     """
 
     kernel: str
     padding: str
     stretch: bool
     reach: float
-    taps: int
     counted: bool
     double: bool  # weights and sums in float64, or else in float32
 
@@ -63,8 +62,7 @@ class Resampling:
         if padding == "border" and (area or antialias):
             padding = "cut"
         counted = not (antialias or area)
-        taps = triton.next_power_of_2(ceil(2 * reach)) if counted else 8
-        return cls(kernel, padding, antialias, reach, taps, counted, dtype == torch.float64)
+        return cls(kernel, padding, antialias, reach, counted, dtype == torch.float64)
 
 
 # ---------------------------------------------------------------- the kernels in one dimension
@@ -171,8 +169,8 @@ def _taps(position, axis, HOW: tl.constexpr):
 
     total = distance * 0
     kept, before, after, least, most = total, total, total, first * 0 - _NOWHERE, first * 0 + _NOWHERE
-    for start in range(0, HOW.taps if HOW.counted else tl.ceil(2 * reach).to(tl.int32), HOW.taps):
-        tap = first + start + tl.arange(0, HOW.taps)[:, None]  # (T, O)
+    for start in range(0, _TAPS if HOW.counted else tl.ceil(2 * reach).to(tl.int32), _TAPS):
+        tap = first + start + tl.arange(0, _TAPS)[:, None]  # (T, O)
         k = _weight(tap - first, distance, copied, reach, stretch, HOW)
         if HOW.padding == "cut":
             k = tl.where((tap >= 0) & (tap < size), k, 0.0)
