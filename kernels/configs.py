@@ -53,14 +53,15 @@ class Build:
     vector: bool = True
 
 
-# group_action, by capability and bytes an element: CHANNELS of a slab, at most. Twice as wide would spill.
+# group_action, by capability and bytes an element: CHANNELS of a slab, at most. Wider slabs build W less often, but
+# spill.
 _GROUP_ACTION = {
-    (80, 2): Config({"CHANNELS": 128}, 8, 2),
-    (80, 4): Config({"CHANNELS": 64}, 8, 2),
+    (80, 2): Config({"CHANNELS": 64}, 8, 2),
+    (80, 4): Config({"CHANNELS": 32}, 8, 1),
     (90, 2): Config({"CHANNELS": 128}, 4, 2),
     (90, 4): Config({"CHANNELS": 64}, 4, 2),
-    (100, 2): Config({"CHANNELS": 128}, 4, 2),
-    (100, 4): Config({"CHANNELS": 64}, 4, 2),
+    (100, 2): Config({"CHANNELS": 128}, 8, 2),
+    (100, 4): Config({"CHANNELS": 32}, 8, 2),
 }
 
 

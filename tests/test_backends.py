@@ -74,7 +74,9 @@ def test_where_triton_runs(interpreter):
         "import sys; from ser_fast.ops.backends import reason_not; "
         "print([reason_not('triton', device) for device in ('cpu', 'cuda')], 'triton' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
     if interpreter == "1":
         expected = "[None, 'it runs on cpu tensors, not on cuda'] True"
     elif torch.cuda.is_available():
