@@ -9,7 +9,8 @@ SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").g
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc/cpu").glob(pattern))
 
 setup(
-    packages=find_packages(include=["ser_fast", "ser_fast.*"]),
+    packages=[*find_packages(include=["ser_fast", "ser_fast.*"]), "ser_fast.kernels"],
+    package_dir={"ser_fast.kernels": "kernels"},
     ext_modules=[
         CppExtension(
             "ser_fast._C",

@@ -1,5 +1,6 @@
 """Which backend runs, what is said when one can't, and that importing the operations stays light."""
 
+import os
 import subprocess
 import sys
 
@@ -14,8 +15,9 @@ X = torch.zeros(1)
 
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installation that misses no part."""
+    """An installation that misses no part, with a GPU."""
     monkeypatch.setattr(backends, "_MISSING", {})
+    monkeypatch.setitem(backends._DEVICES, "triton", "cuda")
 
 
 @pytest.fixture
@@ -51,6 +53,39 @@ def test_auto_is_the_reference_where_nothing_else_runs(bare):
 def test_auto_takes_the_native_kernels(complete):
     assert choose("op", "auto", X) == "cpu"
     assert choose("op", "auto", X.to("meta")) == "reference"
+
+
+def test_auto_never_takes_the_interpreter(complete, monkeypatch):
+    monkeypatch.setitem(backends._DEVICES, "triton", "cpu")
+    assert reason_not("triton", "cpu") is None
+    assert choose("op", "triton", X) == "triton"
+    assert choose("op", "auto", X) == "cpu"
+    monkeypatch.setitem(backends._MISSING, "cpu", "not here")
+    assert choose("op", "auto", X) == "reference"
+
+
+@pytest.mark.parametrize("interpreter", [None, "0", "1"])
+def test_where_triton_runs(interpreter):
+    """With a GPU, or on CPU tensors in the interpreter; else it isn't even imported, and the reason says so."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpreter is not None:
+        environment["TRITON_INTERPRET"] = interpreter
+    program = (
+        "import sys; from ser_fast.ops.backends import reason_not; "
+        "print([reason_not('triton', device) for device in ('cpu', 'cuda')], 'triton' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    if interpreter == "1":
+        expected = "[None, 'it runs on cpu tensors, not on cuda'] True"
+    elif torch.cuda.is_available():
+        expected = "['it runs on cuda tensors, not on cpu', None] True"
+    else:
+        assert "no GPU" in result.stdout
+        assert result.stdout.endswith("False\n")
+        return
+    assert result.stdout.strip() == expected
 
 
 @pytest.mark.parametrize(("missing", "best"), [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")])

@@ -1,26 +1,40 @@
 """Which backend runs an operation, and why another one can't.
 
 `reference` is the oracle in plain PyTorch and runs anywhere. `cpu` (C++), `triton` and `cuda` are looked for once, at
-import: what is missing is remembered as the reason that `choose` and `ser-fast doctor` give.
+import: what is missing is remembered as the reason that `choose` and `ser-fast doctor` give. Triton itself is imported
+only where it can run: with a GPU, or under TRITON_INTERPRET=1, which runs its kernels on CPU tensors, slowly, as tests
+of them.
 """
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-_DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "on", "true")  # as triton reads it
+_DEVICES = {"cpu": "cpu", "triton": "cpu" if _INTERPRETED else "cuda", "cuda": "cuda"}
 
 
 def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
     """The modules of the backends that are here, and for the others what is missing."""
     modules = {"reference": importlib.import_module("ser_fast.ops.reference")}
-    missing = {"cuda": "this version has no CUDA kernels", "triton": "this version has no Triton kernels"}
+    missing = {"cuda": "this version has no CUDA kernels"}
+    if importlib.util.find_spec("triton") is None:
+        missing["triton"] = "triton is not installed"
+    elif not _INTERPRETED and torch.cuda.device_count() == 0:  # unlike is_available, leaves CUDA to forked processes
+        missing["triton"] = "it runs on cuda tensors, and torch finds no GPU (TRITON_INTERPRET=1 runs it on the CPU)"
+    else:
+        try:
+            modules["triton"] = importlib.import_module("ser_fast.kernels")
+        except ImportError as error:
+            missing["triton"] = f"triton does not load: {error}"
     if importlib.util.find_spec("ser_fast._C") is None:
         missing["cpu"] = "the native extension ser_fast._C was not built"
     else:
@@ -53,7 +67,8 @@ def reason_not(backend: str, device: str) -> str | None:
 def choose(op: str, backend: str, tensor: Tensor) -> str:
     """The name of the backend that runs `op` on `tensor`.
 
-    "auto" takes the fastest one that can run; an explicit request is met or raises, and never falls back.
+    "auto" takes the fastest one that can run, never the interpreter; an explicit request is met or raises, and never
+    falls back.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -61,7 +76,8 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
     """
     device = tensor.device.type
     if backend == "auto":
-        return next((name for name in ("cuda", "triton", "cpu") if reason_not(name, device) is None), "reference")
+        fastest = ("cuda", "cpu") if device == "cpu" else ("cuda", "triton")
+        return next((name for name in fastest if reason_not(name, device) is None), "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, takes 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     reason = reason_not(backend, device)

@@ -1,0 +1,141 @@
+"""What the kernels are compiled to: launch configurations, and the builds that are compiled without a GPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import triton
+
+CAPABILITIES = (80, 90, 100)  # A100, H100, B200: what the builds are compiled for and held to
+
+
+def capability_of(device: torch.device) -> int:
+    """Which of CAPABILITIES the kernels for `device` are configured as; any of them serves the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((known for known in CAPABILITIES if known <= 10 * major + minor), default=CAPABILITIES[0])
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is launched: its tile sizes (constexpr arguments by name), warps and pipeline stages."""
+
+    tiles: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compilation of one kernel, as a launch would ask for it: what `benchmarks/static.py` compiles and checks.
+
+    Attributes:
+        name: unique among the builds of all modules, the same for every capability.
+        kernel: the function under @triton.jit.
+        arguments: the types of its other arguments by name, in any order: "*bf16", "i32", "fp32". Pointers are taken
+            to be 16-byte aligned, as torch allocates.
+        constants: the values of its tl.constexpr arguments by name.
+        config: tiles (added to the constants), warps and stages.
+        aligned: integer arguments that are multiples of 16; those in do_not_specialize never are.
+        product: the kernel has a tl.dot, so a matrix instruction must be there.
+        vector: it must load 16 bytes at a time from global memory.
+    """
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, str]
+    constants: Mapping[str, Any]
+    config: Config
+    aligned: tuple[str, ...] = field(default=())
+    product: bool = True
+    vector: bool = True
+
+
+# group_action, by capability and bytes an element: CHANNELS of a slab, at most. Wider slabs build W less often, but
+# spill.
+_GROUP_ACTION = {
+    (80, 2): Config({"CHANNELS": 64}, 8, 2),
+    (80, 4): Config({"CHANNELS": 32}, 8, 1),
+    (90, 2): Config({"CHANNELS": 128}, 4, 2),
+    (90, 4): Config({"CHANNELS": 64}, 4, 2),
+    (100, 2): Config({"CHANNELS": 128}, 8, 2),
+    (100, 4): Config({"CHANNELS": 32}, 8, 2),
+}
+
+
+def group_action_config(capability: int, channels: int, dtype: torch.dtype) -> Config:
+    widest = _GROUP_ACTION[capability, min(dtype.itemsize, 4)]  # float64 is there to be tested, not to be fast
+    slab = min(widest.tiles["CHANNELS"], max(16, 1 << (channels - 1).bit_length()))
+    return replace(widest, tiles={"CHANNELS": slab})
+
+
+# nt_xent and info_nce. Tiles of the similarity matrix: BLOCK_M is a multiple of BLOCK_N (a thread holds the images of
+# its columns), and GROUP tile rows share the second-level cache.
+_SIMILARITIES = {
+    80: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8}, 8, 3),
+    90: Config({"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, 8, 3),
+    100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, 8, 3),
+}
+
+# Strips of BLOCK_M rows that one program sums, with a running maximum.
+_RUNNING = {
+    80: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
+    90: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
+    100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
+}
+
+# Strips of BLOCK_M rows whose gradient one program accumulates, by capability and columns.
+_OWNER = {
+    (80, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3),
+    (80, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
+    (80, 256): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
+    (80, 512): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
+    (90, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 3),
+    (90, 128): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 3),
+    (90, 256): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2),
+    (90, 512): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2),
+    (100, 64): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 3),
+    (100, 128): Config({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 3),
+    (100, 256): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
+    (100, 512): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
+}
+
+# The backward pass: up to so many columns by `_owner` (5 units of work with the forward pass), beyond by panels of G in
+# two bytes that the library multiplies (4 units). A panel's bytes pay from 263 columns on.
+LARGEST_OWNED = {80: 256, 90: 256, 100: 256}
+
+PANEL = (8192, 8192)  # rows and columns, in whole tiles: 128 MB in float16, one wave of 128 x 256 tiles of a gradient
+
+
+def similarity_config(capability: int) -> Config:
+    if triton.knobs.runtime.interpret:  # time goes by programs there, and by padding
+        return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 1}, 4, 1)
+    return _SIMILARITIES[capability]
+
+
+def running_config(capability: int) -> Config:
+    if triton.knobs.runtime.interpret:
+        return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 1)
+    return _RUNNING[capability]
+
+
+def owner_config(capability: int, columns: int) -> Config:
+    if triton.knobs.runtime.interpret:
+        return Config({"BLOCK_M": 128, "BLOCK_N": 128}, 4, 1)
+    return _OWNER[capability, columns]
+
+
+def prepare_config(columns: int) -> Config:
+    """SPANS of 32 rows a program, with `columns` a power of two."""
+    if triton.knobs.runtime.interpret:
+        return Config({"SPANS": 4}, 4, 1)
+    return Config({"SPANS": 1}, max(4, columns // 64), 1)
+
+
+def row_config(columns: int) -> Config:
+    """Kernels that read each row once: 2048 numbers a program."""
+    if triton.knobs.runtime.interpret:
+        return Config({"ROWS": 128}, 4, 1)
+    return Config({"ROWS": max(1, 2048 // triton.next_power_of_2(columns))}, 4, 1)

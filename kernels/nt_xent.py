@@ -1,0 +1,1403 @@
+"""NT-Xent and InfoNCE, without ever storing the similarity matrix.
+
+Similarities are made and used up in tiles. Rows have unit length, so s = <u, v> / temperature is at most
+1 / temperature, and in base 2, with c = log2(e) / temperature, a fixed shift serves all:
+
+    P_ij = 2^(c <u_i, v_j> - c)    for the negatives, else 0
+    L_i  = sum_j P_ij,  log2 sum_j e^(s_ij) = log2 L_i + c
+
+The gradient of sum_i w_i loss_i is one product with G_ij = P_ij a_i, a_i = w_i 2^(c - log2(e) (s_i+ + loss_i)); where
+queries and keys are the same rows (nt_xent), with the symmetric G_ij = P_ij (a_i + a_j). At a low temperature P leaves
+the range of float32: sums then carry a running maximum, and G takes two exps with the shift of each row.
+
+Half-precision rows take part in products as float16, normalised in float32 and rounded once. Positives stay out of the
+tiles, in float64. Of these rows, in units of U = n^2 D flops (n rows in all, nt_xent):
+
+    forward     tiles on and above the diagonal, sums of both sides of a tile                                  U
+    backward    "owner": a program owns a strip of rows, walks over all others, and keeps its gradient       4 U
+                "panel": a kernel writes panels of G in float16, the library multiplies both ways            3 U
+                the same from similarities that the forward pass kept                                        2 U
+
+Rows in float32 or float64, and rows that are not normalised (no bound: float16 can't hold them), are exact: the
+library forms panels of products in their dtype, at float32 with the precision that torch.set_float32_matmul_precision
+says, and the same kernels use them up.
+
+Images are int64 numbers, in any order. Of each 32 rows their range is known, and whether all are valid: two tiles with
+disjoint ranges of valid rows need no mask, two of a single image hold nothing, and others are masked.
+
+Sums are taken in an order that depends on shapes alone, or as integers: the same input gives the same bits.
+Nothing waits for the device. Memory, besides the outputs: the rows in float16, 16 bytes a row, and in the backward pass
+the gradient in float32 (times the splits of the walk) and one panel.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ser_fast.kernels.configs import (
+    CAPABILITIES,
+    LARGEST_OWNED,
+    PANEL,
+    Build,
+    Config,
+    capability_of,
+    owner_config,
+    prepare_config,
+    row_config,
+    running_config,
+    similarity_config,
+)
+from ser_fast.ops.reference import EPS
+
+_EPS = tl.constexpr(EPS)
+_SPAN = tl.constexpr(32)  # rows that share a range of images
+_LN2 = tl.constexpr(math.log(2))
+_LOG2E = tl.constexpr(1 / math.log(2))
+_LIFT = tl.constexpr(15)  # kept similarities are 2^15 P: down to a temperature of 0.1 none is subnormal in float16
+_TOP = tl.constexpr(2.0**14)  # the largest weight, as float16 sees it in G, and the largest term of a mean
+
+_LOWEST_BOUNDED_TEMPERATURE = 0.03  # below, e^(2 / temperature) leaves the range of float32
+_LOWEST_LIFTED_TEMPERATURE = 0.1  # below, 2^15 P leaves the normal range of float16
+_MOST_SUMMED_ROWS = 1 << 20  # more could overflow the integers of `_add`
+
+
+# ---------------------------------------------------------------- rows
+
+
+@triton.jit
+def _load_rows(x0, x1, r, take, split, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(R, BLOCK_D) rows r of [x0; x1] in at least float32: NaN for Inf, 0 where not taken and beyond D."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    first, second = take & (r < split), take & (r >= split)
+    x = tl.load(x0 + r[:, None] * D + d, mask=first[:, None] & (d < D), other=0)
+    y = tl.load(x1 + (r - split)[:, None] * D + d, mask=second[:, None] & (d < D), other=0)
+    if x0.dtype.element_ty != tl.float64:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    x += y
+    return tl.where(tl.abs(x) < float("inf"), x, float("nan"))
+
+
+@triton.jit
+def _embed(x, NORMALIZE: tl.constexpr):
+    """x / max(|x|, EPS), and |x| as scale and length (R,), factors that are safe to square."""
+    scale = tl.maximum(tl.max(tl.abs(x), 1), tl.full((1,), _EPS, x.dtype))
+    y = x / scale[:, None]
+    length = tl.sqrt(tl.sum(y * y, 1))
+    if NORMALIZE:
+        x = y / tl.where(length < 1, 1.0, length)[:, None]
+    return x, scale, length
+
+
+@triton.jit(do_not_specialize=["split", "count", "padded"])
+def _prepare(
+    x0,
+    x1,
+    image,
+    valid,
+    u,
+    table,
+    split,
+    count,
+    padded,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPANS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """Rows as operands u (padded, DIM), and `table`: image, valid (padded,), and of each 32 rows the lowest image, the
+    highest, and whether all are valid (padded / 32,).
+    """
+    program = tl.program_id(0).to(tl.int64)
+    r = program * SPANS * _SPAN + tl.arange(0, SPANS * _SPAN)
+    t = tl.where(r < split, r, r - split)
+    take = tl.load(valid + t, mask=r < count, other=0) != 0
+    of = tl.load(image + t, mask=r < count, other=0)
+    tl.store(table + r, of)
+    tl.store(table + padded + r, take.to(tl.int64))
+    spans = padded // _SPAN
+    at = table + 2 * padded + program * SPANS + tl.arange(0, SPANS)
+    of = tl.reshape(of, (SPANS, _SPAN))
+    tl.store(at, tl.min(of, 1))
+    tl.store(at + spans, tl.max(of, 1))
+    tl.store(at + 2 * spans, tl.min(tl.reshape(take.to(tl.int64), (SPANS, _SPAN)), 1))
+    x, _, _ = _embed(_load_rows(x0, x1, r, take, split, D, BLOCK_D), NORMALIZE)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(u + r[:, None] * DIM + d, x.to(u.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def _tile(table, padded, start, BLOCK: tl.constexpr):
+    """The lowest and the highest image of the rows [start, start + BLOCK), and whether all are valid (1 or 0)."""
+    at = table + 2 * padded + start // _SPAN + tl.arange(0, BLOCK // _SPAN)
+    spans = padded // _SPAN
+    return tl.min(tl.load(at)), tl.max(tl.load(at + spans)), tl.min(tl.load(at + 2 * spans))
+
+
+@triton.jit
+def _one_image(a, b):
+    """Whether all rows of two tiles, as `_tile` describes them, are of one image."""
+    return (a[0] == a[1]) & (b[0] == b[1]) & (a[0] == b[0])
+
+
+@triton.jit
+def _only_negatives(s, q_tile, q_table, q_padded, i, k_tile, k_table, k_padded, j):
+    """s (M, N) where row j (N,) of the keys is a negative of row i (M,) of the queries, else -inf.
+
+    In two steps, since images and valid bits of both sides together would not fit the registers.
+    """
+    if (q_tile[0] <= k_tile[1]) & (k_tile[0] <= q_tile[1]):
+        s = tl.where(tl.load(q_table + i)[:, None] != tl.load(k_table + j)[None, :], s, -float("inf"))
+    if (q_tile[2] & k_tile[2]) == 0:
+        q_valid, k_valid = tl.load(q_table + q_padded + i) != 0, tl.load(k_table + k_padded + j) != 0
+        s = tl.where(q_valid[:, None] & k_valid[None, :], s, -float("inf"))
+    return s
+
+
+# ---------------------------------------------------------------- arithmetic of one row, in float64
+
+
+@triton.jit
+def _double(high, low):
+    """(1,) float64 from its two parts in float32, which is how a kernel takes a float."""
+    return tl.full((1,), high, tl.float64) + low
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, to the last bits of x (Kahan)."""
+    y = 1 + x
+    return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1, y - 1)))
+
+
+@triton.jit
+def _expm1(x):
+    """e^x - 1 for x <= 0, to the last bits of x (Kahan)."""
+    y = tl.exp(x)
+    between = (y != 1) & (y > 0)
+    return tl.where(y == 1, x, tl.where(y == 0, -1.0, (y - 1) * (x / tl.where(between | (y != y), tl.log(y), 1))))
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x), 0 at -inf."""
+    return tl.where(x != x, x, tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x))))
+
+
+@triton.jit
+def _positives(
+    q0, q1, q_split, k0, k1, k_split, positive, r, take, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    VIEWS: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """(R, BLOCK_D) the unit rows of the positives, and (R,) <u, v> of the rows r with them, in float64."""
+    u, _, _ = _embed(_load_rows(q0, q1, r, take, q_split, D, BLOCK_D), NORMALIZE)
+    p = tl.where(r < q_split, r + q_split, r - q_split) if VIEWS else tl.load(positive + r, mask=take, other=0)
+    v, _, _ = _embed(_load_rows(k0, k1, p, take, k_split, D, BLOCK_D), NORMALIZE)
+    return v, tl.sum(u.to(tl.float64) * v.to(tl.float64), 1)
+
+
+# ---------------------------------------------------------------- sums of rows
+
+
+@triton.jit
+def _product(a, i, b, j, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(M, N) float32 products of the rows [i, i + M) of a with the rows [j, j + N) of b, (rows, DIM) float16."""
+    m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    a += i * DIM + m[:, None] * DIM + d[None, :]
+    b += j * DIM + n[None, :] * DIM + d[:, None]
+    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(0, DIM, BLOCK_K):
+        s = tl.dot(tl.load(a), tl.load(b), s)
+        a += BLOCK_K
+        b += BLOCK_K
+    return s
+
+
+@triton.jit
+def _add(sums, at, value, padded):
+    """sums[k, at] += value, 0 <= value <= 256, in the integers of the k that holds all bits of a float32.
+
+    Integer sums have no order, so they repeat. sums (4, padded): units of 2^-42, 2^-70 and 2^-98, and a count of NaN.
+    """
+    kind = tl.where(value >= 2.0**-20, 0, tl.where(value >= 2.0**-48, 1, 2))
+    unit = tl.where(kind == 0, 2.0**42, tl.where(kind == 1, 2.0**70, 2.0**98))
+    number = value == value
+    whole = (tl.where(number, value, 0.0) * unit).to(tl.int64)
+    tl.atomic_add(sums + kind * padded + at, whole, mask=whole != 0, sem="relaxed")
+    tl.atomic_add(sums + 3 * padded + at, 1, mask=~number, sem="relaxed")
+
+
+@triton.jit
+def _triangle(t):
+    """(i, j), i >= j, of number t in the order (0, 0), (1, 0), (1, 1), (2, 0), ..."""
+    i = ((tl.sqrt(8 * t.to(tl.float64) + 1) - 1) / 2).to(tl.int64)
+    i += ((i + 1) * (i + 2) // 2 <= t).to(tl.int64) - (i * (i + 1) // 2 > t).to(tl.int64)
+    return i, t - i * (i + 1) // 2
+
+
+@triton.jit
+def _kept_at(r, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the similarity of row r with row c < r is kept: tiles on and below the diagonal, row by row."""
+    i, j = r // BLOCK_M, c // BLOCK_N
+    tile = BLOCK_M // BLOCK_N * (i * (i + 1) // 2) + j
+    return tile * (BLOCK_M * BLOCK_N) + (r % BLOCK_M) * BLOCK_N + c % BLOCK_N
+
+
+@triton.jit(do_not_specialize=["padded", "count"])
+def _symmetric_sums(
+    u,
+    table,
+    sums,
+    kept,
+    scale,
+    count,
+    padded,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """L of the rows of one set with themselves, from the pairs i > j alone; with KEEP, 2^15 P for the backward pass.
+
+    Programs go through squares of GROUP tile rows, so that a square's rows stay in the second-level cache.
+    """
+    RATIO: tl.constexpr = BLOCK_M // BLOCK_N
+    SQUARE: tl.constexpr = GROUP * GROUP * RATIO
+    t = tl.program_id(0).to(tl.int64)
+    square_i, square_j = _triangle(t // SQUARE)
+    i = (square_i * GROUP + t % SQUARE % GROUP) * BLOCK_M
+    j = (square_j * GROUP * RATIO + t % SQUARE // GROUP) * BLOCK_N
+    if (i < count) & (j < i + BLOCK_M):
+        m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        s = _product(u, i, u, j, DIM, BLOCK_M, BLOCK_N, BLOCK_K)
+        tile_i, tile_j = _tile(table, padded, i, BLOCK_M), _tile(table, padded, j, BLOCK_N)
+        s = _only_negatives(s, tile_i, table, padded, i + m, tile_j, table, padded, j + n)
+        if j + BLOCK_N > i:
+            s = tl.where((i + m)[:, None] > (j + n)[None, :], s, -float("inf"))
+        p = tl.exp2(s * scale - scale)
+        # A gather spreads the sums over all threads: as they come, each thread has all those of its part of the tile.
+        _add(sums, i + m, tl.gather(tl.sum(p, 1), m, 0), padded)
+        _add(sums, j + n, tl.gather(tl.sum(p, 0), n, 0), padded)
+        if KEEP:
+            at = kept + _kept_at(i, j, BLOCK_M, BLOCK_N)
+            tl.store(at + m[:, None] * BLOCK_N + n[None, :], (p * 2.0**_LIFT).to(tl.float16))
+
+
+@triton.jit(do_not_specialize=["q_padded", "k_padded", "first_row", "first_key", "tiles", "splits", "width"])
+def _row_sums(
+    q,
+    q_table,
+    k,
+    k_table,
+    panel,
+    state,
+    scale,
+    q_padded,
+    k_padded,
+    first_row,
+    first_key,
+    tiles,
+    splits,
+    width,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LIBRARY: tl.constexpr,
+):
+    """Takes the negatives in `tiles` tiles of keys into `state` (2, splits, q_padded): top, the sums of 2^(cs - top).
+
+    With LIBRARY the similarities are read from `panel` (rows, width), whose corner is (first_row, first_key).
+    """
+    split = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    i = first_row + start
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    at = state + split * q_padded + i + m
+    top, total = tl.load(at), tl.load(at + splits * q_padded)
+    tile_i = _tile(q_table, q_padded, i, BLOCK_M)
+    for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
+        j = first_key + tile * BLOCK_N
+        if LIBRARY:
+            s = tl.load(panel + (start + m)[:, None] * width + tile * BLOCK_N + n[None, :])
+        else:
+            s = _product(q, i, k, j, DIM, BLOCK_M, BLOCK_N, BLOCK_K) * scale
+        tile_j = _tile(k_table, k_padded, j, BLOCK_N)
+        s = _only_negatives(s, tile_i, q_table, q_padded, i + m, tile_j, k_table, k_padded, j + n)
+        higher = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)  # no negative so far
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
+        top = higher
+    tl.store(at, top)
+    tl.store(at + splits * q_padded, total)
+
+
+@triton.jit
+def _log2_sums(state, r, take, splits, padded, scale, SUMMED: tl.constexpr):
+    """(R,) float64 log2 of the sums over the negatives, from the integers of `_add` or from maxima and sums."""
+    if SUMMED:
+        total = tl.load(state + r, mask=take, other=0).to(tl.float64) * 2.0**-42
+        total += tl.load(state + padded + r, mask=take, other=0).to(tl.float64) * 2.0**-70
+        total += tl.load(state + 2 * padded + r, mask=take, other=0).to(tl.float64) * 2.0**-98
+        broken = tl.load(state + 3 * padded + r, mask=take, other=0) != 0
+        top = tl.where(broken, float("nan"), scale + tl.zeros_like(total))
+    else:
+        top = tl.full(r.shape, -float("inf"), tl.float64)
+        total = tl.zeros_like(top)
+        for split in range(splits):
+            at = state + split * padded + r
+            part = tl.load(at, mask=take, other=-float("inf")).to(tl.float64)
+            sums = tl.load(at + splits * padded, mask=take, other=0).to(tl.float64)
+            higher = tl.maximum(top, part)
+            shift = tl.where(higher == -float("inf"), 0.0, higher)
+            total = total * tl.exp2(top - shift) + sums * tl.exp2(part - shift)
+            top = higher
+    some = total != 0
+    return tl.where(some, tl.log(tl.where(some, total, 1.0)) * _LOG2E + top, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["q_split", "k_split", "count", "padded", "splits"])
+def _losses(
+    q0,
+    q1,
+    k0,
+    k1,
+    positive,
+    table,
+    state,
+    loss,
+    scale,
+    inverse_high,
+    inverse_low,
+    q_split,
+    k_split,
+    count,
+    padded,
+    splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    VIEWS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """loss = log(1 + e^(log-sum of the negatives - s of the positive)); 1 / temperature comes in two float32 parts."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    take = tl.load(table + padded + r, mask=r < count, other=0) != 0
+    _, s = _positives(q0, q1, q_split, k0, k1, k_split, positive, r, take, D, BLOCK_D, VIEWS, NORMALIZE)
+    negatives = _log2_sums(state, r, take, splits, padded, scale, SUMMED) * _LN2
+    result = _softplus(negatives - s * _double(inverse_high, inverse_low))
+    tl.store(loss + r, tl.where(take, result, 0.0).to(loss.dtype.element_ty), mask=r < count)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@triton.jit(do_not_specialize=["q_split", "k_split", "count", "padded"])
+def _coefficients(
+    q0,
+    q1,
+    k0,
+    k1,
+    positive,
+    table,
+    weight,
+    largest,
+    loss,
+    out,
+    scale,
+    inverse_high,
+    inverse_low,
+    q_split,
+    k_split,
+    count,
+    padded,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    VIEWS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    LIBRARY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """out (3, padded): a and its shift, G_ij = a_i 2^(c s_ij - shift_i), and the weight of the positive.
+
+    For float16 tiles a is given in units that make the largest weight 2^14: its softmax may be as small as 2^-30.
+    """
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    take = tl.load(table + padded + r, mask=r < padded, other=0) != 0
+    _, s = _positives(q0, q1, q_split, k0, k1, k_split, positive, r, take, D, BLOCK_D, VIEWS, NORMALIZE)
+    inverse = _double(inverse_high, inverse_low)
+    w = tl.load(weight + r, mask=take, other=0).to(tl.float64)
+    value = tl.load(loss + r, mask=take, other=0).to(tl.float64)
+    pull = w * _expm1(-value) * inverse
+    if not LIBRARY:
+        most = tl.load(largest).to(tl.float64)
+        w = w / tl.where(most == 0, 1.0, most) * _TOP
+    exact = (s * inverse + value) * _LOG2E
+    kind: tl.constexpr = out.dtype.element_ty
+    shift = scale + tl.zeros_like(exact) if BOUNDED else exact.to(kind).to(tl.float64)
+    a = w * tl.exp2(shift - exact)  # what rounding took from the shift goes into the factor
+    inside = r < padded
+    tl.store(out + r, tl.where(take, a, 0.0).to(kind), mask=inside)
+    tl.store(out + padded + r, tl.where(take, shift, 0.0).to(kind), mask=inside)
+    tl.store(out + 2 * padded + r, tl.where(take, pull, 0.0).to(kind), mask=inside)
+
+
+@triton.jit
+def _shares(coefficients, padded, at, NEEDED: tl.constexpr):
+    """a and its shift of the rows `at`, or nothing."""
+    if NEEDED:
+        return tl.load(coefficients + at), tl.load(coefficients + padded + at)
+    else:
+        return None, None
+
+
+@triton.jit
+def _weigh(s, scale, a_i, shift_i, a_j, shift_j, BOUNDED: tl.constexpr, BY_ROW: tl.constexpr, BY_KEY: tl.constexpr):
+    """G of a tile from its products s: the rows' part, the columns' part, or both."""
+    if BOUNDED:
+        p = tl.exp2(s * scale - scale)
+        if BY_ROW and BY_KEY:
+            g = p * (a_i[:, None] + a_j[None, :])
+        elif BY_ROW:
+            g = p * a_i[:, None]
+        else:
+            g = p * a_j[None, :]
+    else:
+        if BY_ROW:
+            g = tl.exp2(s * scale - shift_i[:, None]) * a_i[:, None]
+        if BY_ROW and BY_KEY:
+            g += tl.exp2(s * scale - shift_j[None, :]) * a_j[None, :]
+        elif BY_KEY:
+            g = tl.exp2(s * scale - shift_j[None, :]) * a_j[None, :]
+    return g
+
+
+@triton.jit(do_not_specialize=["q_padded", "k_padded", "tiles", "splits"])
+def _owner(
+    q,
+    q_table,
+    q_coefficients,
+    k,
+    k_table,
+    k_coefficients,
+    out,
+    scale,
+    q_padded,
+    k_padded,
+    tiles,
+    splits,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BY_KEY: tl.constexpr,
+):
+    """out (splits, q_padded, DIM) float32 = G k, a strip of rows a program, over one of `splits` shares of the keys."""
+    split = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_M
+    m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, DIM)
+    rows = tl.load(q + i * DIM + m[:, None] * DIM + d[None, :])
+    a_i, shift_i = _shares(q_coefficients, q_padded, i + m, BY_ROW)
+    tile_i = _tile(q_table, q_padded, i, BLOCK_M)
+    result = tl.zeros((BLOCK_M, DIM), tl.float32)
+    for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
+        j = tile * BLOCK_N
+        keys = tl.load(k + j * DIM + n[:, None] * DIM + d[None, :])
+        s = tl.dot(rows, tl.trans(keys))
+        tile_j = _tile(k_table, k_padded, j, BLOCK_N)
+        s = _only_negatives(s, tile_i, q_table, q_padded, i + m, tile_j, k_table, k_padded, j + n)
+        a_j, shift_j = _shares(k_coefficients, k_padded, j + n, BY_KEY)
+        g = _weigh(s, scale, a_i, shift_i, a_j, shift_j, BOUNDED, BY_ROW, BY_KEY)
+        result = tl.dot(g.to(tl.float16), keys, result)
+    tl.store(out + (split * q_padded + i) * DIM + m[:, None] * DIM + d[None, :], result)
+
+
+@triton.jit(do_not_specialize=["q_padded", "k_padded", "first_row", "first_key", "row_tiles", "key_tiles"])
+def _panel(
+    q,
+    q_table,
+    q_coefficients,
+    k,
+    k_table,
+    k_coefficients,
+    kept,
+    panel,
+    scale,
+    q_padded,
+    k_padded,
+    first_row,
+    first_key,
+    row_tiles,
+    key_tiles,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOURCE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BY_KEY: tl.constexpr,
+):
+    """panel = G of row_tiles x key_tiles tiles from the corner (first_row, first_key).
+
+    SOURCE is where the similarities come from: "product", "library" (in the panel, which G overwrites), or what the
+    forward pass kept: "kept", and "kept, diagonal" for a panel that reaches above the diagonal.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    row_tile, key_tile = tl.swizzle2d(t // key_tiles, t % key_tiles, row_tiles, key_tiles, GROUP)
+    i, j = first_row + row_tile * BLOCK_M, first_key + key_tile * BLOCK_N
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    width = key_tiles.to(tl.int64) * BLOCK_N
+    out = panel + (row_tile * BLOCK_M + m)[:, None] * width + (key_tile * BLOCK_N + n)[None, :]
+    tile_i = _tile(q_table, q_padded, i, BLOCK_M)
+    tile_j = _tile(k_table, k_padded, j, BLOCK_N)
+    if _one_image(tile_i, tile_j):
+        tl.store(out, tl.zeros((BLOCK_M, BLOCK_N), panel.dtype.element_ty))
+    else:
+        if SOURCE == "kept" or SOURCE == "kept, diagonal":
+            if SOURCE == "kept":
+                at = _kept_at(i, j, BLOCK_M, BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
+            else:
+                row, column = (i + m)[:, None], (j + n)[None, :]
+                at = _kept_at(tl.maximum(row, column), tl.minimum(row, column), BLOCK_M, BLOCK_N)
+            a_i, a_j = tl.load(q_coefficients + i + m), tl.load(k_coefficients + j + n)
+            g = tl.load(kept + at).to(tl.float32) * 2.0**-_LIFT * (a_i[:, None] + a_j[None, :])
+        else:
+            s = tl.load(out) if SOURCE == "library" else _product(q, i, k, j, DIM, BLOCK_M, BLOCK_N, BLOCK_K)
+            s = _only_negatives(s, tile_i, q_table, q_padded, i + m, tile_j, k_table, k_padded, j + n)
+            a_i, shift_i = _shares(q_coefficients, q_padded, i + m, BY_ROW)
+            a_j, shift_j = _shares(k_coefficients, k_padded, j + n, BY_KEY)
+            g = _weigh(s, scale, a_i, shift_i, a_j, shift_j, BOUNDED, BY_ROW, BY_KEY)
+        tl.store(out, g.to(panel.dtype.element_ty))
+
+
+@triton.jit
+def _embed_backward(g, u, scale, length, NORMALIZE: tl.constexpr):
+    """The gradient of x from that of its unit row u, (R, BLOCK_D): what points along u is lost, unless |x| < EPS."""
+    if NORMALIZE:
+        radial = tl.where(length < 1, 0.0, tl.sum(u * g, 1))
+        g = (g - u * radial[:, None]) / scale[:, None] / tl.where(length < 1, 1.0, length)[:, None]
+    return g
+
+
+@triton.jit(do_not_specialize=["x_split", "y_split", "count", "padded", "y_padded", "splits"])
+def _finish(
+    x0,
+    x1,
+    y0,
+    y1,
+    table,
+    coefficients,
+    positive,
+    order,
+    first,
+    accumulated,
+    largest,
+    d_x0,
+    d_x1,
+    inverse_high,
+    inverse_low,
+    x_split,
+    y_split,
+    count,
+    padded,
+    y_padded,
+    splits,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    LIBRARY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """The gradient of the rows x, from the accumulated G k and the positives, whose rows are y.
+
+    SIDE "views": both gradients of a row of nt_xent. "query": the positive of query r is key positive[r]. "key": key r
+    is the positive of the queries order[first[r]] to order[first[r + 1] - 1].
+    """
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (r < count)[:, None] & (d < D)
+    take = tl.load(table + padded + r, mask=r < count, other=0) != 0
+    x = _load_rows(x0, x1, r, take, x_split, D, BLOCK_D)
+    u, scale, length = _embed(x, NORMALIZE)
+
+    g = tl.zeros_like(x)
+    for split in range(splits):
+        g += tl.load(accumulated + (split * padded + r)[:, None] * DIM + d, mask=inside, other=0)
+    unit = _double(inverse_high, inverse_low)
+    if not LIBRARY:
+        unit *= tl.load(largest).to(tl.float64) / _TOP
+    g *= unit.to(g.dtype)
+
+    if SIDE == "key":
+        begin = tl.load(first + r, mask=r < count, other=0)
+        end = tl.load(first + r + 1, mask=r < count, other=0)
+        for k in range(tl.max(end - begin)):
+            more = begin + k < end
+            t = tl.load(order + begin + k, mask=more, other=0)
+            y, _, _ = _embed(_load_rows(y0, y1, t, more, y_split, D, BLOCK_D), NORMALIZE)
+            g += tl.load(coefficients + 2 * y_padded + t, mask=more, other=0)[:, None] * y
+    else:
+        pull = tl.load(coefficients + 2 * padded + r, mask=take, other=0)
+        if SIDE == "views":
+            p = tl.where(r < x_split, r + x_split, r - x_split)
+            pull += tl.load(coefficients + 2 * padded + p, mask=take, other=0)
+        else:
+            p = tl.load(positive + r, mask=take, other=0)
+        y, _, _ = _embed(_load_rows(y0, y1, p, take, y_split, D, BLOCK_D), NORMALIZE)
+        g += pull[:, None] * y
+
+    g = tl.where(take[:, None], _embed_backward(g, u, scale, length, NORMALIZE), 0.0).to(d_x0.dtype.element_ty)
+    tl.store(d_x0 + r[:, None] * D + d, g, mask=inside & (r < x_split)[:, None])
+    tl.store(d_x1 + (r - x_split)[:, None] * D + d, g, mask=inside & (r >= x_split)[:, None])
+
+
+# ---------------------------------------------------------------- loss and gradient together
+
+
+@triton.jit(do_not_specialize=["q_padded", "k_padded", "tiles", "splits"])
+def _detached(
+    q,
+    q_table,
+    k,
+    k_table,
+    state,
+    out,
+    scale,
+    q_padded,
+    k_padded,
+    tiles,
+    splits,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """out (splits, q_padded, DIM) = sum_j 2^(cs_ij - top_i) k_j, and `state` (2, splits, q_padded): top, and the sums.
+
+    The largest term is about 2^14, so that float16 holds terms 2^-28 of it. BOUNDED takes that from the bound of s,
+    else it is the running maximum's.
+    """
+    split = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_M
+    m, n, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, DIM)
+    rows = tl.load(q + i * DIM + m[:, None] * DIM + d[None, :])
+    tile_i = _tile(q_table, q_padded, i, BLOCK_M)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    if BOUNDED:
+        top = scale - _LIFT + tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    result = tl.zeros((BLOCK_M, DIM), tl.float32)
+    for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
+        j = tile * BLOCK_N
+        keys = tl.load(k + j * DIM + n[:, None] * DIM + d[None, :])
+        s = tl.dot(rows, tl.trans(keys)) * scale
+        tile_j = _tile(k_table, k_padded, j, BLOCK_N)
+        s = _only_negatives(s, tile_i, q_table, q_padded, i + m, tile_j, k_table, k_padded, j + n)
+        if not BOUNDED:
+            higher = tl.maximum(top, tl.max(s, 1) - 14)
+            shrink = tl.exp2(top - tl.where(higher == -float("inf"), 0.0, higher))
+            total *= shrink
+            result *= shrink[:, None]
+            top = higher
+        p = tl.exp2(s - tl.where(top == -float("inf"), 0.0, top)[:, None])
+        total += tl.sum(p, 1)
+        result = tl.dot(p.to(tl.float16), keys, result)
+    at = state + split * q_padded + i + m
+    tl.store(at, top)
+    tl.store(at + splits * q_padded, total)
+    tl.store(out + (split * q_padded + i) * DIM + m[:, None] * DIM + d[None, :], result)
+
+
+@triton.jit(do_not_specialize=["count", "keys", "padded", "splits"])
+def _detached_finish(
+    query,
+    key,
+    positive,
+    table,
+    state,
+    accumulated,
+    loss,
+    gradient,
+    inverse_high,
+    inverse_low,
+    count,
+    keys,
+    padded,
+    splits,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """loss_t, and its gradient in query t: (1 - e^-loss_t) (mean of the negatives - positive) / temperature."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    take = tl.load(table + padded + r, mask=r < count, other=0) != 0
+    positives, s = _positives(
+        query, query, count, key, key, keys, positive, r, take, D, BLOCK_D, VIEWS=False, NORMALIZE=NORMALIZE
+    )
+    inverse = _double(inverse_high, inverse_low)
+    log2_sum = _log2_sums(state, r, take, splits, padded, 0.0, SUMMED=False)
+    value = _softplus(log2_sum * _LN2 - s * inverse)
+    tl.store(loss + r, tl.where(take, value, 0.0).to(tl.float32), mask=r < count)
+
+    mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for split in range(splits):
+        part = tl.load(state + split * padded + r, mask=take, other=0).to(tl.float64)
+        share = tl.where(log2_sum == -float("inf"), 0.0, tl.exp2(part - log2_sum)).to(tl.float32)
+        at = accumulated + (split * padded + r)[:, None] * DIM + d
+        mean += share[:, None] * tl.load(at, mask=take[:, None] & (d < D), other=0)
+    u, scale, length = _embed(_load_rows(query, query, r, take, count, D, BLOCK_D), NORMALIZE)
+    g = (-_expm1(-value) * inverse).to(tl.float32)[:, None] * (mean - positives)
+    g = tl.where(take[:, None], _embed_backward(g, u, scale, length, NORMALIZE), 0.0)
+    tl.store(gradient + r[:, None] * D + d, g, mask=(r < count)[:, None] & (d < D))
+
+
+# ---------------------------------------------------------------- launches
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows [x0; x1] (info_nce has no x1), and what `_prepare` makes of them."""
+
+    x0: Tensor  # (split, D)
+    x1: Tensor  # (count - split, D)
+    count: int
+    normalize: bool
+    u: Tensor  # (padded, DIM), of unit length: float16, or x's dtype for the library
+    table: Tensor  # (2 padded + 3 padded / 32,) int64
+
+    @classmethod
+    def of(cls, x0: Tensor, x1: Tensor, image: Tensor, valid: Tensor, normalize: bool) -> "_Rows":
+        x0, x1 = x0.contiguous(), x1.contiguous()
+        count, d = len(x0) + len(x1), x0.shape[1]
+        padded = _up(count, similarity_config(capability_of(x0.device)).tiles["BLOCK_M"])
+        half = x0.dtype.itemsize == 2 and normalize
+        dtype = torch.float16 if half else torch.promote_types(x0.dtype, torch.float32)
+        u = x0.new_empty(padded, _operand_columns(d), dtype=dtype)
+        table = x0.new_empty(2 * padded + 3 * padded // _SPAN.value, dtype=torch.int64)
+        block = triton.next_power_of_2(u.shape[1])
+        config = prepare_config(block)
+        _prepare[(padded // (config.tiles["SPANS"] * _SPAN.value),)](
+            x0,
+            x1,
+            image.contiguous(),
+            valid.contiguous(),
+            u,
+            table,
+            len(x0),
+            count,
+            padded,
+            D=d,
+            DIM=u.shape[1],
+            BLOCK_D=block,
+            NORMALIZE=normalize,
+            **config.tiles,
+            num_warps=config.num_warps,
+        )
+        return cls(x0, x1, count, normalize, u, table)
+
+    @property
+    def padded(self) -> int:
+        return len(self.u)
+
+    @property
+    def library(self) -> bool:
+        """Products are left to the library, in the precision of the rows."""
+        return self.u.dtype != torch.float16
+
+    def by_row(self) -> tuple[tuple[int], dict[str, int]]:
+        """The grid of a kernel that goes through these rows, and its constants."""
+        config = row_config(self.x0.shape[1])
+        d = self.x0.shape[1]
+        options = {"D": d, "BLOCK_D": triton.next_power_of_2(d), **config.tiles, "num_warps": config.num_warps}
+        return (triton.cdiv(self.padded, config.tiles["ROWS"]),), options
+
+
+def _up(size: int, block: int) -> int:
+    return triton.cdiv(size, block) * block
+
+
+def _operand_columns(d: int) -> int:
+    """Columns of the operands: a power of two where one program holds whole rows, else a multiple of 64."""
+    return max(64, triton.next_power_of_2(d)) if d <= 256 else _up(d, 64)
+
+
+def _splits(strips: int, tiles: int, x: Tensor) -> int:
+    """In how many shares to walk over the keys, so that the last wave of programs leaves few processors idle."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    most = min(8, tiles)
+    for splits in range(1, most):
+        waves = triton.cdiv(strips * splits, processors)
+        if strips * splits >= 0.85 * waves * processors:
+            return splits
+    return most
+
+
+def _scale(temperature: float) -> float:
+    return 1 / (temperature * math.log(2))
+
+
+def _inverse(temperature: float) -> tuple[float, float]:
+    """1 / temperature, as `_double` takes it."""
+    high = torch.tensor(1 / temperature, dtype=torch.float32).item()
+    return high, 1 / temperature - high
+
+
+def _bounded(rows: _Rows, temperature: float) -> bool:
+    return not rows.library and temperature >= _LOWEST_BOUNDED_TEMPERATURE
+
+
+def _panels(padded: int, size: int, block: int) -> list[slice]:
+    """Equal shares of the rows, no larger than `size`, in whole blocks."""
+    step = _up(triton.cdiv(padded, triton.cdiv(padded, size)), block)
+    return [slice(start, min(start + step, padded)) for start in range(0, padded, step)]
+
+
+def _library_panel(buffer: Tensor, queries: _Rows, keys: _Rows, rows: slice, columns: slice, scale: float) -> Tensor:
+    q, k = queries.u[rows], keys.u[columns]
+    panel = buffer[: len(q) * len(k)].view(len(q), len(k))
+    return torch.addmm(panel, q, k.T, beta=0, alpha=scale, out=panel)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in the precision of total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # the interpreter's tensors: no product on the CPU has another dtype than its operands
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _running_sums(queries: _Rows, keys: _Rows, temperature: float) -> tuple[Tensor, int]:
+    """`_row_sums` over all keys: its state, and the number of its splits."""
+    config = running_config(capability_of(queries.u.device))
+    tiles = config.tiles
+    key_tiles = triton.cdiv(keys.count, tiles["BLOCK_N"])
+    splits = 1 if queries.library else _splits(queries.padded // tiles["BLOCK_M"], key_tiles, queries.u)
+    dtype = queries.u.dtype if queries.library else torch.float32
+    state = torch.zeros(2, splits, queries.padded, dtype=dtype, device=queries.u.device)
+    state[0].fill_(-torch.inf)
+
+    def launch(panel: Tensor, rows: slice, columns: slice, scale: float) -> None:
+        _row_sums[((rows.stop - rows.start) // tiles["BLOCK_M"], splits)](
+            queries.u,
+            queries.table,
+            keys.u,
+            keys.table,
+            panel,
+            state,
+            scale,
+            queries.padded,
+            keys.padded,
+            rows.start,
+            columns.start,
+            triton.cdiv(columns.stop - columns.start, tiles["BLOCK_N"]),
+            splits,
+            columns.stop - columns.start,
+            DIM=queries.u.shape[1],
+            **tiles,
+            LIBRARY=queries.library,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    if not queries.library:
+        launch(state, slice(0, queries.padded), slice(0, keys.count), _scale(temperature))
+        return state, splits
+    buffer = queries.u.new_empty(min(PANEL[0] * PANEL[1], queries.padded * keys.padded))
+    for rows in _panels(queries.padded, PANEL[0], tiles["BLOCK_M"]):
+        for columns in _panels(keys.padded, PANEL[1], tiles["BLOCK_M"]):
+            launch(_library_panel(buffer, queries, keys, rows, columns, _scale(temperature)), rows, columns, 1.0)
+    return state, splits
+
+
+def _sums_of_pairs(rows: _Rows, temperature: float, similarities: Tensor) -> Tensor:
+    """`_symmetric_sums` of all rows."""
+    config = similarity_config(capability_of(rows.u.device))
+    sums = torch.zeros(4, rows.padded, dtype=torch.int64, device=rows.u.device)
+    group = config.tiles["GROUP"]
+    squares = triton.cdiv(rows.padded, config.tiles["BLOCK_M"] * group)
+    programs = squares * (squares + 1) // 2 * group * group * (config.tiles["BLOCK_M"] // config.tiles["BLOCK_N"])
+    _symmetric_sums[(programs,)](
+        rows.u,
+        rows.table,
+        sums,
+        similarities.view(torch.float16),
+        _scale(temperature),
+        rows.count,
+        rows.padded,
+        DIM=rows.u.shape[1],
+        **config.tiles,
+        KEEP=similarities.numel() > 0,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return sums
+
+
+def _losses_of(
+    queries: _Rows, keys: _Rows, positive: Tensor, state: Tensor, splits: int, temperature: float, *, summed: bool
+) -> Tensor:
+    dtype = torch.promote_types(queries.x0.dtype, torch.float32)
+    loss = queries.x0.new_empty(queries.count, dtype=dtype)
+    grid, constants = queries.by_row()
+    _losses[grid](
+        queries.x0,
+        queries.x1,
+        keys.x0,
+        keys.x1,
+        positive,
+        queries.table,
+        state,
+        loss,
+        _scale(temperature),
+        *_inverse(temperature),
+        len(queries.x0),
+        len(keys.x0),
+        queries.count,
+        queries.padded,
+        splits,
+        **constants,
+        VIEWS=queries is keys,
+        SUMMED=summed,
+        NORMALIZE=queries.normalize,
+    )
+    return loss
+
+
+def _owned(a: _Rows, b: _Rows, coefficients: Tensor, temperature: float, by_row: bool, by_key: bool) -> Tensor:
+    """`_owner` with the rows a and the keys b: (splits, padded, DIM)."""
+    config = owner_config(capability_of(a.u.device), a.u.shape[1])
+    strips, tiles = a.padded // config.tiles["BLOCK_M"], triton.cdiv(b.count, config.tiles["BLOCK_N"])
+    splits = _splits(strips, tiles, a.u)
+    out = a.u.new_empty(splits, *a.u.shape, dtype=torch.float32)
+    _owner[(strips, splits)](
+        a.u,
+        a.table,
+        coefficients,
+        b.u,
+        b.table,
+        coefficients,
+        out,
+        _scale(temperature),
+        a.padded,
+        b.padded,
+        tiles,
+        splits,
+        DIM=a.u.shape[1],
+        **config.tiles,
+        BOUNDED=_bounded(a, temperature),
+        BY_ROW=by_row,
+        BY_KEY=by_key,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def _by_panels(
+    queries: _Rows,
+    keys: _Rows,
+    coefficients: Tensor,
+    kept: Tensor,
+    temperature: float,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor]:
+    """G by panels, multiplied by the library: (1, padded, DIM) for queries and for keys, (0,) where not needed."""
+    views = queries is keys
+    dtype = queries.u.dtype if queries.library else torch.float32
+    d_query = (
+        torch.zeros(1, *queries.u.shape, dtype=dtype, device=queries.u.device) if need_query else kept.new_empty(0)
+    )
+    d_key = torch.zeros(1, *keys.u.shape, dtype=dtype, device=keys.u.device) if need_key else kept.new_empty(0)
+    config = similarity_config(capability_of(queries.u.device))
+    block = config.tiles["BLOCK_M"]
+    buffer = queries.u.new_empty(min(PANEL[0] * PANEL[1], queries.padded * keys.padded))
+    for rows in _panels(queries.padded, PANEL[0], block):
+        for columns in _panels(keys.padded, PANEL[1], block):
+            if views and columns.start > rows.start:
+                continue
+            height, width = rows.stop - rows.start, columns.stop - columns.start
+            if queries.library:
+                panel = _library_panel(buffer, queries, keys, rows, columns, _scale(temperature))
+                source, scale = "library", 1.0
+            else:
+                panel = buffer[: height * width].view(height, width)
+                source, scale = "product", _scale(temperature)
+                if kept.numel() > 0:
+                    source = "kept, diagonal" if rows == columns else "kept"
+            row_tiles, key_tiles = height // config.tiles["BLOCK_M"], width // config.tiles["BLOCK_N"]
+            _panel[(row_tiles * key_tiles,)](
+                queries.u,
+                queries.table,
+                coefficients,
+                keys.u,
+                keys.table,
+                coefficients,
+                kept.view(torch.float16),
+                panel,
+                scale,
+                queries.padded,
+                keys.padded,
+                rows.start,
+                columns.start,
+                row_tiles,
+                key_tiles,
+                DIM=queries.u.shape[1],
+                **config.tiles,
+                SOURCE=source,
+                BOUNDED=_bounded(queries, temperature),
+                BY_ROW=True,
+                BY_KEY=views,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+            if need_query:
+                _accumulate(d_query[0, rows], panel, keys.u[columns])
+            if views and rows != columns:  # above the diagonal is the mirror image
+                _accumulate(d_query[0, columns], panel.T, queries.u[rows])
+            if need_key:
+                _accumulate(d_key[0, columns], panel.T, queries.u[rows])
+    return d_query, d_key
+
+
+def _gradients(
+    weight: Tensor,
+    loss: Tensor,
+    queries: _Rows,
+    keys: _Rows,
+    positive: Tensor,
+    kept: Tensor,
+    temperature: float,
+    need_query: bool,
+    need_key: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the queries' x0 and x1, and of the keys'; (0,) where not needed.
+
+    Where keys and queries are the same rows (`queries is keys`) both gradients of a row are in the first two.
+    """
+    views = queries is keys
+    weight = weight.contiguous()
+    largest = torch.linalg.vector_norm(weight, torch.inf).view(1)
+    coefficients = queries.u.new_empty(3, queries.padded, dtype=loss.dtype)
+    grid, constants = queries.by_row()
+    _coefficients[grid](
+        queries.x0,
+        queries.x1,
+        keys.x0,
+        keys.x1,
+        positive,
+        queries.table,
+        weight,
+        largest,
+        loss,
+        coefficients,
+        _scale(temperature),
+        *_inverse(temperature),
+        len(queries.x0),
+        len(keys.x0),
+        queries.count,
+        queries.padded,
+        **constants,
+        VIEWS=views,
+        BOUNDED=_bounded(queries, temperature),
+        LIBRARY=queries.library,
+        NORMALIZE=queries.normalize,
+    )
+    if (
+        not queries.library
+        and kept.numel() == 0
+        and queries.u.shape[1] <= LARGEST_OWNED[capability_of(queries.u.device)]
+    ):
+        nothing = kept
+        d_query = _owned(queries, keys, coefficients, temperature, True, views) if need_query else nothing
+        d_key = _owned(keys, queries, coefficients, temperature, False, True) if need_key else nothing
+    else:
+        d_query, d_key = _by_panels(queries, keys, coefficients, kept, temperature, need_query, need_key)
+
+    def finish(
+        x: _Rows, y: _Rows, accumulated: Tensor, side: str, order: Tensor, first: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        d_x0, d_x1 = x.x0.new_empty(x.x0.shape, dtype=dtype), x.x1.new_empty(x.x1.shape, dtype=dtype)
+        grid, constants = x.by_row()
+        _finish[grid](
+            x.x0,
+            x.x1,
+            y.x0,
+            y.x1,
+            x.table,
+            coefficients,
+            positive,
+            order,
+            first,
+            accumulated,
+            largest,
+            d_x0,
+            d_x1,
+            *_inverse(temperature),
+            len(x.x0),
+            len(y.x0),
+            x.count,
+            x.padded,
+            y.padded,
+            len(accumulated),
+            DIM=x.u.shape[1],
+            **constants,
+            SIDE=side,
+            LIBRARY=x.library,
+            NORMALIZE=x.normalize,
+        )
+        return d_x0, d_x1
+
+    none = weight.new_empty(0, dtype=dtype)
+    of_query, of_key = (none, none), (none, none)
+    if need_query:
+        of_query = finish(queries, keys, d_query, "views" if views else "query", positive, positive)
+    if need_key:
+        valid = queries.table[queries.padded : queries.padded + queries.count] != 0
+        sorted_positive, order = positive.masked_fill(~valid, keys.count).sort(stable=True)
+        first = torch.searchsorted(sorted_positive, torch.arange(keys.count + 1, device=positive.device))
+        of_key = finish(keys, queries, d_key, "key", order, first)
+    return *of_query, *of_key
+
+
+# ---------------------------------------------------------------- the operations
+
+
+def kept_bytes(rows: int, dtype: torch.dtype, temperature: float, normalize: bool) -> int:
+    """How much nt_xent on `rows` rows a view keeps for its backward pass: `similarities` has this size, or is empty."""
+    if dtype.itemsize > 2 or not normalize or temperature < _LOWEST_LIFTED_TEMPERATURE or 2 * rows > _MOST_SUMMED_ROWS:
+        return 0
+
+    def area(tiles: Mapping[str, int]) -> int:
+        strips = triton.cdiv(2 * rows, tiles["BLOCK_M"])
+        return strips * (strips + 1) // 2 * tiles["BLOCK_M"] ** 2
+
+    return 2 * max(area(similarity_config(capability).tiles) for capability in CAPABILITIES)
+
+
+def nt_xent(
+    z0: Tensor,  # (T, D)
+    z1: Tensor,  # (T, D)
+    image: Tensor,  # (T,) int64
+    valid: Tensor,  # (T,) bool
+    temperature: float,
+    normalize: bool,
+    similarities: Tensor,  # (K,) uint8, written if not empty
+) -> Tensor:  # (2T,)
+    if len(z0) == 0:
+        return z0.new_empty(0, dtype=torch.promote_types(z0.dtype, torch.float32))
+    rows = _Rows.of(z0, z1, image, valid, normalize)
+    if _bounded(rows, temperature) and rows.count <= _MOST_SUMMED_ROWS:
+        sums = _sums_of_pairs(rows, temperature, similarities)
+        return _losses_of(rows, rows, image, sums, 1, temperature, summed=True)
+    state, splits = _running_sums(rows, rows, temperature)
+    return _losses_of(rows, rows, image, state, splits, temperature, summed=False)
+
+
+def nt_xent_backward(
+    weight: Tensor,  # (2T,), d / d loss_a
+    z0: Tensor,  # (T, D)
+    z1: Tensor,  # (T, D)
+    image: Tensor,  # (T,) int64
+    valid: Tensor,  # (T,) bool
+    loss: Tensor,  # (2T,), what nt_xent returned
+    similarities: Tensor,  # (K,) uint8, what nt_xent wrote
+    temperature: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:  # (T, D) twice
+    if len(z0) == 0:
+        return z0.new_empty(z0.shape), z1.new_empty(z1.shape)
+    rows = _Rows.of(z0, z1, image, valid, normalize)
+    d_z0, d_z1, _, _ = _gradients(
+        weight, loss, rows, rows, image, similarities, temperature, need_query=True, need_key=False, dtype=z0.dtype
+    )
+    return d_z0, d_z1
+
+
+def info_nce(
+    query: Tensor,  # (T, D)
+    key: Tensor,  # (M, D)
+    image: Tensor,  # (T,) int64
+    key_image: Tensor,  # (M,) int64
+    valid: Tensor,  # (T,) bool
+    key_valid: Tensor,  # (M,) bool
+    positive: Tensor,  # (T,) int64, rows of key
+    temperature: float,
+    normalize: bool,
+) -> Tensor:  # (T,)
+    if len(query) == 0:
+        return query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+    queries = _Rows.of(query, query[:0], image, valid, normalize)
+    keys = _Rows.of(key, key[:0], key_image, key_valid, normalize)
+    state, splits = _running_sums(queries, keys, temperature)
+    return _losses_of(queries, keys, positive, state, splits, temperature, summed=False)
+
+
+def info_nce_backward(
+    weight: Tensor,  # (T,), d / d loss_t
+    query: Tensor,  # (T, D)
+    key: Tensor,  # (M, D)
+    image: Tensor,  # (T,) int64
+    key_image: Tensor,  # (M,) int64
+    valid: Tensor,  # (T,) bool
+    key_valid: Tensor,  # (M,) bool
+    positive: Tensor,  # (T,) int64
+    loss: Tensor,  # (T,), what info_nce returned
+    temperature: float,
+    normalize: bool,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor]:  # (T, D) and (M, D); empty, (0,), where not needed
+    if len(query) == 0:
+        return query.new_empty(query.shape if need_query else 0), key.new_zeros(key.shape if need_key else 0)
+    queries = _Rows.of(query, query[:0], image, valid, normalize)
+    keys = _Rows.of(key, key[:0], key_image, key_valid, normalize)
+    kept = query.new_empty(0, dtype=torch.uint8)
+    d_query, _, d_key, _ = _gradients(
+        weight, loss, queries, keys, positive, kept, temperature, need_query, need_key, query.dtype
+    )
+    return d_query, d_key
+
+
+def info_nce_detached(
+    query: Tensor,  # (T, D)
+    key: Tensor,  # (M, D)
+    image: Tensor,  # (T,) int64
+    key_image: Tensor,  # (M,) int64
+    valid: Tensor,  # (T,) bool
+    key_valid: Tensor,  # (M,) bool
+    positive: Tensor,  # (T,) int64, rows of key
+    temperature: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:  # (T,) and (T, D), the gradient of loss_t in query t, in at least float32
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if len(query) == 0:
+        return query.new_empty(0, dtype=dtype), query.new_empty(query.shape, dtype=dtype)
+    queries = _Rows.of(query, query[:0], image, valid, normalize)
+    keys = _Rows.of(key, key[:0], key_image, key_valid, normalize)
+    columns = queries.u.shape[1]
+    if queries.library or columns > 512 or columns != triton.next_power_of_2(columns):
+        state, splits = _running_sums(queries, keys, temperature)
+        loss = _losses_of(queries, keys, positive, state, splits, temperature, summed=False)
+        kept = query.new_empty(0, dtype=torch.uint8)
+        gradient, _, _, _ = _gradients(
+            torch.ones_like(loss), loss, queries, keys, positive, kept, temperature, True, False, dtype
+        )
+        return loss, gradient
+
+    config = owner_config(capability_of(queries.u.device), columns)
+    strips, tiles = queries.padded // config.tiles["BLOCK_M"], triton.cdiv(keys.count, config.tiles["BLOCK_N"])
+    splits = _splits(strips, tiles, query)
+    state = query.new_empty(2, splits, queries.padded, dtype=dtype)
+    accumulated = query.new_empty(splits, queries.padded, columns, dtype=dtype)
+    _detached[(strips, splits)](
+        queries.u,
+        queries.table,
+        keys.u,
+        keys.table,
+        state,
+        accumulated,
+        _scale(temperature),
+        queries.padded,
+        keys.padded,
+        tiles,
+        splits,
+        DIM=columns,
+        **config.tiles,
+        BOUNDED=temperature >= _LOWEST_LIFTED_TEMPERATURE,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    loss, gradient = query.new_empty(len(query), dtype=dtype), query.new_empty(query.shape, dtype=dtype)
+    grid, constants = queries.by_row()
+    _detached_finish[grid](
+        queries.x0,
+        keys.x0,
+        positive,
+        queries.table,
+        state,
+        accumulated,
+        loss,
+        gradient,
+        *_inverse(temperature),
+        len(query),
+        len(key),
+        queries.padded,
+        splits,
+        DIM=columns,
+        **constants,
+        NORMALIZE=normalize,
+    )
+    return loss, gradient
+
+
+# ---------------------------------------------------------------- builds
+
+_POINTERS = {
+    **dict.fromkeys(("x0", "x1", "y0", "y1", "q0", "q1", "k0", "k1", "query", "key", "d_x0", "d_x1"), "*bf16"),
+    **dict.fromkeys(("u", "q", "k", "kept", "panel"), "*fp16"),
+    **dict.fromkeys(("image", "table", "q_table", "k_table", "positive", "order", "first", "sums"), "*i64"),
+    **dict.fromkeys(("state", "loss", "weight", "largest", "out", "accumulated", "gradient"), "*fp32"),
+    **dict.fromkeys(("coefficients", "q_coefficients", "k_coefficients"), "*fp32"),
+    "valid": "*i1",
+}
+
+
+def shipped(capability: int) -> list[Build]:
+    """The builds for bfloat16 rows at the column counts in use; float16 rows differ in a conversion."""
+
+    def build(name: str, kernel: Any, config: Config, columns: int, **constants: Any) -> Build:
+        constants = {"D": columns, "DIM": columns, "BLOCK_D": columns, "NORMALIZE": True, **constants, **config.tiles}
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        floats = ("scale", "inverse_high", "inverse_low")
+        arguments = {
+            argument: _POINTERS.get(argument, "fp32" if argument in floats else "i32")
+            for argument in kernel.arg_names
+            if argument not in constants
+        }
+        product = "BLOCK_M" in constants and constants.get("SOURCE", "product") == "product"
+        return Build(f"{name} {columns}", kernel, arguments, constants, config, product=product)
+
+    tile, summed = similarity_config(capability), {"VIEWS": True, "SUMMED": True}
+    both = {"BOUNDED": True, "BY_ROW": True, "BY_KEY": True}
+    running = running_config(capability)
+    builds = []
+    for columns in (64, 128, 256, 512, 1024):
+        builds.append(build("nt_xent sums", _symmetric_sums, tile, columns, KEEP=False))
+        builds.append(build("info_nce sums", _row_sums, running, columns, LIBRARY=False))
+        if columns > LARGEST_OWNED[capability]:
+            builds.append(build("nt_xent panel", _panel, tile, columns, SOURCE="product", **both))
+        if columns <= 512:
+            owner = owner_config(capability, columns)
+            builds.append(build("nt_xent owner", _owner, owner, columns, **both))
+            builds.append(build("info_nce detached", _detached, owner, columns, BOUNDED=True))
+    builds.append(build("nt_xent sums, kept", _symmetric_sums, tile, 512, KEEP=True))
+    builds.append(build("nt_xent panel, kept", _panel, tile, 512, SOURCE="kept", **both))
+    row = row_config(512)
+    builds.append(build("nt_xent prepare", _prepare, prepare_config(512), 512))
+    builds.append(build("nt_xent losses", _losses, row, 512, **summed))
+    builds.append(build("nt_xent coefficients", _coefficients, row, 512, VIEWS=True, BOUNDED=True, LIBRARY=False))
+    builds.append(build("nt_xent finish", _finish, row, 512, SIDE="views", LIBRARY=False))
+    builds.append(build("info_nce detached finish", _detached_finish, row, 512))
+    return builds
