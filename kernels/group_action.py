@@ -33,6 +33,7 @@ from ser_fast.lattice import TOLERANCE
 _TOLERANCE = tl.constexpr(TOLERANCE)
 _EDGE = tl.constexpr(8)  # of a square of tokens
 _TAPS = tl.constexpr(8)  # that are looked at together; fewer make the compiler spread positions over threads worse
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _NOWHERE = tl.constexpr(-(2**30))  # stands for a token that isn't there
 
 _REACH = {"nearest": 0.5 + TOLERANCE, "bilinear": 1.0, "lanczos3": 3.0, "area": 0.0}  # the cubic ones: 2
@@ -341,6 +342,8 @@ def _accumulate(acc, weights, tokens):
     else:
         high = weights.to(tokens.dtype)
         low = (weights - high.to(tl.float32)).to(tokens.dtype)
+        if _INTERPRETED:  # triton 3.6's interpreter multiplies the bit patterns of bfloat16
+            high, low, tokens = high.to(tl.float32), low.to(tl.float32), tokens.to(tl.float32)
         return tl.dot(low, tokens, tl.dot(high, tokens, acc))
 
 
