@@ -61,7 +61,7 @@ _GROUP_ACTION = {
     (90, 2): Config({"CHANNELS": 128}, 4, 2),
     (90, 4): Config({"CHANNELS": 64}, 4, 2),
     (100, 2): Config({"CHANNELS": 128}, 8, 2),
-    (100, 4): Config({"CHANNELS": 32}, 8, 2),
+    (100, 4): Config({"CHANNELS": 64}, 8, 1),
 }
 
 
