@@ -219,6 +219,8 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except (ValueError, NonFiniteLossError) as error:
         sys.exit(f"ser-fast: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ser-fast: stopped")
 
 
 if __name__ == "__main__":

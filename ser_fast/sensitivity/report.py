@@ -3,7 +3,7 @@
 import base64
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +15,7 @@ from ser_fast.interpolation import INTERPOLATIONS
 from ser_fast.sensitivity import measures
 from ser_fast.sensitivity.factors import DEFAULT, Resampling
 from ser_fast.sensitivity.rows import TABLE, Row
+from ser_fast.sensitivity.sources import CONTROL
 from ser_fast.sensitivity.training import Score, draw_scores, judge
 from ser_fast.training.checkpoint import write_atomically
 
@@ -25,12 +26,11 @@ Interval = tuple[float, float, float]  # value, low, high
 _RESAMPLING_FACTORS = tuple(factor.name for factor in fields(Resampling))
 _FACTORS = (*_RESAMPLING_FACTORS, "lattice", "pixels", "positions")
 _BASE = {
-    **DEFAULT.resampling.__dict__,
+    **asdict(DEFAULT.resampling),
     "lattice": "{}x{}".format(*DEFAULT.lattice),
     "pixels": DEFAULT.pixels,
     "positions": DEFAULT.positions,
 }
-_RANDOM = "random"  # how the names of the controls begin
 
 # ---------------------------------------------------------------- reading rows
 
@@ -75,7 +75,7 @@ def varied(rows: Iterable[Row], factor: str) -> dict[object, list[Row]]:
 
 def trusted(rows: Sequence[Row]) -> list[Row]:
     """The rows that a recommendation may rest on: without the random initialisations, which are controls."""
-    return [row for row in rows if not row.model.startswith(_RANDOM)]
+    return [row for row in rows if not row.model.startswith(CONTROL)]
 
 
 def changes(rows: Sequence[Row], factor: str) -> dict[object, Interval]:
@@ -287,18 +287,28 @@ def draw(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
 
 def _draw_factors(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(13, 6.4), layout="constrained")
-    panels = figure.subplots(2, 4).flat
+    panels = figure.subplots(2, 4, sharey=True).flat
     errors = resampled(rows, "relative_error")
     sources = list(dict.fromkeys(map(source_of, errors)))
     for axes, factor in zip(panels, _FACTORS, strict=False):
         of_level = varied(errors, factor)
-        for i, name in enumerate(sources):
+        present = [
+            name for name in sources if any(source_of(row) == name for group in of_level.values() for row in group)
+        ]
+        for i, name in enumerate(present):
             found = [mean(row for row in group if source_of(row) == name) for group in of_level.values()]
-            shift = (i - (len(sources) - 1) / 2) * 0.6 / len(sources)
+            shift = (i - (len(present) - 1) / 2) * 0.6 / len(present)
             value = [v for v, _, _ in found]
             spread = [[v - low for v, low, _ in found], [high - v for v, _, high in found]]
             axes.errorbar(
-                [x + shift for x in range(len(found))], value, yerr=spread, fmt="o", markersize=4, capsize=2, label=name
+                [x + shift for x in range(len(found))],
+                value,
+                yerr=spread,
+                fmt="o",
+                markersize=4,
+                capsize=2,
+                label=name,
+                color=f"C{sources.index(name)}",
             )
         axes.set_xticks(range(len(of_level)), [_level(factor, level) for level in of_level], rotation=35, ha="right")
         axes.set(title=factor, ylim=(0, None))
@@ -327,9 +337,8 @@ def _draw_elements(rows: Sequence[Row]) -> Figure:
 
 def _draw_response(rows: Sequence[Row]) -> Figure:
     waves = [row for row in rows if row.measure == "response" and row.convention == DEFAULT.resampling.convention]
-    elements = [
-        name for name in ("shift 0.5", "scale 0.5", "scale 1.5", "angle 15") if any(r.element == name for r in waves)
-    ]
+    of_group = {row.group: row.element for row in reversed(waves) if row.group != "D4"}  # the first of each
+    elements = list(reversed(of_group.values()))
     figure = Figure(figsize=(3.4 * len(elements) + 1.4, 3.4), layout="constrained")
     for axes, element in zip(figure.subplots(1, len(elements), sharey=True, squeeze=False).flat, elements, strict=True):
         for resampling in dict.fromkeys(row.resampling for row in waves):

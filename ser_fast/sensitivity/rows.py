@@ -5,7 +5,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ class Row:
         pixels, positions: the kernels of the image and of the position embedding.
         measure: see `ser_fast.sensitivity.measures`.
         frequency: cycles a token, for the response.
-        value, low, high: and its 95 % interval over images (for the time, the range over repeats).
+        value, low, high: and its 95 % interval over images (for the time, the fastest and the slowest repeat).
         images: how many; 0 where no image is used.
     """
 
@@ -136,12 +136,9 @@ class Results:
 
     def add(self, unit: Unit, estimates: Sequence[Estimate]) -> None:
         """Append the rows of a unit, those of each resampling together."""
-        ordered = sorted(estimates, key=lambda estimate: estimate.resampling)
         labels: dict[str, Any] = unit.labels()
-        rows = [
-            Row(**labels, **estimate.resampling.__dict__, **_without(estimate._asdict(), "resampling"))
-            for estimate in ordered
-        ]
+        order = dict.fromkeys(estimate.resampling for estimate in estimates)
+        rows = [_row(labels, estimate) for r in order for estimate in estimates if estimate.resampling == r]
         with self.path.open("a", newline="") as file:
             file.write(_lines(rows))
             file.flush()
@@ -150,8 +147,9 @@ class Results:
         self._done |= {_group_key(row) for row in rows}
 
 
-def _without(entries: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if key != name}
+def _row(labels: dict[str, Any], estimate: Estimate) -> Row:
+    columns = estimate._asdict()
+    return Row(**labels, **asdict(columns.pop("resampling")), **columns)
 
 
 def _group_key(row: Row) -> tuple[object, ...]:
@@ -162,7 +160,7 @@ def _group_key(row: Row) -> tuple[object, ...]:
 def _lines(rows: Iterable[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS)
-    writer.writerows(row.__dict__ for row in rows)
+    writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
 
 

@@ -24,6 +24,7 @@ from ser_fast.training.checkpoint import find_encoder
 from ser_fast.views import normalize, transform_images
 from ser_fast.vit import SplitViT, load_split_vit
 
+CONTROL = "random weights"  # how the names of random initialisations begin
 _BATCH = 16  # images in a forward pass
 _WAVES, _CHANNELS = 64, 8  # of a synthetic field
 _LOWEST, _HIGHEST = 1 / 32, 1 / 2  # frequencies of its waves, in cycles a token
@@ -199,8 +200,8 @@ def open_models(names: Sequence[str], fallback: SplitViT, *, seed: int) -> dict[
     models = {name: _open_model(name) for name in names}
     controls: dict[str, SplitViT] = {}
     for name, model in (models or {"": fallback}).items():
-        if all(control.recipe != model.recipe for control in controls.values()):
-            controls[f"random ({name})" if controls else "random"] = random_control(model, seed=seed)
+        if all((control.recipe, control.split) != (model.recipe, model.split) for control in controls.values()):
+            controls[f"{CONTROL} ({name})" if controls else CONTROL] = random_control(model, seed=seed)
     return models | controls
 
 

@@ -118,11 +118,9 @@ def measure(
     def before(index: int, lattice: Size, positions: str) -> list[Tensor]:
         return sources[index].maps(LatticeMap.identity(lattice), positions=positions or DEFAULT.positions)
 
+    todo = [(unit, missing) for unit, r in units(sources, settings, elements) if (missing := results.missing(unit, r))]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, disable=not progress) as bar:
-        todo = [
-            (unit, missing) for unit, r in units(sources, settings, elements) if (missing := results.missing(unit, r))
-        ]
+    with Progress(*columns, disable=not (progress and todo)) as bar:
         task = bar.add_task("sensitivity", total=len(todo))
         for unit, resamplings in todo:
             kind, source, lattice, element, pixels, positions = unit
