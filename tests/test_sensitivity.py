@@ -287,6 +287,14 @@ def test_a_permuting_encoder_is_exactly_equivariant(name: str) -> None:
     assert {(e.low, e.high) for e in estimates if e.measure == "relative_error"} == {(0.0, 0.0)}
 
 
+def test_all_settings_share_one_mask() -> None:
+    g = ELEMENTS["angle 45"].build((12, 16))
+    tokens = int(common_valid(g).sum())
+    assert tokens < int(g.valid().sum())
+    x = [torch.randn(2, 12, 16, 3)]
+    assert values(measures.equivariance(x, x, g, [DEFAULT.resampling], seed=0), "chance") == [1 / tokens]
+
+
 def test_a_positional_encoder_is_not() -> None:
     ramp = torch.arange(8.0)
     estimates = errors(Encoder(lambda x: x.permute(0, 2, 3, 1) * 0 + ramp[:, None]), "hflip", [DEFAULT.resampling])
