@@ -30,7 +30,7 @@ FREQUENCIES = tuple(step / 40 for step in range(21))  # cycles a token, up to Ny
 RESPONSE_LATTICE = (36, 36)  # the reach of every kernel, stretched twice, leaves an interior
 _REACH = 3 * 2 + 1  # tokens: that of lanczos3, stretched by the smallest scale
 _TIMED = (32, 192)  # images and channels of the tokens that are timed
-_REPEATS = 15
+_REPEATS = 40
 _LEVEL = 0.95
 
 

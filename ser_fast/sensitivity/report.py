@@ -25,6 +25,7 @@ Interval = tuple[float, float, float]  # value, low, high
 
 _RESAMPLING_FACTORS = tuple(factor.name for factor in fields(Resampling))
 _FACTORS = (*_RESAMPLING_FACTORS, "lattice", "pixels", "positions")
+_WORTH = 0.01  # of the default's error: a setting that gains less is not worth leaving the default for
 _BASE = {
     **asdict(DEFAULT.resampling),
     "lattice": "{}x{}".format(*DEFAULT.lattice),
@@ -85,17 +86,23 @@ def changes(rows: Sequence[Row], factor: str) -> dict[object, Interval]:
 
 
 def _share(rows: Sequence[Row], difference: Interval) -> Interval:
+    """A difference as a share of the default's error, over the trusted sources."""
     errors = resampled(trusted(rows), "relative_error")
     of_default = mean(row for row in errors if row.is_default and row.resampling == DEFAULT.resampling)[0]
     value, low, high = (number / of_default for number in difference)
     return value, low, high
 
 
+def _is_better(change: Interval) -> bool:
+    """Surely (all of its interval), and by something that counts."""
+    return change[0] <= -_WORTH and change[2] < 0
+
+
 def combine(rows: Sequence[Row]) -> Resampling:
     """The levels that are better than the default's, each factor for itself; not necessarily measured together."""
     chosen = DEFAULT.resampling
     for factor in _RESAMPLING_FACTORS:
-        better = {level: change for level, change in changes(rows, factor).items() if change[2] < 0}
+        better = {level: change for level, change in changes(rows, factor).items() if _is_better(change)}
         if better:
             level: Any = min(better, key=lambda level: better[level][0])
             chosen = replace(chosen, **{factor: level})
@@ -103,17 +110,17 @@ def combine(rows: Sequence[Row]) -> Resampling:
 
 
 def recommend(rows: Sequence[Row]) -> tuple[Resampling, Interval]:
-    """The measured resampling with the lowest error, if all of its interval is below the default's; and its change."""
+    """The measured resampling with the lowest error, if it is better than the default; and its change."""
     measured: dict[Resampling, list[Row]] = {}
     for row in resampled(trusted(rows), "difference"):
         if row.is_default:
             measured.setdefault(row.resampling, []).append(row)
-    better = {resampling: mean(found) for resampling, found in measured.items()}
-    better = {resampling: difference for resampling, difference in better.items() if difference[2] < 0}
+    change = {resampling: _share(rows, mean(found)) for resampling, found in measured.items()}
+    better = {resampling: of for resampling, of in change.items() if _is_better(of)}
     if not better:
         return DEFAULT.resampling, (0.0, 0.0, 0.0)
     best = min(better, key=lambda resampling: better[resampling][0])
-    return best, _share(rows, better[best])
+    return best, better[best]
 
 
 # ---------------------------------------------------------------- words
@@ -132,7 +139,7 @@ def summarise(rows: Sequence[Row]) -> list[str]:
     best, change = recommend(rows)
     return [
         _what(rows),
-        _recommended(ours, best, change),
+        _recommended(rows, ours, best, change),
         _price(rows, best),
         f"Interpolation: {_levels(rows, 'interpolation')}. Lowest error by source: {_lowest(errors)}.",
         f"Antialias: {_levels(rows, 'antialias')}; where g shrinks the lattice "
@@ -155,14 +162,25 @@ def _what(rows: Sequence[Row]) -> str:
     )
 
 
-def _recommended(ours: Sequence[Row], best: Resampling, change: Interval) -> str:
+def _recommended(rows: Sequence[Row], ours: Sequence[Row], best: Resampling, change: Interval) -> str:
     error = {r: mean(row for row in ours if row.is_default and row.resampling == r) for r in (DEFAULT.resampling, best)}
     if best == DEFAULT.resampling:
-        return f"Recommended: the default ({best}), error {_bounds(error[best])}; nothing measured is surely better."
+        told = f"Recommended: the default ({best}), error {_bounds(error[best])}"
+        return f"{told}; nothing measured is surely better by {_WORTH:.0%}."
+    names = dict.fromkeys(map(source_of, resampled(rows, "difference")))
+    by_source = (f"{name} {_percent(_change_of(rows, name, best))}" for name in names)
     return (
         f"Recommended: {best}; error {_bounds(error[best])} against {_bounds(error[DEFAULT.resampling])} for the "
-        f"default ({DEFAULT.resampling}), a change of {_percent(change)}."
+        f"default ({DEFAULT.resampling}), a change of {_percent(change)}; by source: {', '.join(by_source)}."
     )
+
+
+def _change_of(rows: Sequence[Row], source: str, resampling: Resampling) -> Interval:
+    """As `recommend` gives it, for one source."""
+    of_source = [row for row in rows if source_of(row) == source and row.is_default]
+    base = mean(r for r in resampled(of_source, "relative_error") if r.resampling == DEFAULT.resampling)[0]
+    value, low, high = mean(r for r in resampled(of_source, "difference") if r.resampling == resampling)
+    return value / base, low / base, high / base
 
 
 def _price(rows: Sequence[Row], best: Resampling) -> str:
@@ -379,9 +397,10 @@ def _draw_cost(rows: Sequence[Row]) -> Figure:
         error = mean(row for row in errors if row.resampling == resampling)[0]
         taken = mean(row for row in times if row.resampling == resampling)[0]
         if resampling.padding == DEFAULT.resampling.padding:
-            axes.scatter(taken, error, color=f"C{INTERPOLATIONS.index(resampling.interpolation)}")
+            color = f"C{INTERPOLATIONS.index(resampling.interpolation)}"
             label = resampling.interpolation + (", antialias" if resampling.antialias else "")
-            axes.annotate(label, (taken, error), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.scatter(taken, error, color=color, marker="s" if resampling.antialias else "o", label=label)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     axes.set(xlabel="time / copy", ylabel="relative error", xlim=(0, None))
     axes.grid(alpha=0.3)
     return figure
