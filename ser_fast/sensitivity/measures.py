@@ -35,7 +35,7 @@ _LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """One measured number: of a resampling, at a layer (0: no model), and for the response at a frequency."""
+    """One measured number: of a resampling, at a layer (from 1; 0: no tokens), and for the response at a frequency."""
 
     resampling: Resampling
     layer: int
@@ -107,9 +107,8 @@ def equivariance(
     valid = common_valid(g).unflatten(0, g.size_out)  # (h, w)
     images, tokens = len(before[0]), int(valid.sum())
     counts = bootstrap_counts(images, seed=seed)
-    of_layer = [layer if len(before) > 1 else 0 for layer in range(1, len(before) + 1)]
     estimates = []
-    for layer, x, y in zip(of_layer, before, after, strict=True):
+    for layer, (x, y) in enumerate(zip(before, after, strict=True), start=1):
         error: dict[Resampling, Tensor] = {}
         for resampling in dict.fromkeys((DEFAULT.resampling, *resamplings)):
             sums, pair = _sums(resampling(x, g)[:, valid], y[:, valid])
@@ -150,7 +149,7 @@ def algebra(before: Sequence[Tensor], element: str, resamplings: Sequence[Resamp
     generator = torch.Generator().manual_seed(seed)
     counts = bootstrap_counts(len(before[0]), seed=seed)
     estimates = []
-    for layer, x in enumerate(before, start=1 if len(before) > 1 else 0):
+    for layer, x in enumerate(before, start=1):
         noise = torch.randn(len(x), *first.size_out, x.shape[-1], generator=generator).to(x)
         for resampling in resamplings:
             moved = resampling(x, first)

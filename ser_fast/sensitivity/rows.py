@@ -26,7 +26,7 @@ class Row:
     Attributes:
         kind: which measurement it is part of: "equivariance", "algebra", "operator", "response" or "cost".
         signal, model: the source ("" for measures of the operator alone).
-        layer: blocks up to it; 0 without a model.
+        layer: blocks up to it; 1 for fields and photographs, 0 for measures of the operator alone.
         lattice: "HxW" tokens of f(x).
         element, group: the name of g, and its kind.
         interpolation, antialias, padding, convention: the resampling of the tokens.
