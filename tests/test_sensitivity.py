@@ -182,13 +182,14 @@ def test_timms_own_kernel_changes_nothing(grid: Size) -> None:
         torch.testing.assert_close(tokens, layer, rtol=0, atol=1e-5)
 
 
-def test_positions_follow_the_moved_lattice() -> None:
+@pytest.mark.parametrize("kernel", POSITION_KERNELS)
+def test_positions_follow_the_moved_lattice(kernel: str) -> None:
     vit, images = tiny_vit().eval(), smooth_images(2, 32)
     torch.nn.init.normal_(vit.pos_embed)
     moved = transform_images(images, LatticeMap.resize((32, 32), (20, 24))).clamp(0, 1)
-    with torch.no_grad():
+    with torch.no_grad(), resized_positions(vit, (5, 6), kernel):
         expected = vit.layer_maps(normalize(moved))
-    found = Features("tiny", vit, images).maps(LatticeMap.resize((8, 8), (5, 6)))
+    found = Features("tiny", vit, images).maps(LatticeMap.resize((8, 8), (5, 6)), positions=kernel)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
 
 
@@ -564,6 +565,11 @@ def test_recommendation_follows_the_numbers() -> None:
     together = difference(-0.25, -0.3, -0.2, interpolation="mitchell", padding="zeros")
     assert recommend([*table, together])[0] == Resampling("mitchell", padding="zeros")
     assert recommend(table[:2]) == (DEFAULT.resampling, (0.0, 0.0, 0.0))
+    # Better on average is not enough where it is surely worse on one source.
+    photos = [row(signal="photos"), difference(0.02, 0.01, 0.03, signal="photos", padding="zeros")]
+    assert recommend([*table, *photos])[0] == DEFAULT.resampling
+    photos[1] = difference(0.02, -0.01, 0.03, signal="photos", padding="zeros")
+    assert recommend([*table, *photos])[0] == Resampling(padding="zeros")
 
 
 def test_means_weigh_sources_alike_and_leave_nan_out() -> None:

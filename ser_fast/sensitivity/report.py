@@ -93,6 +93,14 @@ def _share(rows: Sequence[Row], difference: Interval) -> Interval:
     return value, low, high
 
 
+def _change_of(rows: Sequence[Row], source: str, resampling: Resampling) -> Interval:
+    """The change from the default's error, as a share of it, on one source."""
+    of_source = [row for row in rows if source_of(row) == source and row.is_default]
+    base = mean(r for r in resampled(of_source, "relative_error") if r.resampling == DEFAULT.resampling)[0]
+    value, low, high = mean(r for r in resampled(of_source, "difference") if r.resampling == resampling)
+    return value / base, low / base, high / base
+
+
 def _is_better(change: Interval) -> bool:
     """Surely (all of its interval), and by something that counts."""
     return change[0] <= -_WORTH and change[2] < 0
@@ -110,13 +118,21 @@ def combine(rows: Sequence[Row]) -> Resampling:
 
 
 def recommend(rows: Sequence[Row]) -> tuple[Resampling, Interval]:
-    """The measured resampling with the lowest error, if it is better than the default; and its change."""
+    """The measured resampling with the lowest error, if it is better than the default; and its change.
+
+    It must be better on average and not surely worse on any trusted source.
+    """
     measured: dict[Resampling, list[Row]] = {}
     for row in resampled(trusted(rows), "difference"):
         if row.is_default:
             measured.setdefault(row.resampling, []).append(row)
+    names = dict.fromkeys(map(source_of, resampled(trusted(rows), "difference")))
     change = {resampling: _share(rows, mean(found)) for resampling, found in measured.items()}
-    better = {resampling: of for resampling, of in change.items() if _is_better(of)}
+    better = {
+        resampling: of
+        for resampling, of in change.items()
+        if _is_better(of) and all(_change_of(rows, name, resampling)[1] <= 0 for name in names)
+    }
     if not better:
         return DEFAULT.resampling, (0.0, 0.0, 0.0)
     best = min(better, key=lambda resampling: better[resampling][0])
@@ -173,14 +189,6 @@ def _recommended(rows: Sequence[Row], ours: Sequence[Row], best: Resampling, cha
         f"Recommended: {best}; error {_bounds(error[best])} against {_bounds(error[DEFAULT.resampling])} for the "
         f"default ({DEFAULT.resampling}), a change of {_percent(change)}; by source: {', '.join(by_source)}."
     )
-
-
-def _change_of(rows: Sequence[Row], source: str, resampling: Resampling) -> Interval:
-    """As `recommend` gives it, for one source."""
-    of_source = [row for row in rows if source_of(row) == source and row.is_default]
-    base = mean(r for r in resampled(of_source, "relative_error") if r.resampling == DEFAULT.resampling)[0]
-    value, low, high = mean(r for r in resampled(of_source, "difference") if r.resampling == resampling)
-    return value / base, low / base, high / base
 
 
 def _price(rows: Sequence[Row], best: Resampling) -> str:
