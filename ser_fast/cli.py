@@ -1,11 +1,11 @@
-"""The command line: `ser-fast train | demo | equivariance | knn | doctor`."""
+"""The command line: `ser-fast train | demo | equivariance | sensitivity | knn | doctor`."""
 
 import csv
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -18,6 +18,10 @@ from ser_fast.evaluation import equivariance as scores
 from ser_fast.evaluation.features import embed, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
 from ser_fast.ops.backends import BACKENDS, reason_not
+from ser_fast.sensitivity import training as training_side
+from ser_fast.sensitivity.report import REPORT, write_report
+from ser_fast.sensitivity.rows import TABLE, read_rows
+from ser_fast.sensitivity.study import Protocol, run_study
 from ser_fast.training.checkpoint import find_encoder
 from ser_fast.training.config import TrainConfig, from_json
 from ser_fast.training.data import make_loader, open_dataset
@@ -60,6 +64,59 @@ def equivariance(
     scores.write_table(records, out / "equivariance.csv")
     scores.plot(records, out / "equivariance.png", split=model.split)
     Console().print(f"written: {out / 'equivariance.csv'}, {out / 'equivariance.png'}")
+
+
+def sensitivity(
+    checkpoints: tyro.conf.Positional[tuple[str, ...]] = (),
+    preset: Literal["quick", "full"] = "quick",
+    train: bool = False,
+    data: str = "photos",
+    images: int = 16,
+    image_size: int = 128,
+    out: Path = Path("runs/sensitivity"),
+    seed: int = 0,
+    device: str = "auto",
+    variants: tuple[str, ...] = tuple(training_side.VARIANTS),
+    seeds: int = 3,
+    steps: int = 60,
+) -> None:
+    """How much do interpolation, padding and alignment on the token lattice matter? A report with a recommendation.
+
+    Synthetic fields, pooled photographs and the features of each layer are moved by rotations, flips, scales, shifts
+    and crops, in tokens and in pixels. What is in `out` already is kept: a call that was stopped goes on.
+
+    Args:
+        checkpoints: runs' folders, encoder.safetensors files or names of timm models (pretrained weights); a random
+            initialisation of each architecture is measured with them, or that of the demo's alone.
+        preset: "quick" varies one factor at a time, "full" measures the whole grid, for hours.
+        train: train the demo's recipe with each of the variants instead, and say whether the choice matters after it.
+        data: whose held-out images are used: "photos", "folder:PATH" or "cifar10:PATH".
+        images: how many of them, spread evenly, and how many synthetic fields; for the trained models, four times that.
+        image_size: their side in pixels; enlarged where a model needs more.
+        out: folder for sensitivity.csv, report.html, summary.txt and the figures.
+        seed: of the fields, the random initialisations and the bootstrap.
+        device: "auto", "cpu" or "cuda".
+        variants: with --train, the settings of SERLoss.
+        seeds: with --train, how many runs of each.
+        steps: with --train, optimiser steps of a run.
+    """
+    console = Console()
+    if train:
+        runs = training_side.study_runs(out / "runs", variants, seeds, data=data, steps=steps)
+        scores = training_side.train_and_score(runs, images=4 * images, device=device)
+        training_side.write_scores(scores, out)
+        console.print(training_side.table(scores))
+        for line in training_side.judge(scores):
+            console.print(line, highlight=False)
+        console.print(f"written: {out / training_side.TABLE}, {out / training_side.FIGURE}")
+    else:
+        protocol = Protocol(data, images, image_size, seed)
+        run_study(checkpoints, protocol, out, full=preset == "full", device=choose_device(device), progress=True)
+    if (out / TABLE).exists():
+        scores = training_side.read_scores(out)
+        for number, line in enumerate(write_report(read_rows(out / TABLE), scores, out), start=1):
+            console.print(f"{number}. {line}", highlight=False, markup=False)
+        console.print(f"written: {out / TABLE}, {out / REPORT}")
 
 
 def knn(
@@ -154,6 +211,7 @@ def main() -> None:
         "train": train,
         "demo": demo,
         "equivariance": equivariance,
+        "sensitivity": sensitivity,
         "knn": knn,
         "doctor": doctor,
     }
@@ -161,6 +219,8 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except (ValueError, NonFiniteLossError) as error:
         sys.exit(f"ser-fast: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ser-fast: stopped")
 
 
 if __name__ == "__main__":

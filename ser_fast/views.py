@@ -154,7 +154,12 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 
 
 def transform_images(
-    images: Tensor, g: LatticeMap, *, interpolation: str = "bicubic", padding: str = "border"
+    images: Tensor,
+    g: LatticeMap,
+    *,
+    interpolation: str = "bicubic",
+    padding: str = "border",
+    antialias: bool = False,
 ) -> Tensor:
     """Apply g to images, at pixel resolution: what `group_action` does to tokens.
 
@@ -165,12 +170,13 @@ def transform_images(
         images: (B, C, H, W) floating point.
         g: B maps (or one for all) with size_in (H, W), on any device.
         interpolation, padding: as in `group_action`; grid_sample has "nearest", "bilinear" and "bicubic".
+        antialias: as in `group_action`; grid_sample has none.
 
     Returns:
         (B, C, h, w) on g.size_out.
 
     Raises:
-        ValueError: images that don't fit g, or an interpolation that grid_sample lacks.
+        ValueError: images that don't fit g, or an interpolation or antialias that grid_sample lacks.
     """
     if images.ndim != 4 or tuple(images.shape[2:]) != g.size_in or len(g) not in (1, len(images)):
         raise ValueError(
@@ -180,6 +186,8 @@ def transform_images(
         g.linear.expand(len(images), 2, 2), g.offset.expand(len(images), 2), g.size_in, g.size_out, g.axis_aligned
     )
     if not g.axis_aligned:
+        if antialias:
+            raise ValueError("antialias: got True; rotated images have none")
         if interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ValueError(f"interpolation: got {interpolation!r}; rotated images take nearest, bilinear or bicubic")
         grid = F.affine_grid(
@@ -192,7 +200,7 @@ def transform_images(
         samples = torch.nonzero(transposed == transpose)[:, 0]
         # The input's y follows the output's y, or after a quarter turn its x; the input's x the other one.
         along_y, along_x = (
-            _along_axis(g[samples], axis, 1 - axis if transpose else axis, interpolation, padding).to(images)
+            _along_axis(g[samples], axis, 1 - axis if transpose else axis, interpolation, padding, antialias).to(images)
             for axis in (0, 1)
         )
         samples = samples.to(images.device)
@@ -201,7 +209,7 @@ def transform_images(
     return out
 
 
-def _along_axis(g: LatticeMap, axis: int, axis_out: int, interpolation: str, padding: str) -> Tensor:
+def _along_axis(g: LatticeMap, axis: int, axis_out: int, interpolation: str, padding: str, antialias: bool) -> Tensor:
     """(B, n_out, n_in): the rows of weights of an input axis for positions along an output axis."""
     size, size_out = g.size_in[axis], g.size_out[axis_out]
     centres = torch.arange(size_out, dtype=torch.float64, device=g.device) + (0.5 - size_out / 2)
@@ -209,7 +217,7 @@ def _along_axis(g: LatticeMap, axis: int, axis_out: int, interpolation: str, pad
     position = slope[:, None] * centres + g.offset[:, axis, None] + size / 2
     exact = (g.linear.abs().sum(-1) == 1).all(-1)  # centres onto centres only if along both axes
     return axis_weights(
-        position, slope.abs(), exact, size, interpolation=interpolation, padding=padding, antialias=False
+        position, slope.abs(), exact, size, interpolation=interpolation, padding=padding, antialias=antialias
     )
 
 

@@ -33,7 +33,7 @@ AREAS = (0.7, 1.3)
 ASPECTS = (3 / 4, 4 / 3)  # width / height
 
 # Of the energy of a layer's tokens: less variance than this is what float32 leaves of a constant.
-_NO_VARIANCE = 1e-12
+NO_VARIANCE = 1e-12
 # Cosines this close tie: the rounding of a float32 product.
 _TIE = 1e-6
 
@@ -275,23 +275,39 @@ def _sum(terms: Iterable[tuple[_Key, Tensor]]) -> dict[_Key, Tensor]:
     return totals
 
 
-def _compare(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Tensor) -> Tensor:
-    """(5,) sums over the tokens (B, n, C): squared error, variance and energy of the target, cosine, hits."""
+def token_sums(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Tensor) -> Tensor:
+    """(B, 4) sums over the tokens of each image: squared error, variance and energy of the target, cosine.
+
+    moved, target: (B, n, C) float64, rho(g) f(x) and f(g x); mean_moved, mean_target: (C,), their mean tokens.
+    """
     a, b = moved - mean_moved, target - mean_target  # (B, n, C)
     aa, bb = a.square().sum(-1), b.square().sum(-1)  # (B, n)
     # The root of the product and not the product of roots: equal tokens have a cosine of exactly 1. That of 0 is 0.
     cosine = (a * b).sum(-1) / (aa * bb).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    similarity = F.normalize(b, dim=-1).float() @ F.normalize(a, dim=-1).float().mT  # (B, n, n)
+    return torch.stack(
+        [(moved - target).square().sum((1, 2)), bb.sum(1), target.square().sum((1, 2)), cosine.sum(1)], 1
+    )
+
+
+def retrieval_hits(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Tensor) -> Tensor:
+    """(B,) how many target tokens of each image find their own among its moved tokens; arguments as `token_sums`."""
+    a, b = F.normalize(moved - mean_moved, dim=-1).float(), F.normalize(target - mean_target, dim=-1).float()
+    similarity = b @ a.mT  # (B, n, n)
     best = similarity >= similarity.amax(-1, keepdim=True) - _TIE
-    hits = best.diagonal(dim1=1, dim2=2).double() / best.sum(-1)  # (B, n)
-    return torch.stack([(moved - target).square().sum(), bb.sum(), target.square().sum(), cosine.sum(), hits.sum()])
+    return (best.diagonal(dim1=1, dim2=2).double() / best.sum(-1)).sum(1)
+
+
+def _compare(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Tensor) -> Tensor:
+    """(5,) sums over all images and tokens: those of `token_sums`, and the hits."""
+    tokens = moved, target, mean_moved, mean_target
+    return torch.cat([token_sums(*tokens), retrieval_hits(*tokens)[:, None]], 1).sum(0)
 
 
 def _record(key: _Key, g: LatticeMap, images: int, sums: Tensor) -> Record:
     error, variance, energy, cosine, hits = sums.tolist()
     valid, code = g.valid(), int(g.d4_code)
     tokens = images * int(valid.sum())
-    no_variance = variance <= _NO_VARIANCE * energy
+    no_variance = variance <= NO_VARIANCE * energy
     return Record(
         layer=key[1],
         element=key[0],

@@ -1,0 +1,1 @@
+"""How much do interpolation, padding and alignment on the token lattice matter?"""

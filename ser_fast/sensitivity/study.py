@@ -1,0 +1,183 @@
+"""The study: every source, setting and element measured once."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_dtype
+
+from ser_fast.demo import demo_runs
+from ser_fast.evaluation.features import spread_images
+from ser_fast.lattice import LatticeMap, Size
+from ser_fast.sensitivity import measures
+from ser_fast.sensitivity.factors import (
+    DEFAULT,
+    ELEMENTS,
+    FEW_ELEMENTS,
+    Resampling,
+    Setting,
+    one_at_a_time,
+    whole_grid,
+)
+from ser_fast.sensitivity.report import combine
+from ser_fast.sensitivity.rows import Results, Unit
+from ser_fast.sensitivity.sources import Features, Fields, Photographs, Source, open_models
+from ser_fast.training.data import open_dataset
+
+_TIMED_ELEMENTS = ("scale 0.75", "angle 15")
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all measurements of a study share.
+
+    Attributes:
+        data: whose held-out images are used.
+        images: how many of them, and of synthetic fields.
+        image_size: their side in pixels.
+        seed: of the fields, the random initialisations and the bootstrap.
+    """
+
+    data: str = "photos"
+    images: int = 16
+    image_size: int = 128
+    seed: int = 0
+
+
+def run_study(
+    checkpoints: Sequence[str],
+    protocol: Protocol,
+    out: Path,
+    *,
+    full: bool,
+    device: torch.device,
+    progress: bool = False,
+) -> Results:
+    """Measure fields, photographs, the checkpoints and random initialisations; what `out` holds already is kept.
+
+    Args:
+        checkpoints: as `open_models` takes them; without any, the demo's architecture gives the random control.
+        protocol: images and seed.
+        out: the folder of sensitivity.csv.
+        full: the whole grid on all elements, else one factor at a time on a few.
+        device: where tokens are moved and models run.
+        progress: show a bar on the terminal.
+
+    Raises:
+        ValueError: a checkpoint or data that can't be opened, or an `out` with rows of another protocol.
+    """
+    demo = demo_runs(out, data=protocol.data, steps=1, seed=protocol.seed, image_size=64, patch_size=8)["lambda = 1"]
+    models = open_models(checkpoints, demo.model.build(), seed=protocol.seed)
+    held_out = open_dataset(protocol.data, train=False, image_size=protocol.image_size)
+    images = to_dtype(spread_images(held_out, protocol.images).to(device), torch.float32, scale=True)  # (N, 3, S, S)
+    sources: list[Source] = [
+        Fields(len(images), seed=protocol.seed, device=device),
+        Photographs(images),
+        *(Features(name, model.to(device), images) for name, model in models.items()),
+    ]
+    results = Results(out, asdict(protocol))
+    settings = whole_grid() if full else one_at_a_time()
+    elements = list(ELEMENTS) if full else FEW_ELEMENTS
+    measure(results, sources, settings, elements, seed=protocol.seed, device=device, progress=progress)
+    # The levels that win one at a time are also measured together: what is recommended was measured.
+    together = [DEFAULT, replace(DEFAULT, resampling=combine(results.rows))]
+    measure(results, sources, together, elements, seed=protocol.seed, device=device, progress=progress)
+    return results
+
+
+def measure(
+    results: Results,
+    sources: Sequence[Source],
+    settings: Sequence[Setting],
+    elements: Sequence[str],
+    *,
+    seed: int,
+    device: torch.device,
+    progress: bool = False,
+) -> None:
+    """Measure what the results lack, unit by unit; each is on disk before the next begins.
+
+    Args:
+        results: takes the rows.
+        sources: whose tokens are moved; of the same number of images each.
+        settings: points of the grid; a source is measured once for those that it can't tell apart.
+        elements: names in ELEMENTS.
+        seed: of bootstrap and noise.
+        device: of the sources.
+        progress: show a bar on the terminal.
+    """
+
+    @lru_cache(maxsize=1)  # the elements of a lattice come one after the other
+    def before(index: int, lattice: Size, positions: str) -> list[Tensor]:
+        return sources[index].maps(LatticeMap.identity(lattice), positions=positions or DEFAULT.positions)
+
+    todo = [(unit, missing) for unit, r in units(sources, settings, elements) if (missing := results.missing(unit, r))]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not (progress and todo)) as bar:
+        task = bar.add_task("sensitivity", total=len(todo))
+        for unit, resamplings in todo:
+            kind, source, lattice, element, pixels, positions = unit
+            described = " ".join(filter(None, (kind, unit.labels()["signal"], unit.labels()["lattice"], element)))
+            bar.update(task, description=described)
+            if kind == "response":
+                estimates = measures.response(element, resamplings)
+            elif lattice is None:
+                estimates = measures.cost(DEFAULT.lattice, element, resamplings, device)
+            elif source is None:
+                estimates = measures.operator(lattice, element, resamplings)
+            elif kind == "algebra":
+                estimates = measures.algebra(
+                    before(sources.index(source), lattice, positions), element, resamplings, seed=seed
+                )
+            else:
+                g = ELEMENTS[element].build(lattice)
+                after = source.maps(g, pixels=pixels or DEFAULT.pixels, positions=positions or DEFAULT.positions)
+                estimates = measures.equivariance(
+                    before(sources.index(source), lattice, positions), after, g, resamplings, seed=seed
+                )
+            results.add(unit, estimates)
+            bar.advance(task)
+
+
+def units(
+    sources: Sequence[Source], settings: Sequence[Setting], elements: Sequence[str]
+) -> Iterator[tuple[Unit, list[Resampling]]]:
+    """Everything to measure, in the order that shares most work, and the resamplings of each."""
+    of_tokens = list(dict.fromkeys(setting.resampling for setting in settings))
+    # Padding plays no part far from the borders, nor has a convention a price.
+    kernels = list(dict.fromkeys(replace(r, padding=DEFAULT.resampling.padding) for r in of_tokens))
+    priced = list(dict.fromkeys(replace(r, convention=DEFAULT.resampling.convention) for r in of_tokens))
+    yield from ((Unit("cost", None, None, element, "", ""), priced) for element in _TIMED_ELEMENTS)
+    yield from ((Unit("response", None, None, element, "", ""), kernels) for element in elements)
+    for lattice, group in _by(settings, lambda setting: setting.lattice):
+        resamplings = list(dict.fromkeys(setting.resampling for setting in group))
+        yield from ((Unit("operator", None, lattice, element, "", ""), resamplings) for element in elements)
+    for source in sources:
+        seen = [_as_seen_by(source, setting) for setting in settings]
+        for (lattice, positions), group in _by(seen, lambda setting: (setting.lattice, setting.positions)):
+            for element in elements:
+                for pixels, same in _by(group, lambda setting: setting.pixels):
+                    resamplings = list(dict.fromkeys(setting.resampling for setting in same))
+                    yield Unit("equivariance", source, lattice, element, pixels, positions), resamplings
+                if positions in ("", DEFAULT.positions):
+                    resamplings = list(dict.fromkeys(setting.resampling for setting in group))
+                    yield Unit("algebra", source, lattice, element, "", positions), resamplings
+
+
+def _as_seen_by(source: Source, setting: Setting) -> Setting:
+    """The setting with "" for the factors that the source has none of."""
+    pixels, positions = (getattr(setting, name) if name in source.factors else "" for name in ("pixels", "positions"))
+    return replace(setting, pixels=pixels, positions=positions)
+
+
+def _by(settings: Sequence[Setting], key: Callable[[Setting], _Key]) -> list[tuple[_Key, list[Setting]]]:
+    """The settings of each value of a key, in the order of first appearance."""
+    order = {value: i for i, value in enumerate(dict.fromkeys(map(key, settings)))}
+    return [(value, list(group)) for value, group in groupby(sorted(settings, key=lambda s: order[key(s)]), key=key)]
