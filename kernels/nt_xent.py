@@ -287,7 +287,7 @@ def _symmetric_sums(
         _add(sums, i + m, tl.gather(tl.sum(p, 1), m, 0), padded)
         _add(sums, j + n, tl.gather(tl.sum(p, 0), n, 0), padded)
         if KEEP:
-            at = kept + _kept_at(i, j, BLOCK_M, BLOCK_N)
+            at = kept + tl.multiple_of(_kept_at(i, j, BLOCK_M, BLOCK_N), 16)
             tl.store(at + m[:, None] * BLOCK_N + n[None, :], (p * 2.0**_LIFT).to(tl.float16))
 
 
@@ -568,7 +568,7 @@ def _panel(
     else:
         if SOURCE == "kept" or SOURCE == "kept, diagonal":
             if SOURCE == "kept":
-                at = _kept_at(i, j, BLOCK_M, BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
+                at = tl.multiple_of(_kept_at(i, j, BLOCK_M, BLOCK_N), 16) + m[:, None] * BLOCK_N + n[None, :]
             else:
                 row, column = (i + m)[:, None], (j + n)[None, :]
                 at = _kept_at(tl.maximum(row, column), tl.minimum(row, column), BLOCK_M, BLOCK_N)
