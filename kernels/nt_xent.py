@@ -242,11 +242,17 @@ def _triangle(t):
 
 
 @triton.jit
-def _kept_at(r, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where the similarity of row r with row c < r is kept: tiles on and below the diagonal, row by row."""
+def _kept_from(r, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the tile with row r and column c < r begins, of those on and below the diagonal, row by row."""
     i, j = r // BLOCK_M, c // BLOCK_N
     tile = BLOCK_M // BLOCK_N * (i * (i + 1) // 2) + j
-    return tile * (BLOCK_M * BLOCK_N) + (r % BLOCK_M) * BLOCK_N + c % BLOCK_N
+    return tile * (BLOCK_M * BLOCK_N)
+
+
+@triton.jit
+def _kept_at(r, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the similarity of row r with row c < r is kept."""
+    return _kept_from(r, c, BLOCK_M, BLOCK_N) + (r % BLOCK_M) * BLOCK_N + c % BLOCK_N
 
 
 @triton.jit(do_not_specialize=["padded", "count"])
@@ -283,12 +289,12 @@ def _symmetric_sums(
         if j + BLOCK_N > i:
             s = tl.where((i + m)[:, None] > (j + n)[None, :], s, -float("inf"))
         p = tl.exp2(s * scale - scale)
+        if KEEP:
+            at = kept + _kept_from(i, j, BLOCK_M, BLOCK_N)
+            tl.store(at + m[:, None] * BLOCK_N + n[None, :], (p * 2.0**_LIFT).to(tl.float16))
         # A gather spreads the sums over all threads: as they come, each thread has all those of its part of the tile.
         _add(sums, i + m, tl.gather(tl.sum(p, 1), m, 0), padded)
         _add(sums, j + n, tl.gather(tl.sum(p, 0), n, 0), padded)
-        if KEEP:
-            at = kept + tl.multiple_of(_kept_at(i, j, BLOCK_M, BLOCK_N), 16)
-            tl.store(at + m[:, None] * BLOCK_N + n[None, :], (p * 2.0**_LIFT).to(tl.float16))
 
 
 @triton.jit(do_not_specialize=["q_padded", "k_padded", "first_row", "first_key", "tiles", "splits", "width"])
@@ -568,7 +574,7 @@ def _panel(
     else:
         if SOURCE == "kept" or SOURCE == "kept, diagonal":
             if SOURCE == "kept":
-                at = tl.multiple_of(_kept_at(i, j, BLOCK_M, BLOCK_N), 16) + m[:, None] * BLOCK_N + n[None, :]
+                at = _kept_from(i, j, BLOCK_M, BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
             else:
                 row, column = (i + m)[:, None], (j + n)[None, :]
                 at = _kept_at(tl.maximum(row, column), tl.minimum(row, column), BLOCK_M, BLOCK_N)
