@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from ser_fast.kernels.configs import CAPABILITIES, Build
 
-MODULES = ("ser_fast.kernels.group_action",)
+MODULES = ("ser_fast.kernels.group_action", "ser_fast.kernels.nt_xent")
 RESULTS = Path(__file__).parent / "results" / "triton-static"
 CUOBJDUMP = triton.knobs.nvidia.cuobjdump.path
 

@@ -242,11 +242,17 @@ def _triangle(t):
 
 
 @triton.jit
-def _kept_at(r, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where the similarity of row r with row c < r is kept: tiles on and below the diagonal, row by row."""
+def _kept_from(r, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the tile with row r and column c < r begins, of those on and below the diagonal, row by row."""
     i, j = r // BLOCK_M, c // BLOCK_N
     tile = BLOCK_M // BLOCK_N * (i * (i + 1) // 2) + j
-    return tile * (BLOCK_M * BLOCK_N) + (r % BLOCK_M) * BLOCK_N + c % BLOCK_N
+    return tile * (BLOCK_M * BLOCK_N)
+
+
+@triton.jit
+def _kept_at(r, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the similarity of row r with row c < r is kept."""
+    return _kept_from(r, c, BLOCK_M, BLOCK_N) + (r % BLOCK_M) * BLOCK_N + c % BLOCK_N
 
 
 @triton.jit(do_not_specialize=["padded", "count"])
@@ -283,12 +289,12 @@ def _symmetric_sums(
         if j + BLOCK_N > i:
             s = tl.where((i + m)[:, None] > (j + n)[None, :], s, -float("inf"))
         p = tl.exp2(s * scale - scale)
+        if KEEP:
+            at = kept + _kept_from(i, j, BLOCK_M, BLOCK_N)
+            tl.store(at + m[:, None] * BLOCK_N + n[None, :], (p * 2.0**_LIFT).to(tl.float16))
         # A gather spreads the sums over all threads: as they come, each thread has all those of its part of the tile.
         _add(sums, i + m, tl.gather(tl.sum(p, 1), m, 0), padded)
         _add(sums, j + n, tl.gather(tl.sum(p, 0), n, 0), padded)
-        if KEEP:
-            at = kept + _kept_at(i, j, BLOCK_M, BLOCK_N)
-            tl.store(at + m[:, None] * BLOCK_N + n[None, :], (p * 2.0**_LIFT).to(tl.float16))
 
 
 @triton.jit(do_not_specialize=["q_padded", "k_padded", "first_row", "first_key", "tiles", "splits", "width"])
@@ -430,7 +436,7 @@ def _coefficients(
 ):
     """out (3, padded): a and its shift, G_ij = a_i 2^(c s_ij - shift_i), and the weight of the positive.
 
-    For float16 tiles a is given in units that make the largest weight 2^14: its softmax may be as small as 2^-30.
+    For float16 tiles a is in units that make `largest`, the most that a row of G sums to, 2^14.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     take = tl.load(table + padded + r, mask=r < padded, other=0) != 0
@@ -568,7 +574,7 @@ def _panel(
     else:
         if SOURCE == "kept" or SOURCE == "kept, diagonal":
             if SOURCE == "kept":
-                at = _kept_at(i, j, BLOCK_M, BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
+                at = _kept_from(i, j, BLOCK_M, BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
             else:
                 row, column = (i + m)[:, None], (j + n)[None, :]
                 at = _kept_at(tl.maximum(row, column), tl.minimum(row, column), BLOCK_M, BLOCK_N)
@@ -922,9 +928,9 @@ def _running_sums(queries: _Rows, keys: _Rows, temperature: float) -> tuple[Tens
     if not queries.library:
         launch(state, slice(0, queries.padded), slice(0, keys.count), _scale(temperature))
         return state, splits
-    buffer = queries.u.new_empty(min(PANEL[0] * PANEL[1], queries.padded * keys.padded))
-    for rows in _panels(queries.padded, PANEL[0], tiles["BLOCK_M"]):
-        for columns in _panels(keys.padded, PANEL[1], tiles["BLOCK_M"]):
+    buffer = queries.u.new_empty(min(PANEL * PANEL, queries.padded * keys.padded))
+    for rows in _panels(queries.padded, PANEL, tiles["BLOCK_M"]):
+        for columns in _panels(keys.padded, PANEL, tiles["BLOCK_M"]):
             launch(_library_panel(buffer, queries, keys, rows, columns, _scale(temperature)), rows, columns, 1.0)
     return state, splits
 
@@ -1031,9 +1037,9 @@ def _by_panels(
     d_key = torch.zeros(1, *keys.u.shape, dtype=dtype, device=keys.u.device) if need_key else kept.new_empty(0)
     config = similarity_config(capability_of(queries.u.device))
     block = config.tiles["BLOCK_M"]
-    buffer = queries.u.new_empty(min(PANEL[0] * PANEL[1], queries.padded * keys.padded))
-    for rows in _panels(queries.padded, PANEL[0], block):
-        for columns in _panels(keys.padded, PANEL[1], block):
+    buffer = queries.u.new_empty(min(PANEL * PANEL, queries.padded * keys.padded))
+    for rows in _panels(queries.padded, PANEL, block):
+        for columns in _panels(keys.padded, PANEL, block):
             if views and columns.start > rows.start:
                 continue
             height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -1098,7 +1104,8 @@ def _gradients(
     """
     views = queries is keys
     weight = weight.contiguous()
-    largest = torch.linalg.vector_norm(weight, torch.inf).view(1)
+    # The most that a row of G sums to, in float16's units: entries of G may be as small as 2^-38 of it.
+    largest = torch.linalg.vector_norm(weight * torch.expm1(-loss), torch.inf).view(1)
     coefficients = queries.u.new_empty(3, queries.padded, dtype=loss.dtype)
     grid, constants = queries.by_row()
     _coefficients[grid](

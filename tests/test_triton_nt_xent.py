@@ -1,0 +1,339 @@
+"""What is particular to the Triton kernels of nt_xent and info_nce: tiles, paths and launches."""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ser_fast.ops.backends import reason_not
+from ser_fast.ops.nt_xent import info_nce, nt_xent
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if reason_not("triton", DEVICE) is not None:
+    pytest.skip(f"triton: {reason_not('triton', DEVICE)}", allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from ser_fast.kernels import configs  # noqa: E402
+
+kernels = importlib.import_module("ser_fast.kernels.nt_xent")  # the package gives its function nt_xent that name
+Config = configs.Config
+SMALL = Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 2}, 4, 1)
+
+f16, f32, f64 = torch.float16, torch.float32, torch.float64
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and panels so small that few rows make many of each kind."""
+    monkeypatch.setattr(kernels, "similarity_config", lambda capability: SMALL)
+    running = {name: size for name, size in SMALL.tiles.items() if name != "GROUP"}
+    monkeypatch.setattr(kernels, "running_config", lambda capability: Config(running, 4, 1))
+    monkeypatch.setattr(kernels, "owner_config", lambda *_: Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1))
+    monkeypatch.setattr(kernels, "prepare_config", lambda columns: Config({"SPANS": 2}, 4, 1))
+    monkeypatch.setattr(kernels, "PANEL", 64)
+
+
+def rows(count: int, dim: int, seed: int = 0, dtype: torch.dtype = f16) -> tuple[Tensor, Tensor]:
+    """Two views that agree a little, as early in training."""
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(2, count, dim, dtype=f64, generator=generator)
+    return x.to(DEVICE, dtype), (x + 1.5 * noise).to(DEVICE, dtype)
+
+
+def with_gradients(function: Callable[..., Tensor], x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """The losses, and the gradients in x and y of their sum with weights."""
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+    loss = function(x, y, reduction="none", **options)
+    weight = torch.linspace(0.5, 1.5, len(loss), device=loss.device)
+    return loss.detach(), *torch.autograd.grad((weight * loss).sum(), (x, y))
+
+
+def oracle(function: Callable[..., Tensor], x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    options.pop("memory_budget", None)
+    return with_gradients(function, x.to(f64), y.to(f64), backend="reference", **options)
+
+
+def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], temperature: float) -> None:
+    """Rounding the operands moves s by at most eps / temperature; results are rounded once more."""
+    tolerance = torch.finfo(f16).eps * (1 + 1 / (2 * temperature))
+    for found, truth in zip(actual, expected, strict=True):
+        scale = max(1.0, truth.abs().max().item()) if truth.dim() == 1 else truth.abs().max().item()
+        assert (found.to(f64) - truth).abs().max() <= tolerance * scale
+
+
+# ---------------------------------------------------------------- tiles
+
+COUNT = 80  # rows a view
+ROW = torch.arange(COUNT)
+SHUFFLE = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+KINDS = {  # images, and which rows are valid
+    "own image": (ROW, None),
+    "full, masked and empty tiles": (ROW // 64, None),
+    "invalid tiles": (ROW // 64, ROW >= 64),
+    "one image": (ROW * 0, None),
+    "contiguous, some valid": (ROW // 7, SHUFFLE > 20),
+    "shuffled": (ROW[SHUFFLE] // 7, None),
+    "alike in 32 bits": (ROW // 30 * 2**32, None),
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("image", "valid"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("function", [nt_xent, info_nce])
+def test_tiles_of_every_kind(function: Callable[..., Tensor], image: Tensor, valid: Tensor | None) -> None:
+    x, y = rows(COUNT, 40)
+    options = {"temperature": 0.3, "image": image.to(DEVICE), "valid": None if valid is None else valid.to(DEVICE)}
+    actual = with_gradients(function, x, y, backend="triton", **options)
+    check(actual, oracle(function, x, y, **options), 0.3)
+    if image.unique().numel() == 1:
+        assert not any(result.any() for result in actual)
+
+
+@pytest.mark.parametrize("columns", [33, 128, 200, 512, 1024])
+@pytest.mark.parametrize("capability", configs.CAPABILITIES)
+def test_shipped_tiles(columns: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch configuration once, with rows for more than one tile and a ragged last one."""
+    monkeypatch.setattr(kernels, "similarity_config", lambda _: configs._SIMILARITIES[capability])
+    monkeypatch.setattr(kernels, "running_config", lambda _: configs._RUNNING[capability])
+    monkeypatch.setattr(kernels, "owner_config", lambda _, dim: configs._OWNER[capability, dim])
+    x, y = rows(135, columns)
+    options = {"temperature": 0.2, "image": torch.arange(135, device=DEVICE) // 9}
+    check(with_gradients(nt_xent, x, y, backend="triton", **options), oracle(nt_xent, x, y, **options), 0.2)
+    if columns in (33, 512):
+        check(with_gradients(info_nce, x, y, backend="triton", **options), oracle(info_nce, x, y, **options), 0.2)
+
+
+# ---------------------------------------------------------------- paths
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("path", "splits"), [("owner", 1), ("owner", 3), ("panel", 1), ("kept", 1)])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_backward_paths(temperature: float, path: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LARGEST_OWNED", dict.fromkeys(configs.CAPABILITIES, 512 if path == "owner" else 0))
+    monkeypatch.setattr(kernels, "_splits", lambda strips, tiles, x: min(splits, tiles))
+    x, y = rows(COUNT, 40)
+    options = {"temperature": temperature, "image": torch.arange(COUNT, device=DEVICE) // 7}
+    if path == "kept":
+        options["memory_budget"] = 1 << 30
+        kept = kernels.kept_bytes(COUNT, f16, temperature, True)
+        assert (kept > 0) == (temperature >= 0.1)
+    check(with_gradients(nt_xent, x, y, backend="triton", **options), oracle(nt_xent, x, y, **options), temperature)
+    if path != "kept":
+        actual = with_gradients(info_nce, x, y, backend="triton", **options)
+        check(actual, oracle(info_nce, x, y, **options), temperature)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("temperature", "splits"), [(0.01, 1), (0.05, 3), (0.3, 3)])
+def test_one_pass(temperature: float, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_splits", lambda strips, tiles, x: min(splits, tiles))
+    query, key = rows(COUNT, 40)
+    image = torch.arange(COUNT, device=DEVICE) // 7
+    query.requires_grad_()
+    loss = info_nce(query, key, temperature=temperature, image=image, reduction="none", backend="triton")
+    weight = torch.linspace(0.5, 1.5, COUNT, device=DEVICE)
+    (gradient,) = torch.autograd.grad((weight * loss).sum(), query)
+    check((loss, gradient), oracle(info_nce, query, key, temperature=temperature, image=image)[:2], temperature)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_library_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64 rows over several panels, to the last digits; and none of it through float16."""
+    x, y = rows(COUNT, 40, dtype=f64)
+    for function in (nt_xent, info_nce):
+        options = {"temperature": 0.02, "image": torch.arange(COUNT, device=DEVICE) // 7}
+        actual = with_gradients(function, x, y, backend="triton", **options)
+        torch.testing.assert_close(actual, oracle(function, x, y, **options), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-4, 1e-8])
+def test_small_weights(spread: float) -> None:
+    """Weights as of a mean over very many anchors, where a softmax entry times its weight is no float16."""
+    x, y = rows(64, 40)
+    x.requires_grad_()
+    loss = nt_xent(x, y, temperature=0.3, backend="triton").float() * spread
+    (gradient,) = torch.autograd.grad(loss * 1e3, x)  # the rows are float16, too
+    z = x.detach().to(f64).requires_grad_()
+    (expected,) = torch.autograd.grad(nt_xent(z, y.to(f64), temperature=0.3, backend="reference") * spread * 1e3, z)
+    smallest = 2.0**-24  # of float16
+    error = (gradient.to(f64) - expected).abs().max().item()
+    assert error <= 4 * torch.finfo(f16).eps * expected.abs().max().item() + smallest
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("function", [nt_xent, info_nce])
+def test_nan_in_half_precision(function: Callable[..., Tensor], poison: float, temperature: float) -> None:
+    x, y = rows(70, 40)
+    valid = torch.arange(70, device=DEVICE) != 5
+    x[5], x[2, 1] = poison, poison
+    options = {"temperature": temperature, "backend": "triton", "valid": valid}
+    loss, d_x, d_y = with_gradients(function, x, y, **options)
+    assert loss[2].isnan()
+    assert d_x[2].isnan().all()
+    assert not d_x[5].any()
+    assert not d_y[5].any()
+    if function is nt_xent:  # the row is a negative of all others
+        assert loss[valid.repeat(2)].isnan().all()
+    x[2] = 1
+    assert all(result.isfinite().all() for result in with_gradients(function, x, y, **options))
+
+
+# ---------------------------------------------------------------- index arithmetic and sums
+
+
+@triton.jit
+def _triangle_of(t, out, N: tl.constexpr):
+    n = tl.arange(0, N)
+    i, j = kernels._triangle(tl.load(t + n))
+    tl.store(out + n, i)
+    tl.store(out + N + n, j)
+
+
+@triton.jit
+def _kept_of(r, c, out, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    n = tl.arange(0, N)
+    tl.store(out + n, kernels._kept_at(tl.load(r + n), tl.load(c + n), BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def _add_all(values, out, N: tl.constexpr):
+    kernels._add(out, tl.zeros((N,), tl.int32), tl.load(values + tl.program_id(0) * N + tl.arange(0, N)), 1)
+
+
+def test_triangle() -> None:
+    """The tile of a number is right next to every jump, for as many tiles as 2^20 rows have, and more."""
+    sides = torch.tensor([1, 2, 3, 100, 3125, 8191, 8192, 65535, 65536, 2**22])
+    jump = sides * (sides + 1) // 2
+    t = torch.cat([jump - 1, jump, jump + 1, torch.tensor([0, 4])]).to(DEVICE)  # 32
+    out = torch.empty(2, 32, dtype=torch.int64, device=DEVICE)
+    _triangle_of[(1,)](t, out, N=32)
+    i, j = out
+    assert ((j >= 0) & (j <= i)).all()
+    assert torch.equal(i * (i + 1) // 2 + j, t)
+
+
+@pytest.mark.parametrize("capability", configs.CAPABILITIES)
+def test_kept_offsets(capability: int) -> None:
+    """Past 2^31, and within the bytes asked for."""
+    count = 400_000
+    tiles = configs._SIMILARITIES[capability].tiles
+    block_m, block_n = tiles["BLOCK_M"], tiles["BLOCK_N"]
+    r = torch.tensor([count - 1, count - 1, count - 1, 255, 256, 300_000, 128, 399_000], device=DEVICE)
+    c = torch.tensor([count - 2, 0, 200_000, 3, 3, 299_999, 127, 398_999], device=DEVICE)
+    out = torch.empty(8, dtype=torch.int64, device=DEVICE)
+    _kept_of[(1,)](r, c, out, N=8, BLOCK_M=block_m, BLOCK_N=block_n)
+    for row, column, at in zip(r.tolist(), c.tolist(), out.tolist(), strict=True):
+        before = sum((i + 1) * (block_m // block_n) for i in range(row // block_m)) + column // block_n
+        assert at == before * block_m * block_n + row % block_m * block_n + column % block_n
+    assert out.max() > 2**31
+    strips = math.ceil(count / block_m)
+    assert out.max() < strips * (strips + 1) // 2 * block_m**2
+
+
+def test_sums_are_exact_in_any_order() -> None:
+    """Numbers from 2^-90 to 2^7 to the last bits of a float32, and the same integers in any order."""
+    for top in (7, -21, -49):
+        exponent = torch.linspace(top - 6, top, 256, dtype=f64)
+        values = (2**exponent * (1 + torch.rand(256, dtype=f64)) / 2).to(DEVICE, f32)
+        sums = torch.zeros(2, 4, dtype=torch.int64, device=DEVICE)
+        _add_all[(8,)](values, sums[0], N=32)
+        _add_all[(8,)](values.flip(0), sums[1], N=32)
+        assert torch.equal(*sums)
+        units = torch.tensor([2.0**-42, 2.0**-70, 2.0**-98, 0], dtype=f64, device=DEVICE)
+        assert (sums[0].to(f64) * units).sum().item() == pytest.approx(values.to(f64).sum().item(), rel=1e-12)
+
+
+# ---------------------------------------------------------------- launches and memory
+
+
+class Allocations(TorchDispatchMode):
+    """The sizes in bytes of what torch allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not any(out is x for x in (*args, *(kwargs or {}).values())):
+            self.sizes.append(out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """The kernels that are launched: their names and constants."""
+    launched: list[tuple[str, dict[str, Any]]] = []
+    kernel_type = type(kernels._prepare)
+    run = kernel_type.run
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        constants = {name: value for name, value in kwargs.items() if name not in ("grid", "warmup")}
+        launched.append((self.fn.__name__, constants))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kernel_type, "run", recorded)
+    return launched
+
+
+STEPS = {
+    "nt_xent": ["_prepare", "_symmetric_sums", "_losses"],
+    "nt_xent_backward": ["_prepare", "_coefficients", "_owner", "_finish"],
+    "info_nce_detached": ["_prepare", "_prepare", "_detached", "_detached_finish"],
+}
+
+
+def step(name: str, count: int, dtype: torch.dtype = f16) -> Callable[[], Any]:
+    """One operation on `count` rows, as its op calls it."""
+    x, y = rows(count, 64, dtype=dtype)
+    image, valid = torch.arange(count, device=DEVICE), torch.ones(count, dtype=torch.bool, device=DEVICE)
+    loss, kept = torch.ones(2 * count, device=DEVICE), torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    calls = {
+        "nt_xent": lambda: kernels.nt_xent(x, y, image, valid, 0.3, True, kept),
+        "nt_xent_backward": lambda: kernels.nt_xent_backward(loss, x, y, image, valid, loss, kept, 0.3, True),
+        "info_nce_detached": lambda: kernels.info_nce_detached(x, y, image, image, valid, valid, image, 0.3, True),
+    }
+    return calls[name]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_launches(name: str, launches: list[tuple[str, dict[str, Any]]]) -> None:
+    """The kernels of a step, whose constants (what they are compiled for) the number of rows doesn't change."""
+    step(name, 100)()
+    first = list(launches)
+    launches.clear()
+    step(name, 171)()
+    assert [kernel for kernel, _ in launches] == STEPS[name]
+    assert launches == first
+
+
+def test_sizes_are_not_specialized() -> None:
+    for build in kernels.shipped(90):
+        kernel = build.kernel
+        free = set(getattr(kernel, "kwargs", {}).get("do_not_specialize") or kernel.do_not_specialize)
+        sizes = {name for name, kind in build.arguments.items() if kind == "i32"}
+        assert sizes <= free, build.name
+
+
+@pytest.mark.parametrize("dtype", [f16, f32])
+@pytest.mark.parametrize("name", STEPS)
+def test_memory_is_linear(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has the size of the similarity matrix: the largest are the rows in float32, and a panel."""
+    monkeypatch.setattr(kernels, "PANEL", 128)
+    count = 400
+    call = step(name, count, dtype)
+    with Allocations() as allocations:
+        call()
+    padded = 128 * math.ceil(2 * count / 128)
+    assert max(allocations.sizes) <= max(4 * padded * 64, 4 * 128 * 128)
+    assert 8 * max(allocations.sizes) < 4 * (2 * count) ** 2
