@@ -130,7 +130,7 @@ def _compare_nt_xent(compare, backends, device, rows: int, dim: int, dtype: torc
     )
 
 
-@pytest.mark.parametrize("rows", [1024, 2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("rows", [1024, 2048, 4096, 8192, pytest.param(16384, marks=pytest.mark.large)])
 def bench_nt_xent_rows(compare, backends, device, rows: int) -> None:
     _compare_nt_xent(compare, backends, device, rows, 512, torch.float32, scaling="rows")
 

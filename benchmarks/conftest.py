@@ -30,7 +30,7 @@ from ser_fast.ops.backends import BACKENDS, choose, reason_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).parent / "results"
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 20, 3, 30  # of one case
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 8, 3, 30  # of one case
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error, relative to the largest value
 PACKAGES = ("ser-fast", "torch", "triton", "numpy", "timm", "pytest-benchmark")
 PACKAGES += ("kornia", "lightly", "pytorch-metric-learning", "cut-cross-entropy", "memeff")

@@ -2,11 +2,11 @@
 // writes each output token once, as a weighted sum of slab rows.
 //
 //   copy       D4, nearest, whole shifts: rows are moved, bit for bit.
-//   separable  maps along the axes (D4 with scales, SER's own family): taps of x, then taps of y: 4 + 4, not 4 x 4.
+//   separable  maps along the axes (D4 with scales, SER's own family): taps of an axis, then the other's: 4 + 4, not 4 x 4.
 //   general    any affine map: one list of taps a token.
 //
 // The transpose (the gradient) runs the same loops over the transposed lists: no atomics, and the same sums in the same
-// order for any number of threads. Samples with the same map share its lists.
+// order for any number of threads. Samples with the same map follow one another, and a thread makes its lists once.
 
 #include "group_action.h"
 
@@ -27,8 +27,8 @@ namespace {
 template <typename Real>
 struct Plan {
   enum class Kind { copy, separable, general } kind;
-  Sparse<Real> first;   // separable: (r, q), applied to each p
-  Sparse<Real> second;  // separable: (s, p); copy and general: (out token, in token)
+  Sparse<Real> first;   // separable: (s, p), a row of it applied to each q
+  Sparse<Real> second;  // separable: (r, q), applied to that; copy and general: (out token, in token)
   int64_t p_in = 0, q_in = 0, s_out = 0, r_out = 0;
 };
 
@@ -66,14 +66,14 @@ Plan<Real> make_plan(const double* linear, const double* offset, const Lattices&
     };
     const int first = cost(1) <= cost(0), second = 1 - first;
     Plan<Real> plan{Plan<Real>::Kind::separable, std::move(along[first]), std::move(along[second]),
-                    in[second],                  in[first],               out[second],
-                    out[first]};
+                    in[first],                   in[second],              out[first],
+                    out[second]};
     if (!plan.first.copies() || !plan.second.copies()) return plan;
     // One list of whole rows to move.
     std::vector<int32_t> source(plan.first.rows() * plan.second.rows(), -1);
-    for (int64_t s = 0; s < plan.second.rows(); ++s) {
-      for (int64_t r = 0; r < plan.first.rows(); ++r) {
-        const int32_t p = plan.second.source(s), q = plan.first.source(r);
+    for (int64_t s = 0; s < plan.first.rows(); ++s) {
+      for (int64_t r = 0; r < plan.second.rows(); ++r) {
+        const int32_t p = plan.first.source(s), q = plan.second.source(r);
         if (p >= 0 && q >= 0) source[s * plan.s_out + r * plan.r_out] = p * plan.p_in + q * plan.q_in;
       }
     }
@@ -109,8 +109,8 @@ Plan<Real> make_plan(const double* linear, const double* offset, const Lattices&
 
 // ------------------------------------------------------------------------------------------------ the mover
 
-// Channels of a slab: 14 x 14 tokens of float32 are 200 KB, and lattices past that get narrower ones.
-int64_t block_of(int64_t tokens) { return tokens <= 512 ? 256 : tokens <= 1024 ? 128 : 64; }
+// Channels of a slab: 14 x 14 tokens of float32 are 100 KB, and a row of tokens stays in the first-level cache.
+int64_t block_of(int64_t tokens) { return tokens <= 1024 ? 128 : 64; }
 
 // An output of this size will not be in the cache when it is read.
 constexpr int64_t kStreamedBytes = 8 << 20;
@@ -223,22 +223,20 @@ struct Mover {
       }
       return;
     }
-    const int64_t across = plan.first.rows();
-    between.resize(plan.second.columns * across * count);
-    for (int64_t p = 0; p < plan.second.columns; ++p) {
-      for (int64_t r = 0; r < across; ++r) {
-        blend(between.data() + (p * across + r) * count,
-              taps(plan.first, r, base + p * plan.p_in * stride, plan.q_in * stride), count, false);
+    // A row of the first axis at a time: what lies between the two passes stays in the first-level cache.
+    between.resize(plan.second.columns * count);
+    for (int64_t s = 0; s < plan.first.rows(); ++s) {
+      for (int64_t q = 0; q < plan.second.columns; ++q) {
+        blend(between.data() + q * count, taps(plan.first, s, base + q * plan.q_in * stride, plan.p_in * stride), count,
+              false);
       }
-    }
-    for (int64_t s = 0; s < plan.second.rows(); ++s) {
-      for (int64_t r = 0; r < across; ++r) {
+      for (int64_t r = 0; r < plan.second.rows(); ++r) {
         T* at = to + (s * plan.s_out + r * plan.r_out) * channels;
-        const int64_t p = plan.second.source(s), q = plan.first.source(r);
+        const int64_t p = plan.first.source(s), q = plan.second.source(r);
         if (p >= 0 && q >= 0) {
           copy(at, from + (p * plan.p_in + q * plan.q_in) * channels, count);
         } else {
-          blend(at, taps(plan.second, s, between.data() + r * count, across * count), count, stream);
+          blend(at, taps(plan.second, r, between.data(), count), count, stream);
         }
         prefetch.part();
       }
