@@ -30,7 +30,7 @@ from ser_fast.ops.backends import BACKENDS, choose, reason_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).parent / "results"
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 8, 3, 30  # of one case
+LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error, relative to the largest value
 PACKAGES = ("ser-fast", "torch", "triton", "numpy", "timm", "pytest-benchmark")
 PACKAGES += ("kornia", "lightly", "pytorch-metric-learning", "cut-cross-entropy", "memeff")
@@ -39,6 +39,7 @@ _rows = pytest.StashKey[list[dict[str, Any]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default="local", help="write benchmarks/results/NAME.json and .md (default: local)")
+    parser.addoption("--seconds", type=float, default=8, help="time for the rounds of one case (default: 8)")
     parser.addoption("--large", action="store_true", help="run also what takes many minutes on a CPU (n = 50k, 100k)")
 
 
@@ -255,7 +256,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             _synchronize()
             return (ours, state), {}
 
-        rounds = min(max(int(SECONDS / once), LEAST_ROUNDS), MOST_ROUNDS)
+        rounds = min(max(int(request.config.getoption("--seconds") / once), LEAST_ROUNDS), MOST_ROUNDS)
         benchmark.pedantic(run, setup=setup, rounds=rounds)
         ms = {name: 1e3 * median(taken) for name, taken in times.items()}
         flops = 4 * products[0] * products[1] * products[2] if products else 0

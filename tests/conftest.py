@@ -1,18 +1,49 @@
-"""Fixtures shared by the test files."""
+"""Fixtures shared by the test files, and how much of the matrix the interpreter takes."""
 
 import os
+from zlib import crc32
 
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run on CPU tensors, in the interpreter; read when they are imported.
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # runs the Triton kernels on CPU tensors; read when they are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ser_fast.ops.backends import BACKENDS, reason_not
 
 torch.set_num_threads(1)
+
+# What the interpreter runs whole by default: golden cases and every option, forward and backward. Of the other tests it
+# runs one case in eight, always the same ones; `--whole` runs all of them.
+_WHOLE = (
+    "test_golden",
+    "test_every_option_is_its_formula",
+    "test_the_gradient_is_the_adjoint",
+    "test_follows_the_definition",
+)
+_ONE_IN = 8
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="run the whole matrix in Triton's interpreter, too (an hour)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--whole"):
+        return
+
+    def taken(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") != "triton":
+            return True
+        if parameters.get("dtype") == torch.float64:  # the same way through the kernels as float32
+            return False
+        return item.originalname.startswith(_WHOLE) or crc32(item.nodeid.encode()) % _ONE_IN == 0
+
+    left_out = [item for item in items if not taken(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if taken(item)]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +54,4 @@ def _seed() -> None:
 @pytest.fixture(params=[name for name in BACKENDS if reason_not(name, "cpu") is None])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can run on CPU tensors in this installation; Triton's runs in its interpreter."""
-    parameters = request.node.callspec.params
-    if request.param == "triton" and parameters.get("dtype") == torch.float64:
-        pytest.skip("the interpreter is slow, and float64 takes the same way through the Triton kernels as float32")
     return request.param
