@@ -326,17 +326,16 @@ def print_errors(
     console: Console | None = None,
 ) -> None:
     """Print the errors of each model, by name: a row a kind, and the mean corruption error."""
-    relative = "" if baseline is None else ", relative to the baseline"
-    table = Table(title="Error, mean over severities (1 to 5)")
+    table = Table(title="Error, mean over severities")
     table.add_column("kind")
     columns: dict[str, dict[str, str]] = {}
     for name, of_model in rates.items():
         table.add_column(name, justify="right")
         cells = {rate.kind: f"{rate.error:.3f}" for rate in of_model if rate.kind == _CLEAN}
-        for kind, errors in _by_kind(of_model).items():
-            by_severity = ", ".join(f"{error:.2f}" for error in errors.values())
-            cells[kind] = f"{fmean(errors.values()):.3f} ({by_severity})"
-        cells["mean corruption error" + relative] = f"{mean_corruption_error(of_model, baseline):.3f}"
+        cells |= {kind: f"{fmean(errors.values()):.3f}" for kind, errors in _by_kind(of_model).items()}
+        cells["mean corruption error"] = f"{mean_corruption_error(of_model):.3f}"
+        if baseline is not None:
+            cells["... relative to the baseline"] = f"{mean_corruption_error(of_model, baseline):.3f}"
         columns[name] = cells
     for kind in next(iter(columns.values())):
         table.add_row(kind, *(cells[kind] for cells in columns.values()))
