@@ -145,14 +145,16 @@ def plot_confusion(rows: Rows, classes: Sequence[str], path: Path) -> None:
     for axes, (of, result) in zip(panels.flat, rows, strict=False):
         shares = result.confusion / result.confusion.sum(1, keepdim=True).clamp(min=1)
         image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis")
-        axes.set_title(", ".join(f"{name} {value}" for name, value in of.items()), fontsize=8)
+        names = (f"{name} {value}" for name, value in of.items() if not isinstance(value, float))
+        axes.set_title(", ".join(names), fontsize=8)
     for axes in panels.flat[len(rows) :]:
         axes.remove()
     if len(classes) <= _NAMED_CLASSES:
-        panels[0, 0].set_yticks(range(len(classes)), classes, fontsize=7)
-        panels[0, 0].set_xticks(range(len(classes)), classes, fontsize=7)
-        for axes in panels[-1]:
+        panels[0, 0].set_yticks(range(len(classes)), classes)
+        panels[0, 0].set_xticks(range(len(classes)), classes)
+        for axes in panels.flat:
             axes.tick_params("x", rotation=90)
+            axes.tick_params(labelsize=7)
     figure.supxlabel("predicted")
     figure.supylabel("class")
     figure.colorbar(image, ax=panels, label="share of the class")
