@@ -1,9 +1,11 @@
-"""The command line: `ser-fast train | demo | equivariance | sensitivity | knn | doctor`."""
+"""The command line: `ser-fast train | demo | equivariance | sensitivity | knn | linear | corruptions | doctor`."""
 
 import csv
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,11 +14,23 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ser_fast.demo import demo
 from ser_fast.evaluation import equivariance as scores
-from ser_fast.evaluation.features import embed, spread_images
-from ser_fast.evaluation.knn import knn_accuracy
+from ser_fast.evaluation import prediction, robustness
+from ser_fast.evaluation.classification import (
+    Rows,
+    grade,
+    plot_confusion,
+    print_rows,
+    rank,
+    write_confusion,
+    write_rows,
+)
+from ser_fast.evaluation.features import check_labelled, embed, embed_cached, spread_images, spread_items
+from ser_fast.evaluation.knn import knn_predictions, knn_scores
+from ser_fast.evaluation.linear_probe import RATES, probe_scores, train_probe
 from ser_fast.ops.backends import BACKENDS, reason_not
 from ser_fast.sensitivity import training as training_side
 from ser_fast.sensitivity.report import REPORT, write_report
@@ -40,6 +54,7 @@ def equivariance(
     data: str | None = None,
     images: int = 256,
     image_size: int | None = None,
+    pairs: int = 4,
     out: Path | None = None,
     device: str = "auto",
 ) -> None:
@@ -50,20 +65,26 @@ def equivariance(
         data: whose held-out images are used; default the run's own, else "photos".
         images: how many of them, spread evenly.
         image_size: their side in pixels; default the model's.
-        out: folder for equivariance.csv and equivariance.png; default the checkpoint's.
+        pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
+            images tests it.
+        out: folder for equivariance.csv, prediction.csv and equivariance.png; default the checkpoint's.
         device: "auto", "cpu" or "cuda".
     """
     model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
     held_out = open_dataset(data, train=False, image_size=image_size)
     pictures = spread_images(held_out, images).to(where)
-    records = {
-        name: scores.equivariance_errors(of, pictures, progress=True)
-        for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items()
+    models = {"checkpoint": model, "random": scores.random_control(model)}
+    records = {name: scores.equivariance_errors(of, pictures, progress=True) for name, of in models.items()}
+    predictions = {
+        name: prediction.predict_transformations(of, pictures, pairs=pairs, progress=True)
+        for name, of in models.items()
     }
     scores.print_table(records)
+    prediction.print_table(predictions)
     scores.write_table(records, out / "equivariance.csv")
+    scores.write_table(predictions, out / "prediction.csv")
     scores.plot(records, out / "equivariance.png", split=model.split)
-    Console().print(f"written: {out / 'equivariance.csv'}, {out / 'equivariance.png'}")
+    _written(out, "equivariance.csv", "prediction.csv", "equivariance.png")
 
 
 def sensitivity(
@@ -130,7 +151,7 @@ def knn(
     workers: int = 0,
     device: str = "auto",
 ) -> None:
-    """The k-nearest-neighbour accuracy of a checkpoint on held-out images, beside a random initialisation.
+    """k nearest neighbours classify held-out images by a checkpoint's embeddings, beside a random initialisation.
 
     Args:
         checkpoint: a run's folder or an encoder.safetensors.
@@ -138,44 +159,229 @@ def knn(
         k: numbers of neighbours.
         temperature: of the neighbours' votes.
         image_size: side of the images in pixels; default the model's.
-        out: folder for knn.csv and knn.png; default the checkpoint's.
+        out: folder for knn.csv, knn.png, knn_confusion.csv and knn_confusion.png; default the checkpoint's.
         batch_size: images at a time.
         workers: processes that load images.
         device: "auto", "cpu" or "cuda".
     """
     model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
+    known, held_out = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
     loaders = [
-        make_loader(
-            open_dataset(data, train=train, image_size=image_size),
-            batch_size=batch_size,
-            train=False,
-            workers=workers,
-        )
-        for train in (True, False)
+        make_loader(dataset, batch_size=batch_size, train=False, workers=workers) for dataset in (known, held_out)
     ]
-    accuracy: dict[str, dict[int, float]] = {}
+    rows: Rows = []
     for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items():
-        known, held_out = (embed(of, loader, where, progress=True) for loader in loaders)
-        accuracy[name] = knn_accuracy(*known, *held_out, k=k, temperature=temperature)
+        train, (features, labels) = (embed(of, loader, where, progress=True) for loader in loaders)
+        check_labelled("test", features, labels)
+        ranked = knn_predictions(*train, features, k=k, temperature=temperature)
+        for count, predicted in ranked.items():
+            rows.append(({"model": name, "k": count}, grade(predicted, labels, len(known.classes))))
 
-    table = Table(title=f"kNN top-1 on held-out images of {data}")
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
-    with (out / "knn.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(("model", "k", "top1"))
-        table.add_column("")
-        for count in k:
-            table.add_column(f"k = {count}", justify="right")
-        for name, values in accuracy.items():
-            table.add_row(name, *(f"{value:.3f}" for value in values.values()))
-            rows.writerows((name, count, value) for count, value in values.items())
-            axes.plot(list(values), list(values.values()), marker="o", label=name)
-    axes.set(xlabel="k", ylabel="kNN top-1", ylim=(0, 1))
+    for name in ("checkpoint", "random"):
+        top1 = [result.top1 for of, result in rows if of["model"] == name]
+        axes.plot(k, [share.value for share in top1], marker="o", label=name)
+        axes.fill_between(k, [share.low for share in top1], [share.high for share in top1], alpha=0.2)
+    axes.set(xlabel="k", ylabel="kNN top-1, 95 % interval", ylim=(0, 1))
     axes.legend()
     figure.savefig(out / "knn.png", dpi=150)
-    Console().print(table)
-    Console().print(f"written: {out / 'knn.csv'}, {out / 'knn.png'}")
+    _write_classifiers(rows, known.classes, out, "knn", f"kNN on held-out images of {data}")
+    _written(out, "knn.csv", "knn.png", "knn_confusion.csv", "knn_confusion.png")
+
+
+def linear(
+    checkpoint: tyro.conf.Positional[Path],
+    data: str | None = None,
+    heads: tuple[Literal["linear", "mlp"], ...] = ("linear",),
+    blocks: int | None = None,
+    rates: tuple[float, ...] = RATES,
+    epochs: int = 100,
+    hidden: int = 512,
+    held_out: float = 0.1,
+    seed: int = 0,
+    image_size: int | None = None,
+    out: Path | None = None,
+    cache: Path | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+) -> None:
+    """Probes trained on a checkpoint's frozen features classify held-out images, beside a random initialisation.
+
+    Args:
+        checkpoint: a run's folder or an encoder.safetensors.
+        data: whose training images train the probe and whose held-out images are classified; default the run's own,
+            else "photos".
+        heads: "linear", and "mlp" of two layers.
+        blocks: read [CLS] of so many last blocks, concatenated (DINO's protocol: 4); default the embedding.
+        rates: learning rates, trained side by side; one is chosen on held-out training images.
+        epochs: passes over the training images.
+        hidden: width of the hidden layer of "mlp".
+        held_out: share of the training images that the rate is chosen on.
+        seed: of that share, the order and the weights.
+        image_size: side of the images in pixels; default the model's.
+        out: folder for linear.csv, linear_rates.csv, linear_confusion.csv and linear_confusion.png; default the
+            checkpoint's.
+        cache: folder of the features, computed once for each checkpoint and data set; default OUT/features.
+        batch_size: images at a time.
+        workers: processes that load images.
+        device: "auto", "cpu" or "cuda".
+    """
+    model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
+    known, asked = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
+    rows: Rows = []
+    with (out / "linear_rates.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "head", "rate", "held_out_top1", "chosen"))
+        for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items():
+            train, (features, labels) = (
+                embed_cached(
+                    of,
+                    dataset,
+                    where,
+                    cache=cache or out / "features",
+                    blocks=blocks,
+                    batch_size=batch_size,
+                    workers=workers,
+                    progress=True,
+                )
+                for dataset in (known, asked)
+            )
+            check_labelled("test", features, labels)
+            for head in heads:
+                probe = train_probe(
+                    *train,
+                    classes=len(known.classes),
+                    hidden=hidden if head == "mlp" else None,
+                    rates=rates,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    held_out=held_out,
+                    seed=seed,
+                    device=where,
+                    progress=True,
+                )
+                ranked = rank(probe_scores(probe.head, features, where))
+                best = probe.held_out[probe.rate]
+                graded = grade(ranked, labels, len(known.classes))
+                rows.append(({"model": name, "head": head, "rate": probe.rate, "held_out_top1": best}, graded))
+                for rate, accuracy in probe.held_out.items():
+                    writer.writerow((name, head, rate, accuracy, rate == probe.rate))
+    _write_classifiers(rows, known.classes, out, "linear", f"Probes on held-out images of {data}")
+    _written(out, "linear.csv", "linear_rates.csv", "linear_confusion.csv", "linear_confusion.png")
+
+
+def corruptions(
+    checkpoint: tyro.conf.Positional[Path],
+    data: str | None = None,
+    images: int = 128,
+    sequences: int = 32,
+    corrupted: Path | None = None,
+    perturbed: Path | None = None,
+    shifted: tuple[Path, ...] = (),
+    baseline: Path | None = None,
+    classifier: Literal["knn", "linear"] = "linear",
+    k: int = 20,
+    temperature: float = 0.07,
+    seed: int = 0,
+    image_size: int | None = None,
+    out: Path | None = None,
+    cache: Path | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str = "auto",
+) -> None:
+    """How a classifier on a checkpoint's features bears corrupted, perturbed and shifted images.
+
+    It is trained on the clean training images. Beside it stands a random initialisation.
+
+    Args:
+        checkpoint: a run's folder or an encoder.safetensors.
+        data: whose training images train the classifier and whose held-out images are corrupted; default the run's
+            own, else "photos".
+        images: how many held-out images are corrupted, spread evenly: 15 kinds at 5 severities.
+        sequences: how many are perturbed, step by step: 10 kinds.
+        corrupted: folder of corrupted images instead, in the layout of ImageNet-C or CIFAR-10-C.
+        perturbed: folder of sequences instead, in the layout of CIFAR-10-P.
+        shifted: folders of other images of the classes, as ImageNet-V2, ImageNet-R and ImageNet-Sketch.
+        baseline: corruptions.csv of another run; its checkpoint's errors make the mean corruption error relative.
+        classifier: "linear" or "knn".
+        k: number of neighbours of "knn".
+        temperature: of the neighbours' votes.
+        seed: of the corruptions and the probe.
+        image_size: side of the images in pixels; default the model's.
+        out: folder for corruptions.csv, perturbations.csv, corruptions.png and, of shifted images, shifts.csv; default
+            the checkpoint's.
+        cache: folder of the training features; default OUT/features.
+        batch_size: images at a time.
+        workers: processes that load images.
+        device: "auto", "cpu" or "cuda".
+    """
+    model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
+    known, asked = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
+    known, asked = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
+    folders = [robustness.ClassFolder(folder, known.classes, image_size=image_size) for folder in shifted]
+    others = None if baseline is None else robustness.read_errors(baseline)
+    classifiers: dict[str, robustness.Classifier] = {}
+    for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items():
+        train = embed_cached(
+            of, known, where, cache=cache or out / "features", batch_size=batch_size, workers=workers, progress=True
+        )
+        head: robustness.Head
+        if classifier == "linear":
+            head = train_probe(*train, classes=len(known.classes), seed=seed, device=where, progress=True).head
+        else:
+            head = partial(_vote, *(part.to(where) for part in train), k=k, temperature=temperature)
+        classifiers[name] = robustness.image_classifier(of, head, where)
+
+    pictures, labels = spread_items(asked, images)
+    if corrupted is None:
+        sets = robustness.generate_corruptions(pictures, labels, seed=seed, batch_size=batch_size)
+    else:
+        sets = robustness.read_corruptions(
+            corrupted, known.classes, image_size=image_size, batch_size=batch_size, workers=workers
+        )
+    clean = robustness.clean_images(pictures, labels, batch_size=batch_size)
+    errors = robustness.error_rates(classifiers, chain([clean], sets), progress=True)
+    if perturbed is None:
+        kinds = robustness.generate_perturbations(spread_images(asked, sequences), seed=seed)
+    else:
+        kinds = robustness.read_perturbations(perturbed, image_size=image_size)
+    flips = robustness.flip_rates(classifiers, kinds, progress=True)
+    shifts: Rows = []
+    for folder in folders:
+        for name, classify in classifiers.items():
+            graded = folder.grade(classify, batch_size=batch_size, workers=workers)
+            shifts.append(({"model": name, "folder": folder.name, "classes": len(folder.indices)}, graded))
+
+    robustness.print_errors(errors, others)
+    robustness.print_flips(flips)
+    scores.write_table(errors, out / "corruptions.csv")
+    scores.write_table(flips, out / "perturbations.csv")
+    robustness.plot_errors(errors, out / "corruptions.png")
+    written = ["corruptions.csv", "perturbations.csv", "corruptions.png"]
+    if shifts:
+        print_rows(shifts, "Shifted images, among the classes of their folder")
+        write_rows(shifts, out / "shifts.csv")
+        written.append("shifts.csv")
+    _written(out, *written)
+
+
+def _vote(train_features: Tensor, train_labels: Tensor, features: Tensor, *, k: int, temperature: float) -> Tensor:
+    return knn_scores(train_features, train_labels, features, k=k, temperature=temperature)[k]
+
+
+def _write_classifiers(rows: Rows, classes: list[str], out: Path, stem: str, title: str) -> None:
+    """The table on the terminal and as STEM.csv, the confusion matrices as STEM_confusion.csv and .png."""
+    print_rows(rows, title)
+    write_rows(rows, out / f"{stem}.csv")
+    write_confusion(rows, classes, out / f"{stem}_confusion.csv")
+    plot_confusion(rows, classes, out / f"{stem}_confusion.png")
+
+
+def _written(out: Path, *names: str) -> None:
+    Console().print(f"written: {', '.join(str(out / name) for name in names)}")
 
 
 def doctor() -> None:
@@ -213,6 +419,8 @@ def main() -> None:
         "equivariance": equivariance,
         "sensitivity": sensitivity,
         "knn": knn,
+        "linear": linear,
+        "corruptions": corruptions,
         "doctor": doctor,
     }
     try:

@@ -212,6 +212,37 @@ class SplitViT(nn.Module):
             maps.append(tokens[:, -num_patches:].unflatten(1, grid))
         return maps
 
+    def class_tokens(self, images: Tensor, blocks: int) -> list[Tensor]:
+        """The class token after each of the last `blocks` blocks, each through the final norm.
+
+        Args:
+            images: (B, 3, Hp, Wp), sides in pixels, multiples of the patch size.
+            blocks: 1 .. depth - split, the blocks that the class token runs through.
+
+        Returns:
+            `blocks` tensors (B, C), the last block's last: that of `late`.
+
+        Raises:
+            ValueError: if images has another shape, for other blocks, and if the model has no class token.
+
+        Source: DINO's get_intermediate_layers.
+        """
+        if getattr(self._timm, "cls_token", None) is None:
+            raise ValueError("model: has no class token")
+        if blocks not in range(1, self.depth - self.split + 1):
+            raise ValueError(
+                f"blocks: got {blocks}, takes 1 to {self.depth - self.split}, the blocks after the split that the "
+                "class token runs through"
+            )
+        patches = self.early(images)  # (B, H, W, C)
+        rope = self._rope((patches.shape[1], patches.shape[2]))
+        sequence = self._insert_prefix(patches.flatten(1, 2))  # (B, P + H*W, C)
+        tokens = []
+        for i in range(self.split, self.depth):
+            sequence = self._block(i, sequence, rope)
+            tokens.append(self._timm.norm(sequence[:, 0]))
+        return tokens[-blocks:]
+
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Patch tokens (B, H*W, C) with absolute positions, and their grid (H, W)."""
         vit = self._timm

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -166,6 +167,15 @@ def test_equivariance_compares_with_a_random_initialisation(run: Path, capsys: p
     assert (run / "equivariance.png").read_bytes().startswith(PNG)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("Relative error", "Aligned cosine", "checkpoint", "random", "rot90"))
+    assert all(0 < float(row["hit5"]) <= 1 and float(row["retrieval"]) <= float(row["mrr"]) + 1e-9 for row in table)
+    predicted = rows(run / "prediction.csv")
+    assert {(row["model"], row["target"], row["regressor"], row["layer"]) for row in predicted} == set(
+        product(("checkpoint", "random"), ("D4", "scale", "angle"), ("linear", "MLP"), "123")
+    )
+    assert {(row["train_pairs"], row["test_pairs"]) for row in predicted if row["target"] == "D4"} == {("72", "24")}
+    line = next(line for line in shown.splitlines() if line.strip().startswith("random MLP"))
+    of_d4 = [row for row in predicted if (row["model"], row["target"], row["regressor"]) == ("random", "D4", "MLP")]
+    assert numbers_in(line) == pytest.approx([float(row["score"]) for row in of_d4], abs=0.006)
     # The table shows the numbers of the CSV.
     line = next(line for line in shown.splitlines() if line.strip().startswith("rot90"))
     of_rot90 = [row for row in table if (row["model"], row["element"]) == ("checkpoint", "rot90")]
@@ -179,7 +189,7 @@ def test_equivariance_takes_other_data_sizes_and_folders(run: Path, tmp_path: Pa
     assert {row["images"] for row in table} == {"3"}
     # 6 x 6 tokens: each of the four scales has a lattice of its own.
     assert len({row["element"] for row in table}) == 12
-    assert sorted(path.name for path in out.iterdir()) == ["equivariance.csv", "equivariance.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["equivariance.csv", "equivariance.png", "prediction.csv"]
 
 
 def test_knn_compares_with_a_random_initialisation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,13 +204,117 @@ def test_knn_compares_with_a_random_initialisation(run: Path, capsys: pytest.Cap
     assert 0.6 <= max(accuracy) < 1
     assert (run / "knn.png").read_bytes().startswith(PNG)
     shown = capsys.readouterr().out
-    assert "k = 1" in shown
-    for name, values in (("checkpoint", accuracy[:2]), ("random", accuracy[2:])):
-        line = next(line for line in shown.splitlines() if f" {name} " in line)
-        assert numbers_in(line) == pytest.approx(values, abs=6e-4)
+    lines = [line for line in shown.splitlines() if re.search(r"│ (checkpoint|random) ", line)]
+    names = ("top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high")
+    for line, row in zip(lines, table, strict=True):
+        assert numbers_in(line) == pytest.approx([float(row[name]) for name in names], abs=6e-4)
+        assert 0 < float(row["top1_low"]) < float(row["top1"]) < float(row["top1_high"]) < 1
+    confusion = rows(run / "knn_confusion.csv")
+    for row in table:
+        of_row = [line for line in confusion if (line["model"], line["k"]) == (row["model"], row["k"])]
+        assert sum(int(line["images"]) for line in of_row) == 12
+        right = sum(int(line["images"]) for line in of_row if line["truth"] == line["predicted"])
+        assert right / 12 == pytest.approx(float(row["top1"]))
+    assert {line["truth"] for line in confusion} == {"blue", "red"}
+    assert (run / "knn_confusion.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("command", ["equivariance", "knn"])
+def test_linear_probes_compare_with_a_random_initialisation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--epochs=20", "--rates", 0.0001, 0.1, "--hidden=16", "--batch-size=16", "--held-out=0.25")
+    run_cli("linear", run, "--heads", "linear", "mlp", *options)
+    table = rows(run / "linear.csv")
+    assert [(row["model"], row["head"]) for row in table] == list(product(("checkpoint", "random"), ("linear", "mlp")))
+    assert {row["images"] for row in table} == {"12"}
+    sweep = rows(run / "linear_rates.csv")
+    assert len(sweep) == 2 * 2 * 2
+    for row in table:
+        tried = [line for line in sweep if (line["model"], line["head"]) == (row["model"], row["head"])]
+        best = max(tried, key=lambda line: float(line["held_out_top1"]))
+        assert (row["rate"], row["held_out_top1"]) == (best["rate"], best["held_out_top1"])
+        assert [line["chosen"] for line in tried] == [str(line is best) for line in tried]
+    assert max(float(row["top1"]) for row in table) >= 0.6
+    assert (run / "linear_confusion.png").read_bytes().startswith(PNG)
+    assert "linear_confusion.csv" in capsys.readouterr().out.replace("\n", "")
+    features = {path.name: path.stat().st_mtime_ns for path in (run / "features").iterdir()}
+    assert len(features) == 2 * 2 * 2  # models, parts of the data, features and labels
+    run_cli("linear", run, *options)
+    assert {path.name: path.stat().st_mtime_ns for path in (run / "features").iterdir()} == features
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rates=-1"], r"rates: got \(-1.0,\)"),
+        (["--blocks=3"], "blocks: got 3, takes 1 to 2"),
+        (["--held-out=0"], "held_out: got 0.0"),
+    ],
+    ids=str,
+)
+def test_linear_names_what_it_refuses(run: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    assert re.match(message, refusal("linear", run, "--out", tmp_path, *options))
+
+
+@pytest.mark.parametrize("classifier", ["knn", "linear"])
+def test_corruptions_compare_with_a_random_initialisation(
+    run: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], classifier: str
+) -> None:
+    shifted = Path(data.removeprefix("folder:")) / "val"
+    options = ("--images=3", "--sequences=2", "--shifted", shifted, "--k=5", "--classifier", classifier)
+    run_cli("corruptions", run, "--out", tmp_path, *options)
+    table = rows(tmp_path / "corruptions.csv")
+    assert len(table) == 2 * (1 + 15 * 5)
+    assert {row["images"] for row in table} == {"3"}
+    assert all(float(row["low"]) <= float(row["error"]) <= float(row["high"]) for row in table)
+    flips = rows(tmp_path / "perturbations.csv")
+    assert len(flips) == 2 * 10
+    assert all(0 <= float(row["flip_probability"]) <= 1 for row in flips)
+    shifts = rows(tmp_path / "shifts.csv")
+    assert [(row["model"], row["folder"], row["classes"], row["images"]) for row in shifts] == [
+        (name, "val", "2", "12") for name in ("checkpoint", "random")
+    ]
+    assert (tmp_path / "corruptions.png").read_bytes().startswith(PNG)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("elastic_transform", "mean corruption error", "mean flip probability"))
+
+
+def test_corruptions_read_published_layouts_and_a_baseline(
+    run: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corrupted, perturbed, out = tmp_path / "c", tmp_path / "p", tmp_path / "out"
+    write_images(corrupted / "fog" / "1", 10)
+    perturbed.mkdir()
+    np.save(perturbed / "tilt.npy", np.zeros((1, 3, 32, 32, 3), dtype=np.uint8))
+    read = ("--corrupted", corrupted, "--perturbed", perturbed, "--out", out)
+    run_cli("corruptions", run, *read)
+    assert [(row["kind"], row["images"]) for row in rows(out / "corruptions.csv")] == [
+        ("clean", "12"),
+        ("fog", "10"),
+    ] * 2
+    assert [(row["kind"], float(row["flip_probability"])) for row in rows(out / "perturbations.csv")] == [
+        ("tilt", 0)
+    ] * 2
+    capsys.readouterr()
+    run_cli("corruptions", run, *read, "--baseline", out / "corruptions.csv")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "relative to the baseline" in line)
+    assert numbers_in(line)[0] == 1  # the same checkpoint is its own baseline
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--corrupted=nowhere"], "nowhere holds neither"),
+        (["--perturbed=nowhere", "--corrupted", "c"], "c holds neither"),
+        (["--shifted", "nowhere"], "there is no folder nowhere"),
+        (["--baseline=nowhere.csv"], "baseline: there is no file nowhere.csv"),
+        (["--images=0"], "images: got 0"),
+    ],
+    ids=str,
+)
+def test_corruptions_name_what_they_refuse(run: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    assert re.match(message, refusal("corruptions", run, "--out", tmp_path, *options))
+
+
+@pytest.mark.parametrize("command", ["equivariance", "knn", "linear", "corruptions"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -319,6 +319,35 @@ def test_by_hand(
     assert (record.retrieval, record.chance) == (retrieval, 0.5)
 
 
+def test_ranks_by_hand() -> None:
+    # Tokens on a half circle, at 0, 20, ... 120 degrees, none moved; f(gx) has them at other angles. Centring is undone
+    # by a mirrored copy of each token, 180 degrees away and so last in rank.
+    def on_circle(*degrees: float) -> list:
+        angles = torch.deg2rad(torch.tensor([*degrees, *(angle + 180 for angle in degrees)]))
+        return torch.stack([angles.cos(), angles.sin()], -1)[None].tolist()
+
+    before = on_circle(0, 20, 40, 60, 80, 100, 120)
+    after = on_circle(1, 41, 40, 60, 80, 100, 1)
+    # Ranks: 1; of 20 degrees, of which 40 and 60 are nearer to 41, by 2 degrees: 3; 1, 1, 1, 1; of 120 degrees, nearer
+    # to 1 are all six others, and -60, -80 and -100 (the copies of 120, 100 and 80), as 1 + 119 > 101: 10.
+    model = Scripted([before], [after])
+    (record,) = equivariance_errors(model, noise(1, 4, 56), elements={"g": LatticeMap.identity((1, 14))})
+    assert record.retrieval == pytest.approx(5 / 7)
+    assert record.hit5 == pytest.approx(6 / 7)
+    assert record.mrr == pytest.approx((5 + 1 / 3 + 1 / 10) / 7)
+    assert record.chance_hit5 == pytest.approx(5 / 14)
+    assert record.chance_mrr == pytest.approx(sum(1 / rank for rank in range(1, 15)) / 14)
+
+
+def test_tokens_alike_share_their_ranks() -> None:
+    # Two tokens of each kind: the ranks 1 and 2 are shared, hit@1 is a half and 1 / rank 3/4 on average.
+    maps = [[[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]]]]
+    (record,) = equivariance_errors(Scripted(maps), noise(1, 4, 16), elements={"g": LatticeMap.identity((1, 4))})
+    assert (record.retrieval, record.hit5) == (0.5, 1)
+    assert record.mrr == pytest.approx(0.75)
+    assert record.chance_hit5 == 1
+
+
 def test_the_mean_token_is_that_of_all_batches() -> None:
     images, model = noise(7), Encoder(patch_mean, image_mean, position)
     images[:4] //= 4  # batches of unlike means
@@ -349,7 +378,9 @@ def test_a_map_without_places_fools_error_and_cosine_but_not_retrieval() -> None
     for record in of_group(equivariance_errors(Encoder(image_mean), noise(4)), "D4"):
         assert record.relative_error < 1e-4
         assert record.aligned_cosine > 0.999
-        assert record.retrieval == pytest.approx(record.chance)
+        assert record.retrieval == pytest.approx(record.chance) == pytest.approx(1 / 64)
+        assert record.hit5 == pytest.approx(record.chance_hit5) == pytest.approx(5 / 64)
+        assert record.mrr == pytest.approx(record.chance_mrr) == pytest.approx(sum(1 / r for r in range(1, 65)) / 64)
 
 
 def test_a_constant_map_has_no_measures() -> None:
@@ -357,6 +388,8 @@ def test_a_constant_map_has_no_measures() -> None:
         assert math.isnan(record.relative_error)
         assert math.isnan(record.aligned_cosine)
         assert math.isnan(record.retrieval)
+        assert math.isnan(record.hit5)
+        assert math.isnan(record.mrr)
 
 
 def test_tokens_from_outside_the_image_take_no_part() -> None:
@@ -444,7 +477,21 @@ def some_records(layers: int) -> dict[str, list[Record]]:
     elements = {"identity": "identity", "rot90": "D4", "hflip": "D4", "7x9": "resampled"}
     return {
         name: [
-            Record(layer, element, group, 0.1 * layer + 0.02 * i + offset, 0.5, math.nan, 1 / 64, 1.0, 10)
+            Record(
+                layer,
+                element,
+                group,
+                0.1 * layer + 0.02 * i + offset,
+                0.5,
+                math.nan,
+                1 / 64,
+                1.0,
+                10,
+                0.75,
+                0.25,
+                5 / 64,
+                0.07,
+            )
             for i, (element, group) in enumerate(elements.items())
             for layer in range(1, layers + 1)
         ]
@@ -463,6 +510,7 @@ def test_the_csv_holds_every_record_in_full(tmp_path: Path) -> None:
         assert (int(row["layer"]), int(row["images"]), float(row["chance"])) == (record.layer, 10, 1 / 64)
         assert float(row["relative_error"]) == record.relative_error
         assert math.isnan(float(row["retrieval"]))
+        assert [float(row[name]) for name in ("hit5", "mrr", "chance_hit5", "chance_mrr")] == [0.75, 0.25, 5 / 64, 0.07]
 
 
 def test_the_figure_shows_the_split_and_every_model(tmp_path: Path) -> None:
@@ -490,10 +538,14 @@ def test_the_table_shows_elements_by_layer_and_their_means() -> None:
     assert "mean D4 0.13 0.23 0.33" in error  # of rot90 0.12 and hflip 0.14
     assert "mean resampled 0.16 0.26 0.36" in error
     assert "7x9 nan nan nan" in lines
-    assert any("hit@1" in line for line in lines)
+    assert "Token retrieval, hit@5 (1: equivariant)" in lines
+    assert lines.count("a guess, mean 0.02 0.02 0.02") == 2  # hit@1 of both models: 1 / 64
+    assert lines.count("a guess, mean 0.08 0.08 0.08") == 2
+    assert lines.count("a guess, mean 0.07 0.07 0.07") == 2
+    assert lines.count("7x9 0.75 0.75 0.75") == 2
 
 
 def test_the_table_of_a_deep_model_stays_within_80_columns() -> None:
     lines = printed(some_records(24))
     assert not any("…" in line for line in lines)
-    assert sum(line.split() == [str(layer) for layer in range(13, 25)] for line in lines) == 3
+    assert sum(line.split() == [str(layer) for layer in range(13, 25)] for line in lines) == 5

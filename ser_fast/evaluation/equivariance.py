@@ -40,8 +40,11 @@ _TIE = 1e-6
 _METRICS = {
     "relative_error": "Relative error (0: equivariant, 1: no better than the mean token)",
     "aligned_cosine": "Aligned cosine (1: equivariant)",
-    "retrieval": "Token retrieval, hit@1 (1: equivariant, 1 / tokens: a guess)",
+    "retrieval": "Token retrieval, hit@1 (1: equivariant)",
+    "hit5": "Token retrieval, hit@5 (1: equivariant)",
+    "mrr": "Token retrieval, mean reciprocal rank (1: equivariant)",
 }
+_CHANCES = {"retrieval": "chance", "hit5": "chance_hit5", "mrr": "chance_mrr"}
 _GROUPS = {"D4": "rotations and flips (D4)", "resampled": "scales (resampled)"}
 _LAYERS_WIDE = 12  # side by side in a table of 80 columns
 
@@ -62,6 +65,9 @@ class Record:
         chance: the retrieval of a guess, 1 / valid tokens.
         valid_share: the share of tokens whose preimage lies in the image.
         images: how many.
+        hit5: how often the one in its place is among the five most like it.
+        mrr: the mean of 1 / its rank among the tokens of rho f(x).
+        chance_hit5, chance_mrr: those of a guess, min(5, n) / n and (1 + 1/2 + ... + 1/n) / n for n valid tokens.
     """
 
     layer: int
@@ -73,6 +79,10 @@ class Record:
     chance: float
     valid_share: float
     images: int
+    hit5: float
+    mrr: float
+    chance_hit5: float
+    chance_mrr: float
 
 
 def default_elements(size: Size) -> dict[str, LatticeMap]:
@@ -102,9 +112,9 @@ def equivariance_errors(
     """Compare f(g x) with rho(g) f(x), for the tokens f of every block and every g.
 
     Tokens whose preimage lies outside the image take no part. The mean tokens are taken off so that a constant f gains
-    nothing: a layer whose tokens are all alike has nan for its three measures. A map that says only which image it is
-    from, the same everywhere, still has error 0: read retrieval beside it, which looks for a token among those of its
-    own image and where tokens that tie share the hit. Sums are float64, over two passes: the first for the means.
+    nothing: a layer whose tokens are all alike has nan for its measures. A map that says only which image it is from,
+    the same everywhere, still has error 0: read retrieval beside it, which looks for a token among those of its own
+    image and where tokens that tie share their ranks. Sums are float64, over two passes: the first for the means.
 
     The embedding itself is no layer here, but the positions it adds are in every layer.
 
@@ -128,7 +138,7 @@ def equivariance_errors(
         >>> records = {"checkpoint": equivariance_errors(model, images)}
         >>> records["random"] = equivariance_errors(random_control(model), images)
     """
-    size = _lattice(model, images)
+    size = check_images(model, images)
     elements = default_elements(size) if elements is None else elements
     for name, g in elements.items():
         if g.size_in != size or len(g) != 1:
@@ -172,10 +182,11 @@ def random_control(model: SplitViT, *, seed: int = 0) -> SplitViT:
     return control.to(next(model.parameters()).device)
 
 
-def write_table(records: Mapping[str, Sequence[Record]], path: str | Path) -> None:
-    """Write the records of each model, by name, to a CSV file: a column "model", then the fields of Record."""
+def write_table(records: Mapping[str, Sequence[Any]], path: str | Path) -> None:
+    """Write the records of each model, by name, to a CSV file: a column "model", then the fields of their dataclass."""
+    (kind,) = {type(record) for of_model in records.values() for record in of_model}
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["model", *(field.name for field in fields(Record))])
+        writer = csv.DictWriter(file, ["model", *(field.name for field in fields(kind))])
         writer.writeheader()
         writer.writerows({"model": name, **asdict(record)} for name, of_model in records.items() for record in of_model)
 
@@ -224,6 +235,9 @@ def print_table(records: Mapping[str, Sequence[Record]], console: Console | None
                 for element, values in rows.items():
                     if values:
                         table.add_row(element, *(f"{values[layer]:.2f}" for layer in columns))
+                if metric in _CHANCES:
+                    guess = fmean(getattr(record, _CHANCES[metric]) for record in of_model)
+                    table.add_row("a guess, mean", *(f"{guess:.2f}" for _ in columns))
             console.print(table)
 
 
@@ -236,7 +250,13 @@ def _means(records: Sequence[Record], group: str, metric: str) -> dict[int, floa
     return {layer: fmean(values[layer]) for layer in sorted(values)}
 
 
-def _lattice(model: SplitViT, images: Tensor) -> Size:
+def check_images(model: SplitViT, images: Tensor) -> Size:
+    """The lattice (H, W) of the tokens of images (N, 3, Hp, Wp) uint8, as `equivariance_errors` takes them.
+
+    Raises:
+        TypeError: images of another type.
+        ValueError: images of another shape.
+    """
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         raise TypeError(f"images: got {getattr(images, 'dtype', type(images))}, takes a uint8 tensor (N, 3, Hp, Wp)")
     patch_height, patch_width = model.patch_size
@@ -289,24 +309,32 @@ def token_sums(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: T
     )
 
 
-def retrieval_hits(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Tensor) -> Tensor:
-    """(B,) how many target tokens of each image find their own among its moved tokens; arguments as `token_sums`."""
+def retrieval_sums(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Tensor) -> Tensor:
+    """(B, 3) sums over the target tokens of each image that seek their own among its moved tokens: hit at 1, hit at 5
+    and reciprocal rank; arguments as `token_sums`.
+    """
     a, b = F.normalize(moved - mean_moved, dim=-1).float(), F.normalize(target - mean_target, dim=-1).float()
     similarity = b @ a.mT  # (B, n, n)
-    best = similarity >= similarity.amax(-1, keepdim=True) - _TIE
-    return (best.diagonal(dim1=1, dim2=2).double() / best.sum(-1)).sum(1)
+    margin = similarity - similarity.diagonal(dim1=1, dim2=2)[..., None]  # over that of the token in its place
+    nearer, alike = (margin > _TIE).sum(-1).double(), (margin.abs() <= _TIE).sum(-1).double()  # (B, n)
+    # The token in its place and those alike hold the ranks nearer + 1 ... nearer + alike, in any order: the mean over
+    # them, of 1 / rank through sum of 1 / r for r in a + 1 ... b = digamma(b + 1) - digamma(a + 1).
+    hit1, hit5 = (((k - nearer) / alike).clamp(0, 1) for k in (1, 5))
+    reciprocal = (torch.digamma(nearer + alike + 1) - torch.digamma(nearer + 1)) / alike
+    return torch.stack([hit1.sum(1), hit5.sum(1), reciprocal.sum(1)], 1)
 
 
 def _compare(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Tensor) -> Tensor:
-    """(5,) sums over all images and tokens: those of `token_sums`, and the hits."""
+    """(7,) sums over all images and tokens: those of `token_sums` and `retrieval_sums`."""
     tokens = moved, target, mean_moved, mean_target
-    return torch.cat([token_sums(*tokens), retrieval_hits(*tokens)[:, None]], 1).sum(0)
+    return torch.cat([token_sums(*tokens), retrieval_sums(*tokens)], 1).sum(0)
 
 
 def _record(key: _Key, g: LatticeMap, images: int, sums: Tensor) -> Record:
-    error, variance, energy, cosine, hits = sums.tolist()
+    error, variance, energy, cosine, hit1, hit5, reciprocal = sums.tolist()
     valid, code = g.valid(), int(g.d4_code)
-    tokens = images * int(valid.sum())
+    of_image = int(valid.sum())
+    tokens = images * of_image
     no_variance = variance <= NO_VARIANCE * energy
     return Record(
         layer=key[1],
@@ -314,8 +342,12 @@ def _record(key: _Key, g: LatticeMap, images: int, sums: Tensor) -> Record:
         group="resampled" if code < 0 else "D4" if code else "identity",
         relative_error=math.nan if no_variance else math.sqrt(error / variance),
         aligned_cosine=math.nan if no_variance else cosine / tokens,
-        retrieval=math.nan if no_variance else hits / tokens,
-        chance=images / tokens,
+        retrieval=math.nan if no_variance else hit1 / tokens,
+        chance=1 / of_image,
         valid_share=float(valid.double().mean()),
         images=images,
+        hit5=math.nan if no_variance else hit5 / tokens,
+        mrr=math.nan if no_variance else reciprocal / tokens,
+        chance_hit5=min(5, of_image) / of_image,
+        chance_mrr=sum(1 / rank for rank in range(1, of_image + 1)) / of_image,
     )

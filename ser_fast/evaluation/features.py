@@ -1,15 +1,24 @@
 """Frozen features: what every evaluation reads from a model."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
-from ser_fast.training.data import Batch, ImageDataset, UnreadableImageError
+from ser_fast.training.checkpoint import write_atomically
+from ser_fast.training.data import Batch, ImageDataset, ImageFolder, UnreadableImageError, make_loader
 from ser_fast.views import normalize
+from ser_fast.vit import SplitViT
+
+_PROBED = 16  # images whose pixels tell one data set from another
 
 
 @contextmanager
@@ -32,20 +41,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def spread_images(dataset: ImageDataset, count: int) -> Tensor:
-    """Images (N, 3, S, S) uint8 from evenly over a dataset, N at most `count`; unreadable files are left out.
+    """The images of `spread_items`."""
+    return spread_items(dataset, count)[0]
+
+
+def spread_items(dataset: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, S, S) uint8 from evenly over a dataset and their labels (N,), N at most `count`.
+
+    Unreadable files are left out.
 
     Raises:
         ValueError: a count below 1, or none of them can be read.
     """
     if count < 1:
         raise ValueError(f"images: got {count}, takes a positive number")
-    images = []
+    images, labels = [], []
     for index in torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist():
         with suppress(UnreadableImageError):
-            images.append(dataset[index][0])
+            image, label, _ = dataset[index]
+            images.append(image)
+            labels.append(label)
     if not images:
         raise ValueError("images: none of those chosen can be read")
-    return torch.stack(images)
+    return torch.stack(images), torch.tensor(labels)
 
 
 def embed(
@@ -69,12 +87,115 @@ def embed(
         >>> features, labels = embed(model, make_loader(dataset, batch_size=256, train=False), "cuda")
     """
     embeddings, labels = [], []
+    for features, of in _embed_batches(model, loader, device, model=model, progress=progress):
+        embeddings.append(features)
+        labels.append(of)
+    if not embeddings:
+        raise ValueError("loader: gave no images to embed")
+    return torch.cat(embeddings), torch.cat(labels)
+
+
+def embed_cached(
+    model: SplitViT,
+    dataset: ImageDataset,
+    device: torch.device | str,
+    *,
+    cache: Path,
+    blocks: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`embed`, kept in files: the features of a data set are computed once and then memory-mapped.
+
+    The files' name is a digest of the model (weights, timm name and arguments, split), of what is read from it, and of
+    the data set: its kind, length, image size and classes, the pixels of 16 images evenly over it and, of a folder,
+    each file's name, size and time of change.
+
+    Args:
+        model: on `device`.
+        dataset: labelled images.
+        cache: folder of the files; made where it is missing.
+        blocks: None for the model's pooled embedding (C = embed_dim); n for [CLS] of the last n blocks, concatenated
+            (C = n * embed_dim), as DINO's linear evaluation with n = 4.
+
+    Returns:
+        On the CPU: features (N, C) float32, memory-mapped, and labels (N,) int64.
+
+    Raises:
+        ValueError: no image can be read, or blocks that the model can't give (see `SplitViT.class_tokens`).
+    """
+    read: Callable[[Tensor], Tensor] = embedder(model, blocks)
+    stem = cache / _digest(model, dataset, blocks)
+    features_file, labels_file = stem.with_suffix(".f32"), stem.with_suffix(".npy")
+    if not labels_file.is_file():  # written last
+        loader = make_loader(dataset, batch_size=batch_size, train=False, workers=workers)
+        labels: list[Tensor] = []
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                for features, of in _embed_batches(read, loader, device, model=model, progress=progress):
+                    file.write(features.numpy().tobytes())
+                    labels.append(of)
+
+        write_atomically(features_file, write)
+        if not labels:
+            raise ValueError("dataset: no image can be read")
+
+        def write_labels(path: Path) -> None:
+            with path.open("wb") as file:
+                np.save(file, torch.cat(labels).numpy())
+
+        write_atomically(labels_file, write_labels)
+    of_images = torch.from_numpy(np.load(labels_file))  # (N,)
+    numbers = features_file.stat().st_size // 4
+    mapped = torch.from_file(str(features_file), shared=False, size=numbers, dtype=torch.float32)
+    return mapped.view(len(of_images), -1), of_images
+
+
+def embedder(model: SplitViT, blocks: int | None) -> Callable[[Tensor], Tensor]:
+    """Images (B, 3, S, S), normalised, to features (B, C): the model's embedding, or [CLS] of its last blocks."""
+    if blocks is None:
+        return model
+    return lambda images: torch.cat(model.class_tokens(images, blocks), 1)
+
+
+def check_labelled(part: str, features: Tensor, labels: Tensor | None = None) -> None:
+    """Raise ValueError, naming part_features or part_labels, unless they are finite (N, C) floats and N classes."""
+    if features.ndim != 2 or not len(features) or not features.is_floating_point():
+        raise ValueError(f"{part}_features: got {features.dtype} {tuple(features.shape)}, takes floats (N, C), N > 0")
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(f"{part}_features: every value must be finite")
+    if labels is None:
+        return
+    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"{part}_labels: got {labels.dtype} {tuple(labels.shape)}, takes int64 ({len(features)},)")
+    if bool((labels < 0).any()):
+        raise ValueError(f"{part}_labels: got {int(labels.min())}, takes classes from 0 (images without a class?)")
+
+
+def _embed_batches(
+    read: Callable[[Tensor], Tensor],
+    loader: Iterable[Batch],
+    device: torch.device | str,
+    *,
+    model: nn.Module,
+    progress: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (B, C) float32 and labels (B,) of each batch, on the CPU; `read` uses `model`."""
     with evaluating(model):
         for batch in track(loader, "embedding", transient=True, disable=not progress):
             if len(batch.images):
                 pixels = to_dtype(batch.images.to(device), torch.float32, scale=True)  # (B, 3, S, S)
-                embeddings.append(model(normalize(pixels)).float().cpu())  # (B, C)
-                labels.append(batch.labels)
-    if not embeddings:
-        raise ValueError("loader: gave no images to embed")
-    return torch.cat(embeddings), torch.cat(labels)
+                yield read(normalize(pixels)).float().cpu(), batch.labels
+
+
+def _digest(model: SplitViT, dataset: ImageDataset, blocks: int | None) -> str:
+    digest = hashlib.sha256(safetensors.torch.save({k: v.cpu() for k, v in model.state_dict().items()}))
+    files = []
+    if isinstance(dataset, ImageFolder):
+        files = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path, _ in dataset.files]
+    of_data = [type(dataset).__name__, len(dataset), dataset.image_size, dataset.classes, files]
+    digest.update(json.dumps([of_data, model.recipe, model.split, blocks], default=str).encode())
+    digest.update(spread_images(dataset, _PROBED).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ser_fast.evaluation.classification import rank
+from ser_fast.evaluation.features import check_labelled
+
 _SIMILARITIES = 2**26  # test x train entries in memory at a time: 256 MiB
 
 
@@ -18,18 +21,64 @@ def knn_accuracy(
     k: int | Sequence[int] = 20,
     temperature: float = 0.07,
 ) -> dict[int, float]:
-    """Top-1 accuracy of the weighted kNN classifier: the k nearest vote for their class, each with exp(cosine / T).
+    """Top-1 accuracy of `knn_predictions`: for each k the share of test images, 0 to 1, whose class wins the vote.
+
+    Args:
+        test_labels: (M,) integers of at least 0.
+
+    Raises:
+        ValueError: as `knn_predictions`, and labels that don't fit or are negative.
+
+    Example:
+        >>> train, test = embed(model, train_loader, "cuda"), embed(model, test_loader, "cuda")
+        >>> knn_accuracy(*train, *test, k=[10, 20])
+        {10: 0.71, 20: 0.73}
+    """
+    check_labelled("test", test_features, test_labels)
+    ranked = knn_predictions(train_features, train_labels, test_features, k=k, temperature=temperature)
+    return {count: (classes[:, 0] == test_labels).float().mean().item() for count, classes in ranked.items()}
+
+
+def knn_predictions(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    k: int | Sequence[int] = 20,
+    temperature: float = 0.07,
+) -> dict[int, Tensor]:
+    """The five classes with most votes of `knn_scores`, for any number M of test images.
+
+    Returns:
+        For each k (M, 5) int64 (fewer where there are fewer classes), most votes first, -1 for no vote: with one
+        neighbour only the first entry is a class.
+    """
+    ranked: dict[int, list[Tensor]] = {}
+    for queries in test_features.split(max(1, _SIMILARITIES // max(1, len(train_features)))):
+        for count, scores in knn_scores(train_features, train_labels, queries, k=k, temperature=temperature).items():
+            ranked.setdefault(count, []).append(rank(scores))
+    return {count: torch.cat(parts) for count, parts in ranked.items()}
+
+
+def knn_scores(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    k: int | Sequence[int] = 20,
+    temperature: float = 0.07,
+) -> dict[int, Tensor]:
+    """The votes for each class: the k nearest vote for their own, each with exp(cosine / T).
 
     Args:
         train_features: (N, C) floats, not necessarily normalised.
         train_labels: (N,) integers of at least 0.
         test_features: (M, C), on the same device.
-        test_labels: (M,).
         k: how many neighbours vote; several values share one search.
         temperature: T; a small one lets the nearest decide, a large one counts heads.
 
     Returns:
-        For each k the share of test images, 0 to 1, whose class wins the vote.
+        For each k (M, K) the logarithm of the votes, up to a constant of each test image; -inf for no vote.
 
     Raises:
         ValueError: shapes that don't fit, features that aren't finite, negative labels, a k outside 1..N, or a
@@ -37,15 +86,10 @@ def knn_accuracy(
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4;
     DINO's eval_knn uses the same.
-
-    Example:
-        >>> train, test = embed(model, train_loader, "cuda"), embed(model, test_loader, "cuda")
-        >>> knn_accuracy(*train, *test, k=[10, 20])
-        {10: 0.71, 20: 0.73}
     """
     ks = [k] if isinstance(k, int) else list(k)
-    _check("train", train_features, train_labels)
-    _check("test", test_features, test_labels)
+    check_labelled("train", train_features, train_labels)
+    check_labelled("test", test_features)
     if train_features.shape[1] != test_features.shape[1]:
         raise ValueError(
             f"test_features: got {test_features.shape[1]} channels, takes the {train_features.shape[1]} of "
@@ -58,26 +102,9 @@ def knn_accuracy(
 
     train = F.normalize(train_features.float(), dim=1)  # (N, C)
     test = F.normalize(test_features.float(), dim=1)  # (M, C)
-    classes = int(train_labels.max()) + 1
-    correct = torch.zeros(len(ks), dtype=torch.long, device=train.device)
-    rows = max(1, _SIMILARITIES // len(train))
-    for queries, labels in zip(test.split(rows), test_labels.split(rows), strict=True):
-        similarity, neighbour = (queries @ train.T).topk(max(ks))  # (B, max k), nearest first
-        # Relative to the nearest, so that no small temperature overflows.
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        vote = train_labels[neighbour]  # (B, max k)
-        for i, count in enumerate(ks):
-            votes = weight.new_zeros(len(queries), classes).scatter_add_(1, vote[:, :count], weight[:, :count])
-            correct[i] += (votes.argmax(1) == labels).sum()
-    return dict(zip(ks, (correct / len(test)).tolist(), strict=True))
-
-
-def _check(part: str, features: Tensor, labels: Tensor) -> None:
-    if features.ndim != 2 or not len(features) or not features.is_floating_point():
-        raise ValueError(f"{part}_features: got {features.dtype} {tuple(features.shape)}, takes floats (N, C), N > 0")
-    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"{part}_labels: got {labels.dtype} {tuple(labels.shape)}, takes int64 ({len(features)},)")
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError(f"{part}_features: every value must be finite")
-    if bool((labels < 0).any()):
-        raise ValueError(f"{part}_labels: got {int(labels.min())}, takes classes from 0 (images without a class?)")
+    similarity, neighbour = (test @ train.T).topk(max(ks))  # (M, max k), nearest first
+    # Relative to the nearest, so that no small temperature overflows.
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()
+    vote = train_labels[neighbour]  # (M, max k)
+    none = weight.new_zeros(len(test), int(train_labels.max()) + 1)
+    return {count: none.scatter_add(1, vote[:, :count], weight[:, :count]).log() for count in ks}

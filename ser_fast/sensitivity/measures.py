@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ser_fast.evaluation.equivariance import NO_VARIANCE, retrieval_hits, token_sums
+from ser_fast.evaluation.equivariance import NO_VARIANCE, retrieval_sums, token_sums
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.sensitivity.factors import DEFAULT, ELEMENTS, Resampling, common_valid
 
@@ -83,7 +83,7 @@ def _relative_error(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def _sums(moved: Tensor, target: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """token_sums (N, 4) of tokens (N, n, C), and what they and retrieval_hits are computed from."""
+    """token_sums (N, 4) of tokens (N, n, C), and what they and retrieval_sums are computed from."""
     moved, target = moved.double(), target.double()
     tokens = moved, target, moved.mean((0, 1)), target.mean((0, 1))
     return token_sums(*tokens), tokens
@@ -124,7 +124,7 @@ def equivariance(
             }
             if resampling == DEFAULT.resampling:
                 moved, target, *means = pair
-                hits = [retrieval_hits(moved[i : i + 1], target[i : i + 1], *means) for i in range(images)]
+                hits = [retrieval_sums(moved[i : i + 1], target[i : i + 1], *means)[:, 0] for i in range(images)]
                 measured["retrieval"] = ratios(torch.cat(hits).cpu(), share, counts)
                 measured["chance"] = torch.full_like(measured["retrieval"], 1 / tokens)
             estimates += _estimates(resampling, layer, measured, images)
