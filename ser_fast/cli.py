@@ -1,9 +1,10 @@
-"""The command line: `ser-fast train | demo | equivariance | knn | doctor`."""
+"""The command line: `ser-fast train | demo | equivariance | knn | detection | report | doctor`."""
 
 import csv
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ser_fast.demo import demo
+from ser_fast.evaluation import detection as transfer
 from ser_fast.evaluation import equivariance as scores
 from ser_fast.evaluation.features import embed, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
+from ser_fast.evaluation.shapes import write_shapes
 from ser_fast.ops.backends import BACKENDS, reason_not
-from ser_fast.training.checkpoint import find_encoder
+from ser_fast.report import read_runs, write_report
+from ser_fast.training.checkpoint import find_encoder, write_atomically
 from ser_fast.training.config import TrainConfig, from_json
 from ser_fast.training.data import make_loader, open_dataset
 from ser_fast.training.trainer import NonFiniteLossError, choose_device
@@ -121,6 +125,83 @@ def knn(
     Console().print(f"written: {out / 'knn.csv'}, {out / 'knn.png'}")
 
 
+def detection(
+    checkpoint: tyro.conf.Positional[Path],
+    data: Path | None = None,
+    steps: int = 250,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    image_size: int | None = None,
+    out: Path | None = None,
+    save_every: int = 50,
+    workers: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """The COCO mAP of a Faster R-CNN on a frozen checkpoint, beside one on a random initialisation.
+
+    Only the pyramid and the heads are trained. What is interrupted goes on from the heads in out/detection.
+
+    Args:
+        checkpoint: a run's folder or an encoder.safetensors.
+        data: a folder in COCO's layout: annotations/instances_train*.json and instances_val*.json, and the images in
+            folders named like the part behind "instances_"; default shapes on photographs, written to out/detection.
+        steps: to train each of the two heads.
+        batch_size: images a step.
+        lr: the largest learning rate.
+        image_size: of an image's shorter side in the detector, in pixels; default twice the model's.
+        out: folder for detection.csv, detection.png and detection/ (heads, predictions); default the checkpoint's.
+        save_every: steps between two writes of a head.
+        workers: processes that load images.
+        seed: of the heads' weights, the order of the images and the generated set.
+        device: "auto", "cpu" or "cuda".
+    """
+    model, _, size, out, where = _open(checkpoint, None, image_size, out, device)
+    folder = out / "detection"
+    if data is None:
+        data = folder / f"shapes_{seed}"
+        if not (data / "annotations" / "instances_val.json").is_file():  # what is written last
+            write_shapes(data, seed=seed)
+    train_images, held_out = (transfer.CocoFolder(data, train=part) for part in (True, False))
+    records, results = {}, {}
+    for name, encoder in {"checkpoint": model, "random": scores.random_control(model)}.items():
+        torch.manual_seed(seed)  # the same initial head on both
+        detector = transfer.build_detector(
+            encoder, categories=len(train_images.categories), image_size=image_size or 2 * size
+        ).to(where)
+        transfer.train_head(
+            detector,
+            train_images,
+            folder / f"{name}.pt",
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            save_every=save_every,
+            workers=workers,
+            progress=True,
+        )
+        results[name] = transfer.predict(detector, held_out, batch_size=batch_size, workers=workers, progress=True)
+        write_atomically(folder / f"{name}.json", partial(Path.write_text, data=json.dumps(results[name])))
+        records[name] = transfer.score(held_out.coco, results[name])
+
+    transfer.print_table(records)
+    transfer.write_table(records, out / "detection.csv")
+    transfer.plot(held_out, results, out / "detection.png")
+    Console().print(f"written: {out / 'detection.csv'}, {out / 'detection.png'}, {folder}")
+
+
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report.html")) -> None:
+    """Compare runs in one HTML file: their curves, options, figures and every CSV file in their folders.
+
+    Args:
+        runs: folders of training runs, or any folders with CSV files.
+        out: the file, which needs no other.
+    """
+    write_report(read_runs(runs), out)
+    Console().print(f"written: {out}")
+
+
 def doctor() -> None:
     """What can run here: the backends of the kernels on each device, and why another one can't."""
     table = Table(title=f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'absent'}")
@@ -155,6 +236,8 @@ def main() -> None:
         "demo": demo,
         "equivariance": equivariance,
         "knn": knn,
+        "detection": detection,
+        "report": report,
         "doctor": doctor,
     }
     try:
