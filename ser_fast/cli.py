@@ -130,7 +130,7 @@ def detection(
     data: Path | None = None,
     steps: int = 250,
     batch_size: int = 8,
-    lr: float = 1e-3,
+    lr: float = 4e-3,
     image_size: int | None = None,
     out: Path | None = None,
     save_every: int = 50,

@@ -219,7 +219,7 @@ def train_head(
     *,
     steps: int,
     batch_size: int = 8,
-    lr: float = 1e-3,
+    lr: float = 4e-3,
     seed: int = 0,
     save_every: int = 50,
     workers: int = 0,
@@ -388,7 +388,7 @@ def plot(
     for (name, boxes), row in zip(rows.items(), panels, strict=True):
         row[0].set_ylabel(name)
         for number, (index, axes) in zip(ids, enumerate(row), strict=True):
-            axes.imshow(dataset[index][0].permute(1, 2, 0))
+            axes.imshow(dataset[index][0].permute(1, 2, 0).numpy())
             axes.set(xticks=[], yticks=[])
             for box in boxes:
                 if box["image_id"] == number:

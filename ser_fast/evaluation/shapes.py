@@ -25,9 +25,9 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "triangle": lambda x, y: (y <= 0.5) & (math.sqrt(3) * x.abs() - y <= 1),
     "cross": lambda x, y: (x.abs().minimum(y.abs()) <= 0.3) & (x.abs().maximum(y.abs()) <= 0.95),
 }
-_RADII = (0.1, 0.25)  # of the image's side
+_RADII = (0.12, 0.28)  # of the image's side
 _OBJECTS = (1, 4)  # in an image
-_TINT = 0.6  # what an object's colour covers of its texture
+_TINT = 0.75  # what an object's colour covers of its texture
 _TRIES = 20  # to place an object where it hides none
 
 
