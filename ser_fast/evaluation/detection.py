@@ -50,7 +50,6 @@ _PROPOSALS = 256  # of an image, after as many times two on each level
 _BOXES = 64  # that the head learns from, an image
 _ANCHOR = 4  # side of a level's anchors, in its strides
 _FROZEN = "backbone.encoder."  # the parameters that belong to the encoder
-_SHOWN = 0.5  # score of the boxes that `plot` draws
 
 Example = tuple[Tensor, dict[str, Tensor]]
 
@@ -379,22 +378,21 @@ def print_table(records: Mapping[str, Sequence[Record]], console: Console | None
 def plot(
     dataset: CocoFolder, results: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, *, images: int = 6
 ) -> None:
-    """Draw the first images with their true boxes, then with those that each model, by name, scores .5 or more."""
+    """Draw the first images with their true boxes, then with as many of the likeliest of each model, by name."""
     ids = dataset.examples.ids[:images]
-    truth = [annotation for number in ids for annotation in dataset.coco.imgToAnns[number]]
-    rows = {"truth": truth, **{name: [r for r in of if r["score"] >= _SHOWN] for name, of in results.items()}}
-    figure = Figure(figsize=(2 * len(ids), 2.2 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), len(ids), squeeze=False)
-    for (name, boxes), row in zip(rows.items(), panels, strict=True):
-        row[0].set_ylabel(name)
-        for number, (index, axes) in zip(ids, enumerate(row), strict=True):
+    figure = Figure(figsize=(2 * len(ids), 2.2 * (1 + len(results))), layout="constrained")
+    panels = figure.subplots(1 + len(results), len(ids), squeeze=False)
+    for index, (number, column) in enumerate(zip(ids, panels.T, strict=True)):
+        truth: Sequence[Mapping[str, Any]] = dataset.coco.imgToAnns[number]
+        found = [[box for box in of_model if box["image_id"] == number] for of_model in results.values()]
+        likeliest = [sorted(boxes, key=lambda box: -box["score"])[: len(truth)] for boxes in found]
+        for axes, name, boxes in zip(column, ("truth", *results), (truth, *likeliest), strict=True):
             axes.imshow(dataset[index][0].permute(1, 2, 0).numpy())
-            axes.set(xticks=[], yticks=[])
+            axes.set(xticks=[], yticks=[], ylabel="" if index else name)
             for box in boxes:
-                if box["image_id"] == number:
-                    left, top, width, height = box["bbox"]
-                    colour = f"C{dataset.categories.index(box['category_id']) % 10}"
-                    axes.add_patch(Rectangle((left, top), width, height, fill=False, linewidth=2, edgecolor=colour))
+                left, top, width, height = box["bbox"]
+                colour = f"C{dataset.categories.index(box['category_id']) % 10}"
+                axes.add_patch(Rectangle((left, top), width, height, fill=False, linewidth=2, edgecolor=colour))
     figure.savefig(path, dpi=100)
 
 
