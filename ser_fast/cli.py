@@ -1,4 +1,4 @@
-"""The command line: `ser-fast train | demo | equivariance | sensitivity | knn | linear | corruptions | doctor`."""
+"""The command line: `ser-fast COMMAND`, of which `ser-fast --help` tells the names."""
 
 import csv
 import json
@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ser_fast.demo import demo
+from ser_fast.evaluation import detection as transfer
 from ser_fast.evaluation import equivariance as scores
 from ser_fast.evaluation import prediction, robustness
 from ser_fast.evaluation.classification import (
@@ -31,12 +32,14 @@ from ser_fast.evaluation.classification import (
 from ser_fast.evaluation.features import check_labelled, embed, embed_cached, spread_images, spread_items
 from ser_fast.evaluation.knn import knn_predictions, knn_scores
 from ser_fast.evaluation.linear_probe import RATES, probe_scores, train_probe
+from ser_fast.evaluation.shapes import write_shapes
 from ser_fast.ops.backends import BACKENDS, reason_not
+from ser_fast.report import read_runs, write_report
+from ser_fast.sensitivity import report as sensitivity_report
 from ser_fast.sensitivity import training as training_side
-from ser_fast.sensitivity.report import REPORT, write_report
 from ser_fast.sensitivity.rows import TABLE, read_rows
 from ser_fast.sensitivity.study import Protocol, run_study
-from ser_fast.training.checkpoint import find_encoder
+from ser_fast.training.checkpoint import find_encoder, write_atomically
 from ser_fast.training.config import TrainConfig, from_json
 from ser_fast.training.data import make_loader, open_dataset
 from ser_fast.training.trainer import NonFiniteLossError, choose_device
@@ -135,9 +138,9 @@ def sensitivity(
         run_study(checkpoints, protocol, out, full=preset == "full", device=choose_device(device), progress=True)
     if (out / TABLE).exists():
         scores = training_side.read_scores(out)
-        for number, line in enumerate(write_report(read_rows(out / TABLE), scores, out), start=1):
+        for number, line in enumerate(sensitivity_report.write_report(read_rows(out / TABLE), scores, out), start=1):
             console.print(f"{number}. {line}", highlight=False, markup=False)
-        console.print(f"written: {out / TABLE}, {out / REPORT}")
+        console.print(f"written: {out / TABLE}, {out / sensitivity_report.REPORT}")
 
 
 def knn(
@@ -384,6 +387,83 @@ def _written(out: Path, *names: str) -> None:
     Console().print(f"written: {', '.join(str(out / name) for name in names)}")
 
 
+def detection(
+    checkpoint: tyro.conf.Positional[Path],
+    data: Path | None = None,
+    steps: int = 250,
+    batch_size: int = 8,
+    lr: float = 4e-3,
+    image_size: int | None = None,
+    out: Path | None = None,
+    save_every: int = 50,
+    workers: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """The COCO mAP of a Faster R-CNN on a frozen checkpoint, beside one on a random initialisation.
+
+    Only the pyramid and the heads are trained. What is interrupted goes on from the heads in out/detection.
+
+    Args:
+        checkpoint: a run's folder or an encoder.safetensors.
+        data: a folder in COCO's layout: annotations/instances_train*.json and instances_val*.json, and the images in
+            folders named like the part behind "instances_"; default shapes on photographs, written to out/detection.
+        steps: to train each of the two heads.
+        batch_size: images a step.
+        lr: the largest learning rate.
+        image_size: of an image's shorter side in the detector, in pixels; default twice the model's.
+        out: folder for detection.csv, detection.png and detection/ (heads, predictions); default the checkpoint's.
+        save_every: steps between two writes of a head.
+        workers: processes that load images.
+        seed: of the heads' weights, the order of the images and the generated set.
+        device: "auto", "cpu" or "cuda".
+    """
+    model, _, size, out, where = _open(checkpoint, None, image_size, out, device)
+    folder = out / "detection"
+    if data is None:
+        data = folder / f"shapes_{seed}"
+        if not (data / "annotations" / "instances_val.json").is_file():  # what is written last
+            write_shapes(data, seed=seed)
+    train_images, held_out = (transfer.CocoFolder(data, train=part) for part in (True, False))
+    records, results = {}, {}
+    for name, encoder in {"checkpoint": model, "random": scores.random_control(model)}.items():
+        torch.manual_seed(seed)  # the same initial head on both
+        detector = transfer.build_detector(
+            encoder, categories=len(train_images.categories), image_size=image_size or 2 * size
+        ).to(where)
+        transfer.train_head(
+            detector,
+            train_images,
+            folder / f"{name}.pt",
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            save_every=save_every,
+            workers=workers,
+            progress=True,
+        )
+        results[name] = transfer.predict(detector, held_out, batch_size=batch_size, workers=workers, progress=True)
+        write_atomically(folder / f"{name}.json", partial(Path.write_text, data=json.dumps(results[name])))
+        records[name] = transfer.score(held_out.coco, results[name])
+
+    transfer.print_table(records)
+    transfer.write_table(records, out / "detection.csv")
+    transfer.plot(held_out, results, out / "detection.png")
+    Console().print(f"written: {out / 'detection.csv'}, {out / 'detection.png'}, {folder}")
+
+
+def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report.html")) -> None:
+    """Compare runs in one HTML file: their curves, options, figures and every CSV file in their folders.
+
+    Args:
+        runs: folders of training runs, or any folders with CSV files.
+        out: the file, which needs no other.
+    """
+    write_report(read_runs(runs), out)
+    Console().print(f"written: {out}")
+
+
 def doctor() -> None:
     """What can run here: the backends of the kernels on each device, and why another one can't."""
     table = Table(title=f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'absent'}")
@@ -421,6 +501,8 @@ def main() -> None:
         "knn": knn,
         "linear": linear,
         "corruptions": corruptions,
+        "detection": detection,
+        "report": report,
         "doctor": doctor,
     }
     try:

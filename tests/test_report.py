@@ -1,0 +1,246 @@
+"""The results page: what is in it, and what a person sees of it in a browser."""
+
+import base64
+import csv
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from ser_fast import cli
+from ser_fast.report import Run, read_runs, write_report
+
+STEPS = 40
+WEIGHTS = {"plain": 0.0, "<script>document.title='broken'<script>": 1.0, "third & last": 0.5}
+HOSTILE = "</td></table><script>document.title='broken'</script><img src=http://127.0.0.1/x>"
+
+
+def make_run(folder: Path, weight: float) -> Path:
+    """A run's folder as the trainer and the evaluations leave it."""
+    folder.mkdir()
+    config = {"out": str(folder), "seed": 7, "ser": {"weight": weight, "padding": "border"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "environment.json").write_text(json.dumps({"command": [str(folder)], "git": "abc"}))
+    log = [{"step": step, "epoch": 0, "loss": 9 / step + weight, "lr": 1e-3} for step in range(1, STEPS + 1)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + '\n{"step": 41, "lo')
+    with (folder / "knn.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["model", "k", "top1", "text"])
+        rows.writerows([["checkpoint", k, weight / 3 + 1 / (k + 1), HOSTILE] for k in (1, 20, 5)])
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot([0, weight])
+    figure.savefig(folder / "knn.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    parent = tmp_path_factory.mktemp("runs")
+    return [make_run(parent / name, weight) for name, weight in WEIGHTS.items()]
+
+
+@pytest.fixture(scope="module")
+def page(folders: list[Path]) -> Path:
+    path = folders[0].parent / "reports" / "report.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ser-fast", "report", *map(str, folders), "--out", str(path)])
+        cli.main()
+    return path
+
+
+class Parsed(HTMLParser):
+    """The tags of a page, with their attributes and with the texts that stand directly in them."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.inside = False
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        self.texts.append((tag, ""))
+        self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            tag, text = self.texts[-1]
+            self.texts[-1] = tag, text + data
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, attributes in self.tags if (value := attributes.get(name)) is not None]
+
+    def table(self, title: str) -> list[list[str]]:
+        """The data-value of the rows of cells below a heading."""
+        start = next(i for i, text in enumerate(self.texts) if text[0] == "h2" and text[1].strip() == title)
+        rows: list[list[str]] = []
+        for tag, attributes in self.tags[start + 1 :]:
+            if tag in ("h2", "script"):
+                break
+            if tag == "tr":
+                rows.append([])
+            if tag == "td":
+                rows[-1].append(attributes["data-value"] or "")
+        return rows[1:]
+
+
+def csv_rows(folders: list[Path]) -> list[list[str]]:
+    """The run's name and the values of each row of the CSV files, as a table should have them."""
+    return [
+        [folder.name, *row.values()]
+        for folder in folders
+        for row in csv.DictReader((folder / "knn.csv").open(newline=""))
+    ]
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_the_page_needs_nothing_else(page: Path) -> None:
+    parsed = Parsed(page)
+    assert not parsed.values("href")
+    sources = parsed.values("src")
+    assert len(sources) == 2 + len(WEIGHTS)  # a curve each of loss and lr, and each run's knn.png
+    for source in sources:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG\r\n\x1a\n")
+    assert "url(" not in page.read_text()
+    assert "@import" not in page.read_text()
+
+
+def test_names_and_texts_are_no_markup(page: Path) -> None:
+    parsed = Parsed(page)
+    (script,) = [text for tag, text in parsed.texts if tag == "script"]
+    assert "broken" not in script
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in parsed.values("content")[-1]
+    assert "<script>document" not in page.read_text()
+
+
+def test_tables_hold_the_numbers_of_the_files(page: Path, folders: list[Path]) -> None:
+    parsed = Parsed(page)
+    assert parsed.table("knn.csv") == csv_rows(folders)
+    summary = parsed.table("Runs")
+    for (name, weight), row in zip(WEIGHTS.items(), summary, strict=True):
+        losses = [9 / step + weight for step in range(STEPS - 3, STEPS + 1)]  # the last tenth
+        assert row[:2] == [name, str(STEPS)]
+        assert [float(value) for value in row[2:]] == pytest.approx([sum(losses) / 4, 1e-3])
+    assert parsed.table("Options that differ") == [[name, str(weight)] for name, weight in WEIGHTS.items()]
+
+
+def test_one_run_shows_all_its_options(folders: list[Path], tmp_path: Path) -> None:
+    write_report(read_runs(folders[:1]), tmp_path / "one.html")
+    assert Parsed(tmp_path / "one.html").table("Options") == [["plain", "7", "0.0", "border", "abc"]]
+
+
+def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
+    rows = [{"n": str(number)} for number in range(1001)]
+    write_report([Run("long", "#123456", {}, [], {"many.csv": rows}, {})], tmp_path / "long.html")
+    assert len(Parsed(tmp_path / "long.html").table("many.csv")) == 1000
+    assert "The first 1000 rows of a run; there are: long 1001." in (tmp_path / "long.html").read_text()
+
+
+def test_colours_and_names_tell_runs_apart(tmp_path: Path) -> None:
+    folders = []
+    for number in range(12):
+        (tmp_path / str(number)).mkdir()
+        folders.append(make_run(tmp_path / str(number) / "same", number))
+    runs = read_runs(folders)
+    assert len({run.colour for run in runs}) == len({run.name for run in runs}) == 12
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [((), "runs: got none"), (("empty",), "holds neither log.jsonl nor a CSV"), (("empty", "empty"), "comes twice")],
+)
+def test_what_is_no_run_is_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        read_runs([tmp_path / name for name in names])
+
+
+# ---------------------------------------------------------------- what a person sees
+
+# Measures the page in a frame of the wanted width (a window may have a least width), and becomes the result.
+PROBE = """<!doctype html><meta charset="utf-8"><body><iframe style="width: {width}px; height: 900px; border: 0"
+srcdoc="{page}"></iframe><script>
+onload = () => {{
+  const frame = document.querySelector("iframe").contentWindow, page = frame.document;
+  const seen = selector => [...page.querySelectorAll(selector)].filter(
+    element => element.checkVisibility() && element.getBoundingClientRect().height > 0);
+  const texts = selector => seen(selector).map(element => element.innerText.trim());
+  const table = () => [...seen("h2").find(heading => heading.innerText === "knn.csv").nextElementSibling
+    .querySelectorAll("tbody tr")].map(row => [...row.cells].map(cell => cell.innerText.trim()));
+  const result = {{
+    title: page.title, headings: texts("h1, h2"), legend: texts(".legend li"), table: table(),
+    colours: seen(".legend .swatch").map(element => frame.getComputedStyle(element).backgroundColor),
+    images: seen("img").map(image => image.naturalWidth),
+    requests: frame.performance.getEntriesByType("resource").map(entry => entry.name)
+      .filter(name => !name.startsWith("data:")),
+    width: frame.innerWidth,
+    overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    sorted: [],
+  }};
+  const k = seen("th").find(heading => heading.innerText.trim() === "k");
+  for (let click = 0; click < 2; click++) {{
+    k.querySelector("button").click();
+    result.sorted.push(table().map(row => Number(row[2])));
+  }}
+  document.body.textContent = JSON.stringify(result);
+}};
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    if os.environ.get("CI"):
+        pytest.fail("CI has no browser: .ci/run installs Debian's chromium")
+    pytest.skip("there is no Chromium here")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_page(browser: str, page: Path, folders: list[Path], tmp_path: Path, width: int) -> None:
+    probe = tmp_path / "probe.html"
+    probe.write_text(PROBE.format(width=width, page=html.escape(page.read_text())), encoding="utf-8")
+    command = [
+        browser,
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"),
+        *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=10000"),
+        *("--dump-dom", probe.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    body = re.search(r"<body>(\{.*\})</body>", done.stdout, re.DOTALL)
+    assert body, f"the page was not measured:\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
+    seen = json.loads(html.unescape(body[1]))
+
+    assert seen["width"] == width
+    assert seen["overflow"] <= 0
+    assert seen["title"] == "Comparison of 3 runs"
+    assert seen["headings"] == [seen["title"], "Runs", "Options that differ", "knn.csv", "Curves", "knn.png"]
+    assert seen["legend"] == list(WEIGHTS)
+    assert len(set(seen["colours"])) == len(WEIGHTS)
+    expected = csv_rows(folders)
+    assert len(seen["table"]) == len(expected)
+    for row, (name, model, k, top1, text) in zip(seen["table"], expected, strict=True):
+        assert row == [name, model, k, row[3], text]
+        assert float(row[3]) == pytest.approx(float(top1), rel=5e-4)  # four digits
+    assert len(seen["images"]) == 2 + len(WEIGHTS)
+    assert min(seen["images"]) > 0
+    assert seen["requests"] == []
+    assert seen["sorted"] == [[1] * 3 + [5] * 3 + [20] * 3, [20] * 3 + [5] * 3 + [1] * 3]
