@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/types.h"
 
@@ -34,6 +35,15 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;");
 template <int pending>
 __device__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// 16 bytes to global memory at once: the compiler would store them word by word.
+__device__ inline void store_16(void* global, const void* values) {
+  uint32_t words[4];
+  memcpy(words, values, sizeof(words));
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
 }
 
 // sin(pi x)

@@ -24,7 +24,8 @@
 namespace ser_fast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 192, kWarps = kThreads / 32;
+constexpr int kBlocks = 3;  // that a multiprocessor should hold at a time
 constexpr double kFar = 1e6;  // farther out nothing changes, and an int holds it
 constexpr int kNever = 1 << 30;  // the first token of a thread that has none
 
@@ -119,7 +120,7 @@ struct Axis {
     const Real distance = static_cast<Real>(first + 0.5 - position);
     const int begin = cut ? max(0, -first) : 0, end = cut ? min(looked_at, size - first) : looked_at;
     Real total = 1;
-    if (!copied && !plain) {
+    if (!copied) {
       total = 0;
 #pragma unroll 1
       for (int t = begin; t < end; ++t) total += kernel(a, distance + t);
@@ -355,6 +356,15 @@ struct alignas(sizeof(T) * N) Pack {
   T at[N];
 };
 
+template <typename T, int N>
+__device__ void store(T* to, const Pack<T, N>& values) {
+  if constexpr (sizeof(values) == 16) {
+    store_16(to, &values);
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(to) = values;
+  }
+}
+
 template <typename Real, int N>
 struct Sum {
   static constexpr int kPart = N * sizeof(Real) > 16 ? 16 / sizeof(Real) : N;  // 16 bytes at a time
@@ -411,7 +421,7 @@ struct Cell {
 };
 
 template <typename T, bool WIDE, bool TRANSPOSE>
-__global__ void __launch_bounds__(kThreads, 2) resample(const Action<Weight<T>> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) resample(const Action<Weight<T>> a) {
   using Real = Weight<T>;
   constexpr int N = WIDE ? 16 / sizeof(T) : 1;
   using Tokens = Pack<T, N>;
@@ -419,29 +429,27 @@ __global__ void __launch_bounds__(kThreads, 2) resample(const Action<Weight<T>> 
   using Part = typename Sums::Part;
 
   const Geometry& n = a.geometry;
-  const int64_t groups = (n.slabs + n.group - 1) / n.group;
-  const int64_t first_slab = blockIdx.x % groups * n.group, last_slab = min(first_slab + n.group, n.slabs);
-  const int64_t sample = blockIdx.x / groups / n.tiles;
+  const unsigned groups = (n.slabs + n.group - 1) / n.group;
+  const int first_slab = static_cast<int>(blockIdx.x % groups) * n.group;
+  const int last_slab = min(first_slab + n.group, n.slabs);
+  const unsigned sample = blockIdx.x / groups / n.tiles;
   const int inputs = a.size_in[0] * a.size_in[1], outputs = a.size_out[0] * a.size_out[1];
   const int read = TRANSPOSE ? outputs : inputs, written = TRANSPOSE ? inputs : outputs;
   const int tile_first = static_cast<int>(blockIdx.x / groups % n.tiles) * n.tile;
   const int tile = min(n.tile, written - tile_first);
-  const T* x = static_cast<const T*>(a.x) + sample * read * a.channels;
-  T* out = static_cast<T*>(a.out) + sample * written * a.channels;
 
   // A token's lanes are neighbours, and `ranks` tokens are worked on at a time.
   const int lanes = n.slab, ranks = kThreads / lanes, lane = threadIdx.x % lanes;
   const int rank = static_cast<int>(threadIdx.x) / lanes;
-  // The first token of this thread.
-  const auto first_of = [&](int64_t slab) {
-    return rank < ranks && (slab * lanes + lane) * N < a.channels ? rank : kNever;
-  };
+  // The channel and the first token of this thread.
+  const auto channel_of = [&](int slab) { return (int64_t{slab} * lanes + lane) * N; };
+  const auto first_of = [&](int slab) { return rank < ranks && channel_of(slab) < a.channels ? rank : kNever; };
 
   Tokens* staged = reinterpret_cast<Tokens*>(shared_memory());
-  const auto stage = [&](int64_t slab) {
+  const auto stage = [&](int slab) {
     if constexpr (WIDE) {
       Tokens* to = staged + (slab - first_slab) % n.buffers * read * lanes + lane;
-      const T* from = x + (slab * lanes + lane) * N;
+      const T* from = static_cast<const T*>(a.x) + int64_t{sample} * read * a.channels + channel_of(slab);
       for (int i = first_of(slab); i < read; i += ranks) copy_async(to + i * lanes, from + i * a.channels);
       commit_copies();
     }
@@ -495,7 +503,7 @@ __global__ void __launch_bounds__(kThreads, 2) resample(const Action<Weight<T>> 
 
   bool copies = false;
 #pragma unroll 1
-  for (int64_t slab = first_slab; slab < last_slab; ++slab) {
+  for (int slab = first_slab; slab < last_slab; ++slab) {
     if (slab == first_slab) {
       find_taps(0, min(chunk, outputs));
       if (separable) {
@@ -521,8 +529,8 @@ __global__ void __launch_bounds__(kThreads, 2) resample(const Action<Weight<T>> 
     }
 
     const Tokens* here = staged + (slab - first_slab) % n.buffers * read * lanes + lane;
-    const T* from = x + (slab * lanes + lane) * N;
-    T* to = out + (slab * lanes + lane) * N;
+    const T* from = static_cast<const T*>(a.x) + int64_t{sample} * read * a.channels + channel_of(slab);
+    T* to = static_cast<T*>(a.out) + int64_t{sample} * written * a.channels + channel_of(slab);
     const auto global = [&](int i) { return *reinterpret_cast<const Tokens*>(from + i * a.channels); };
     const auto token = [&](int i) {
       if constexpr (WIDE) {
@@ -531,7 +539,7 @@ __global__ void __launch_bounds__(kThreads, 2) resample(const Action<Weight<T>> 
         return global(i);
       }
     };
-    const auto write = [&](int i, const Tokens& values) { *reinterpret_cast<Tokens*>(to + i * a.channels) = values; };
+    const auto write = [&](int i, const Tokens& values) { store(to + i * a.channels, values); };
     Part* sums = reinterpret_cast<Part*>(shared_memory() + plan.sums_at);
     const int sums_of_token = lanes * (N / Sums::kPart);
     const int begin = first_of(slab);
@@ -591,6 +599,7 @@ __global__ void __launch_bounds__(kThreads, 2) resample(const Action<Weight<T>> 
           Sums sum;
           if (first > 0) sum = Sums::load(sums + i * sums_of_token, lane, lanes);
           const int end = rows.end(i);
+#pragma unroll 2
           for (int t = rows.begin(i); t < end; ++t) {
             const Tap<Real> tap = rows.taps()[t];
             sum.add(tap.weight, token(first + tap.index));
@@ -614,6 +623,7 @@ __global__ void __launch_bounds__(kThreads, 2) resample(const Action<Weight<T>> 
           const int end = rows.end(i), end_x = columns.end(i);
           for (int s = rows.begin(i); s < end; ++s) {
             const Tap<Real> y = rows.taps()[s];
+#pragma unroll 2
             for (int t = columns.begin(i); t < end_x; ++t) {
               const Tap<Real> x = columns.taps()[t];
               sum.add(y.weight * x.weight, token(y.index * a.size_in[1] + x.index));
@@ -631,7 +641,7 @@ __global__ void __launch_bounds__(kThreads, 2) resample(const Action<Weight<T>> 
 
 constexpr int64_t kWidest = 8;            // accesses of 16 bytes: a cache line
 constexpr int64_t kComfortable = 74 << 10;  // bytes of shared memory: two blocks of sm_80 at a time, three of sm_90
-constexpr int64_t kResident = 6;          // blocks a multiprocessor that are worth having
+constexpr int64_t kWanted = 2 * kBlocks;    // blocks a multiprocessor, for an even end
 constexpr int64_t kChannels = 32;           // of a slab that is not staged
 constexpr int kStatic = sizeof(Plan<double>);  // bytes of shared memory besides what a launch asks for
 
@@ -642,12 +652,14 @@ Geometry geometry_of(int64_t element, int64_t batch, int64_t channels, const Lat
   const int64_t read = transpose ? outputs : inputs, written = transpose ? inputs : outputs;
   const int size[2] = {static_cast<int>(l.height_in), static_cast<int>(l.width_in)};
 
-  // Taps that are likely (a map that shrinks to half has these with antialias), and the most there may be.
-  int likely[2];
-  for (int axis = 0; axis < 2; ++axis) {
-    const double reach = how.interpolation == Interpolation::area ? 1.5 : radius(how.interpolation);
-    likely[axis] = std::min(static_cast<int>(2 * reach * (how.antialias ? 2 : 1)) + 1, size[axis]);
-  }
+  // Taps that are likely, where the lattice shrinks to no less than half.
+  const int taps = how.interpolation == Interpolation::area ? 4
+                   : how.antialias || how.interpolation == Interpolation::lanczos3
+                       ? static_cast<int>(2 * radius(how.interpolation) * (how.antialias ? 2 : 1)) + 1
+                   : how.interpolation == Interpolation::nearest  ? 1
+                   : how.interpolation == Interpolation::bilinear ? 2
+                                                                  : 4;
+  const int likely[2] = {std::min(taps, size[0]), std::min(taps, size[1])};
   const auto wanted = [&](int64_t width) {
     int64_t most = room_general<Real>(outputs, outputs, likely, written, width, transpose);
     for (const bool turned : {false, true}) {
@@ -662,12 +674,13 @@ Geometry geometry_of(int64_t element, int64_t batch, int64_t channels, const Lat
     return room_general<Real>(1, std::max<int64_t>(outputs, 2), size, tile, width, transpose);
   };
   const auto complete = [&](Geometry n) {
-    n.slabs = (channels + n.slab * n.vector - 1) / (n.slab * n.vector);
-    n.group = std::clamp<int64_t>(batch * n.slabs * n.tiles / (kResident * multiprocessors), 1, n.slabs);
+    n.slabs = static_cast<int>((channels + n.slab * n.vector - 1) / (n.slab * n.vector));
+    n.group = static_cast<int>(
+        std::clamp<int64_t>(batch * n.slabs * n.tiles / (kWanted * multiprocessors), 1, n.slabs));
     if (n.wide && n.buffers == 1) n.group = 1;
     n.buffers = n.wide && n.group > 1 ? 2 : 1;
     n.shared = (n.wide ? n.buffers * padded(read * n.slab * 16) : 0) + n.pool;
-    n.blocks = (n.slabs + n.group - 1) / n.group * n.tiles * batch;
+    n.blocks = batch * n.tiles * ((n.slabs + n.group - 1) / n.group);
     return n;
   };
 
@@ -696,7 +709,7 @@ Geometry geometry_of(int64_t element, int64_t batch, int64_t channels, const Lat
   n.buffers = 1;
   const int64_t limit = std::min(kComfortable, shared_limit);
   while (transpose && n.tile > 1 && least(n.tile, n.slab) > limit) n.tile = (n.tile + 1) / 2;
-  n.tiles = (written + n.tile - 1) / n.tile;
+  n.tiles = static_cast<int>((written + n.tile - 1) / n.tile);
   n.pool = std::max(std::min(wanted(n.slab), limit), least(n.tile, n.slab));
   return complete(n);
 }
@@ -742,6 +755,7 @@ const char* group_action(const void* x, const double* linear, const double* offs
       l.height_in * l.width_in > most || l.height_out * l.width_out > most) {
     return "a lattice has too many tokens";
   }
+  if (channels > std::numeric_limits<int>::max()) return "too many channels";
   const int64_t read = transpose ? l.height_out * l.width_out : l.height_in * l.width_in;
   const int64_t written = transpose ? l.height_in * l.width_in : l.height_out * l.width_out;
   if (batch * written * channels == 0) return nullptr;

@@ -11,11 +11,11 @@ struct Geometry {
   bool wide;         // 16 bytes at a time and slabs staged in shared memory, or else one channel at a time from global
   int vector;        // channels of an access
   int slab;          // accesses of a slab
-  int64_t slabs;     // of all channels
-  int64_t group;     // slabs of a block
+  int slabs;         // of all channels
+  int group;         // slabs of a block
   int buffers;       // slabs that are staged at a time
   int tile;          // tokens
-  int64_t tiles;
+  int tiles;
   int64_t pool;      // bytes of shared memory for taps and sums
   int64_t shared;    // bytes of shared memory in all
   int64_t blocks;

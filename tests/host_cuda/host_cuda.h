@@ -253,6 +253,11 @@ void wait_copies() {
   });
 }
 
+inline void store_16(void* global, const void* values) {
+  if (std::bit_cast<uintptr_t>(global) % 16) std::abort();
+  std::memcpy(global, values, 16);
+}
+
 inline float sine_pi(float x) { return static_cast<float>(sin(M_PI * x)); }
 inline double sine_pi(double x) { return sin(M_PI * x); }
 
