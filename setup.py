@@ -9,27 +9,29 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
-def cuda_home() -> str | None:
-    """The CUDA toolkit: CUDA_HOME, or where nvcc says it is, since the one on the path may be a link or a script."""
-    if "CUDA_HOME" in os.environ:
-        return os.environ["CUDA_HOME"]
-    nvcc = shutil.which("nvcc")
+def nvcc_says(*arguments: str) -> str:
+    """What nvcc prints; nothing where there is none."""
+    nvcc = shutil.which(
+        "nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin") if "CUDA_HOME" in os.environ else None
+    )
     if nvcc is None:
-        return None
-    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False).stderr
-    found = re.search(r"_HERE_=(.+)", said)
-    return str(Path(found[1]).parent) if found else None
+        return ""
+    result = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
+    return result.stdout + result.stderr
 
 
-CUDA_HOME = cuda_home()
-if CUDA_HOME is not None:
-    os.environ["CUDA_HOME"] = CUDA_HOME  # torch reads it when it is imported
+# The nvcc on the path may be a link or a script; torch, when it is imported, wants the folder of the toolkit.
+where = re.search(r"_HERE_=(.+)", nvcc_says("--dryrun", "-x", "cu", os.devnull))
+if where:
+    os.environ["CUDA_HOME"] = str(Path(where[1]).parent)
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
 
 import torch  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
-WITH_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
+# Code of one major release of CUDA does not link with a torch of another.
+release = re.search(r"release (\d+)", nvcc_says("--version"))
+WITH_CUDA = torch.version.cuda is not None and release is not None and release[1] == torch.version.cuda.split(".")[0]
 ROOMS = ("cpu", "cuda") if WITH_CUDA else ("cpu",)
 SOURCES, HEADERS = (
     sorted(str(path) for room in ROOMS for path in Path("csrc", room).glob("*") if path.suffix in suffixes)

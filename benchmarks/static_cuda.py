@@ -35,8 +35,9 @@ INSTRUCTIONS = {
 REQUIRED = {r"resample<\w+, true, ": ("16-byte async copies", "16-byte loads", "16-byte stores")}
 
 _PROPERTIES = re.compile(
-    r"Function properties for (?P<symbol>\S+)\n\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads\n[^\n]*Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?"
+    r"Function properties for (?P<symbol>\S+)\n"
+    r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r"[^\n]*Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?"
 )
 
 
@@ -61,7 +62,9 @@ def run(*command: Any) -> str:
 def kernel_name(symbol: str) -> str:
     """resample<bfloat16, true, false>"""
     demangled = run("c++filt", symbol).strip()
-    found = re.search(r"(\w+<[^()]*?>|\w+)\(", demangled.replace("(anonymous namespace)::", "").replace("ser_fast::", ""))
+    found = re.search(
+        r"(\w+<[^()]*?>|\w+)\(", demangled.replace("(anonymous namespace)::", "").replace("ser_fast::", "")
+    )
     return found[1] if found else demangled
 
 

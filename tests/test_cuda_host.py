@@ -155,7 +155,7 @@ def test_every_way_gives_the_same(device, machine, g, options, dtype):
     """Channels that fill some slabs, less than one, and that are no multiples of 16 bytes; there and back."""
     device.become(*machine)
     budget = {f32: 2e-6, f64: 1e-13, bf16: 2**-8, f16: 2**-10}[dtype]
-    for channels in (24, 33, 136):
+    for channels in (24, 33, 264):
         for transpose in (False, True):
             size = g.size_out if transpose else g.size_in
             x = torch.randn(3, size[0] * size[1], channels).to(dtype)
@@ -200,6 +200,51 @@ def test_the_gradient_of_a_d4_map_is_a_copy(device, backend, machine):
         assert_same_bits(actual, undone)
 
 
+# ---------------------------------------------------------------- sanitizers
+
+
+@pytest.fixture(scope="session")
+def drive(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Builds the kernels with a sanitizer, a thread of the system for each of CUDA's, and runs them."""
+
+    def build_and_run(sanitizer: str, kernels: Path) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("drive")
+        flags = ["-g", "-O1", *FLAGS, *INCLUDE, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+        empty = folder / "empty.cpp"
+        empty.write_text("int main() {}")
+        tried = run("g++", *flags, empty, "-o", folder / "empty") if shutil.which("g++") else None
+        if tried is None or tried.returncode != 0 or run(folder / "empty").returncode != 0:
+            missing(f"no {sanitizer} sanitizer here")
+        twin = [ROOT / "csrc" / "cpu" / name for name in ("group_action.cpp", "resampling.cpp", "rows.cpp")]
+        options = ["-DHOST_CUDA_THREADS", "-DSER_FAST_PORTABLE"]
+        sources = [kernels, *twin, ROOT / "tests" / "host_cuda" / "drive.cpp"]
+        built = run("g++", *flags, *options, *sources, "-o", folder / "drive")
+        assert built.returncode == 0, built.stderr
+        return run(folder / "drive")
+
+    return build_and_run
+
+
+KERNELS = ROOT / "csrc" / "cuda" / "group_action.cu"
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_kernels_are_clean(drive, sanitizer):
+    ran = drive(sanitizer, KERNELS)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_a_missing_barrier_is_a_race(drive, tmp_path):
+    whole = KERNELS.read_text()
+    before, barrier, after = whole.partition("__syncthreads();")
+    assert barrier
+    kernels = tmp_path / "kernels.cu"
+    kernels.write_text(before + after)
+    ran = drive("thread", kernels)
+    assert ran.returncode != 0
+    assert "data race" in ran.stderr
+
+
 # ---------------------------------------------------------------- geometry
 
 WORDS = ("wide", "vector", "slab", "slabs", "group", "buffers", "tile", "tiles", "pool", "shared", "blocks")
@@ -231,6 +276,9 @@ def geometry(
     return dict(zip(WORDS, values, strict=True))
 
 
+LATTICES = [((14, 14), (12, 16)), ((1, 1), (3, 2)), ((64, 64), (64, 64)), ((200, 3), (9, 150))]
+
+
 @pytest.mark.parametrize("shared", [99 << 10, AMPLE, 227 << 10])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
@@ -238,7 +286,12 @@ def test_a_launch_covers_everything_and_fits(device, options, transpose, shared)
     device.become(132, shared)
     for dtype in TYPES:
         for channels in (1, 7, 64, 100, 384, 512, 4096):
-            for size_in, size_out in [((14, 14), (12, 16)), ((1, 1), (3, 2)), ((64, 64), (64, 64)), ((200, 3), (9, 150))]:
+            for size_in, size_out in [
+                ((14, 14), (12, 16)),
+                ((1, 1), (3, 2)),
+                ((64, 64), (64, 64)),
+                ((200, 3), (9, 150)),
+            ]:
                 n = geometry(device, dtype, 256, channels, size_in, size_out, options=options, transpose=transpose)
                 assert n["wide"] <= (channels * dtype.itemsize % 16 == 0)
                 assert 0 < n["slab"] * n["vector"] * (n["slabs"] - 1) < channels or n["slabs"] == 1
@@ -268,10 +321,15 @@ def test_offsets_past_the_range_of_32_bits(device):
     assert n["group"] * n["slab"] * n["vector"] >= 4096
 
 
-@pytest.mark.parametrize("size", [(2**14, 2**14), (1, 60_000)])
-def test_a_lattice_that_is_too_large_says_so(device, backend, size):
-    x = torch.zeros(1, 1).expand(1, *size, 1)
-    g = LatticeMap.rotate(size, 30.0)
-    with pytest.raises(RuntimeError, match="lattice"):
-        device.act(torch.zeros(1, 1, 1), g.linear, g.offset, size, size, "bicubic", "border", False)
-    assert x.shape[1:3] == size
+@pytest.mark.parametrize(
+    ("size", "match"), [((2**14, 2**14), "too many tokens"), ((1, 60_000), "too long for the shared memory")]
+)
+def test_a_lattice_that_is_too_large_says_so(device, size, match):
+    g = LatticeMap.rotate((2, 2), 30.0)
+    x, out = torch.zeros(1), torch.zeros(1)
+    error = device.library.group_action(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, g.linear, g.offset, out)),
+        *(0, ctypes.c_int64(1), ctypes.c_int64(1), (ctypes.c_int64 * 4)(*size, *size)),
+        *(INTERPOLATIONS.index("bicubic"), 0, ctypes.c_bool(False), ctypes.c_bool(False)),
+    )
+    assert match in error.decode()
