@@ -392,7 +392,7 @@ def test_the_wheel_works_away_from_the_sources(tmp_path):
     environment = os.environ | {"PATH": os.pathsep.join(folders)}
     environment.pop("CUDA_HOME", None)
     source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
-    for part in ("csrc", "ser_fast"):
+    for part in ("csrc", "kernels", "ser_fast"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

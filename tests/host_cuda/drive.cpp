@@ -18,6 +18,7 @@ constexpr double kMaps[][6] = {
     // linear by rows, offset
     {0, -1, 1, 0, 0, 0},             // copy, turned
     {0.7, 0, 0, 1.6, 0.3, -0.2},     // separable
+    {1, 0, 0, 0.5, 0.5, -0.25},      // separable, every second token a copy
     {0.8, -0.5, 0.5, 0.8, 0.1, 0.7}  // general
 };
 constexpr int64_t kBatch = std::size(kMaps);

@@ -2,7 +2,7 @@
 //
 // Blocks run one after another. The threads of a block are fibers that take turns on one thread of the system, or with
 // HOST_CUDA_THREADS threads of the system, which the sanitizers can watch. Shared memory holds garbage when a block
-// begins, and cp.async copies when its group is waited for, and not before.
+// begins, and what cp.async copies to holds garbage until its group is waited for.
 #pragma once
 
 #include <math.h>
@@ -241,6 +241,7 @@ inline unsigned char* shared_memory() { return host_cuda::block->shared; }
 
 inline void copy_async(void* shared, const void* global) {
   if (std::bit_cast<uintptr_t>(shared) % 16 || std::bit_cast<uintptr_t>(global) % 16) std::abort();
+  std::memset(shared, 0xa5, 16);
   host_cuda::block->copies[threadIdx.x].push_back({shared, global, host_cuda::block->group[threadIdx.x]});
 }
 inline void commit_copies() { ++host_cuda::block->group[threadIdx.x]; }
