@@ -209,7 +209,7 @@ def drive(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def build_and_run(sanitizer: str, kernels: Path) -> subprocess.CompletedProcess[str]:
         folder = tmp_path_factory.mktemp("drive")
-        flags = ["-g", "-O1", *FLAGS, *INCLUDE, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+        flags = ["-g", "-O0", *FLAGS, *INCLUDE, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
         empty = folder / "empty.cpp"
         empty.write_text("int main() {}")
         tried = run("g++", *flags, empty, "-o", folder / "empty") if shutil.which("g++") else None

@@ -25,8 +25,8 @@ namespace ser_fast::cuda {
 namespace {
 
 constexpr int kThreads = 192, kWarps = kThreads / 32;
-constexpr int kBlocks = 3;  // that a multiprocessor should hold at a time
-constexpr double kFar = 1e6;  // farther out nothing changes, and an int holds it
+constexpr int kBlocks = 3;       // that a multiprocessor should hold at a time
+constexpr double kFar = 1e6;     // farther out nothing changes, and an int holds it
 constexpr int kNever = 1 << 30;  // the first token of a thread that has none
 
 template <typename T>
@@ -96,7 +96,7 @@ struct Axis {
     exact = centres;
     size = tokens;
     squeeze = static_cast<Real>(1 / stretch);
-    reach = area ? (step + 1) / 2 - kTolerance : a.radius * stretch;
+    reach = fmin(area ? (step + 1) / 2 - kTolerance : a.radius * stretch, kFar);
     cut = a.padding == Padding::border && (area || a.antialias);
     one = nearest && stretch == 1;
     plain = stretch == 1 && !cut && !area && !nearest && a.interpolation != Interpolation::lanczos3;
@@ -639,10 +639,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) resample(const Action<Weigh
 
 // ------------------------------------------------------------------------------------------------ launch
 
-constexpr int64_t kWidest = 8;            // accesses of 16 bytes: a cache line
-constexpr int64_t kComfortable = 74 << 10;  // bytes of shared memory: two blocks of sm_80 at a time, three of sm_90
-constexpr int64_t kWanted = 2 * kBlocks;    // blocks a multiprocessor, for an even end
-constexpr int64_t kChannels = 32;           // of a slab that is not staged
+constexpr int64_t kWidest = 8;                 // accesses of 16 bytes: a cache line
+constexpr int64_t kComfortable = 74 << 10;     // bytes of shared memory: two blocks of sm_80 at a time, three of sm_90
+constexpr int64_t kWanted = 2 * kBlocks;       // blocks a multiprocessor, for an even end
+constexpr int64_t kChannels = 32;              // of a slab that is not staged
 constexpr int kStatic = sizeof(Plan<double>);  // bytes of shared memory besides what a launch asks for
 
 template <typename Real>
