@@ -3,6 +3,9 @@
 // Everything is validated in Python (ser_fast/ops); outputs are allocated there and written here.
 
 #include <Python.h>
+#ifdef SER_FAST_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,6 +17,9 @@
 #include "cpu/embedding.h"
 #include "cpu/group_action.h"
 #include "cpu/nt_xent.h"
+#ifdef SER_FAST_CUDA
+#include "cuda/group_action.h"
+#endif
 
 // libtorch's own BLAS (MKL or OpenBLAS), column-major.
 extern "C" {
@@ -73,14 +79,31 @@ T* output(const Tensor& x) {
   return x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
 }
 
+ser_fast::Resampling resampling(int64_t interpolation, int64_t padding, bool antialias) {
+  return {static_cast<ser_fast::Interpolation>(interpolation), static_cast<ser_fast::Padding>(padding), antialias};
+}
+
 // sizes: height_in, width_in, height_out, width_out.
 void group_action(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vector<int64_t> sizes, int64_t interpolation,
                   int64_t padding, bool antialias, bool transpose) {
-  const ser_fast::Resampling how{static_cast<ser_fast::Interpolation>(interpolation),
-                                 static_cast<ser_fast::Padding>(padding), antialias};
+  const ser_fast::Resampling how = resampling(interpolation, padding, antialias);
   ser_fast::group_action(x.const_data_ptr(), data<double>(linear), data<double>(offset), out.mutable_data_ptr(), type_of(x),
                          x.size(0), x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]}, how, transpose, parallel);
 }
+
+#ifdef SER_FAST_CUDA
+void group_action_cuda(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vector<int64_t> sizes,
+                       int64_t interpolation, int64_t padding, bool antialias, bool transpose) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* stream;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  const char* error = ser_fast::cuda::group_action(
+      x.const_data_ptr(), data<double>(linear), data<double>(offset), out.mutable_data_ptr(), type_of(x), x.size(0),
+      x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]}, resampling(interpolation, padding, antialias), transpose,
+      stream);
+  STD_TORCH_CHECK(error == nullptr, "group_action on cuda: ", error);
+}
+#endif
 
 // first, second: (N, dim); second is empty for one set of rows. index: (n,).
 ser_fast::Selection selection(const Tensor& first, const Tensor& second, const Tensor& index) {
@@ -207,6 +230,10 @@ STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CPU, m) {
   m.impl("log_and_mean_negatives", TORCH_BOX(&log_and_mean_negatives));
   m.impl("negatives_gradient", TORCH_BOX(&negatives_gradient));
 }
+
+#ifdef SER_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CUDA, m) { m.impl("group_action", TORCH_BOX(&group_action_cuda)); }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CompositeExplicitAutograd, m) {
   m.impl("kept_similarities", TORCH_BOX(&kept_similarities));

@@ -98,6 +98,16 @@ def test_auto_takes_the_fastest_on_a_gpu(complete, monkeypatch, missing, best):
     assert choose("op", "auto", OnGPU()) == best
 
 
+@pytest.mark.parametrize("op", ["nt_xent", "info_nce"])
+def test_an_op_without_a_cuda_kernel(complete, op):
+    class OnGPU:
+        device = torch.device("cuda")
+
+    assert choose(op, "auto", OnGPU()) == "triton"
+    with pytest.raises(RuntimeError, match=f"backend='cuda' can't run here: this version has no CUDA kernel for {op}"):
+        choose(op, "cuda", OnGPU())
+
+
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_an_explicit_request_is_met(complete, name):
     assert choose("op", name, X) == name

@@ -387,13 +387,17 @@ def test_kernels_are_clean(name, tmp_path):
 
 
 def test_the_wheel_works_away_from_the_sources(tmp_path):
+    """Built as where there is no nvcc; then it says so."""
+    folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if not (Path(folder) / "nvcc").exists()]
+    environment = os.environ | {"PATH": os.pathsep.join(folders)}
+    environment.pop("CUDA_HOME", None)
     source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
-    for part in ("csrc", "ser_fast"):
+    for part in ("csrc", "kernels", "ser_fast"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    built = run(*pip, "wheel", source, "--no-build-isolation", "--no-deps", "-w", tmp_path)
+    built = run(*pip, "wheel", source, "--no-build-isolation", "--no-deps", "-w", tmp_path, env=environment)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert "-abi3-" in wheel.name
@@ -402,11 +406,14 @@ def test_the_wheel_works_away_from_the_sources(tmp_path):
     program = (
         "import ser_fast, torch\n"
         "from ser_fast.lattice import LatticeMap\n"
+        "from ser_fast.ops.backends import reason_not\n"
         "from ser_fast.ops.group_action import group_action\n"
         "x = torch.arange(4.0).reshape(1, 2, 2, 1)\n"
         "print(ser_fast.__file__)\n"
+        "print(reason_not('cuda', 'cuda'))\n"
         "print(group_action(x, LatticeMap.rot90((2, 2), 1), backend='cpu').flatten().tolist())"
     )
-    where, values = python(program, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(elsewhere)}).splitlines()
+    where, cuda, values = python(program, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(elsewhere)}).splitlines()
     assert where.startswith(str(elsewhere))
+    assert cuda == "the native extension ser_fast._C was built without CUDA"
     assert values == "[1.0, 3.0, 0.0, 2.0]"

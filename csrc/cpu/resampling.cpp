@@ -6,24 +6,7 @@
 namespace ser_fast {
 namespace {
 
-constexpr double kTolerance = 1e-4;  // LatticeMap's: this close to a border between two tokens is on it
 constexpr double kPi = 3.14159265358979323846;
-
-// The (B, C) family of Mitchell and Netravali; (0, -a) is Keys' kernel with parameter a.
-constexpr Cubics family(double b, double c) {
-  return {{1 - b / 3, 0, -3 + 2 * b + c, 2 - 1.5 * b - c},
-          {4 * b / 3 + 4 * c, -2 * b - 8 * c, b + 5 * c, -b / 6 - c}};
-}
-
-constexpr Cubics cubics(Interpolation interpolation) {
-  switch (interpolation) {
-    case Interpolation::bilinear: return {{1, -1, 0, 0}, {}};
-    case Interpolation::bicubic: return family(0, 0.75);
-    case Interpolation::catmull_rom: return family(0, 0.5);
-    case Interpolation::mitchell: return family(1.0 / 3, 1.0 / 3);
-    default: return {};
-  }
-}
 
 double value(const double* c, double t) { return c[0] + t * (c[1] + t * (c[2] + t * c[3])); }
 
@@ -34,15 +17,6 @@ double kernel(Interpolation interpolation, const Cubics& of, double t) {
   t = std::abs(t);
   if (interpolation == Interpolation::lanczos3) return t < 3 ? sinc(t) * sinc(t / 3) : 0;
   return t < 1 ? value(of.inner, t) : t < 2 ? value(of.outer, t) : 0;
-}
-
-double radius(Interpolation interpolation) {
-  switch (interpolation) {
-    case Interpolation::nearest: return 0.5 + kTolerance;
-    case Interpolation::bilinear: return 1;
-    case Interpolation::lanczos3: return 3;
-    default: return 2;
-  }
 }
 
 }  // namespace

@@ -19,13 +19,14 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "on", "true")  # as triton reads it
+_NO_CUDA_KERNEL = ("nt_xent", "info_nce")
 _DEVICES = {"cpu": "cpu", "triton": "cpu" if _INTERPRETED else "cuda", "cuda": "cuda"}
 
 
 def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
     """The modules of the backends that are here, and for the others what is missing."""
     modules = {"reference": importlib.import_module("ser_fast.ops.reference")}
-    missing = {"cuda": "this version has no CUDA kernels"}
+    missing = {}
     if importlib.util.find_spec("triton") is None:
         missing["triton"] = "triton is not installed"
     elif not _INTERPRETED and torch.cuda.device_count() == 0:  # unlike is_available, leaves CUDA to forked processes
@@ -42,6 +43,14 @@ def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
             modules["cpu"] = importlib.import_module("ser_fast.ops.native")
         except (ImportError, OSError) as error:  # built for another torch or Python, or a library is missing
             missing["cpu"] = f"the native extension ser_fast._C does not load: {error}"
+    if "cpu" in missing:
+        missing["cuda"] = missing["cpu"]
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key("ser_fast_native::group_action", "CUDA"):
+        missing["cuda"] = "the native extension ser_fast._C was built without CUDA"
+    elif torch.cuda.device_count() == 0:
+        missing["cuda"] = "it runs on cuda tensors, and torch finds no GPU"
+    else:
+        modules["cuda"] = importlib.import_module("ser_fast.ops.cuda")
     return modules, missing
 
 
@@ -49,18 +58,20 @@ _MODULES, _MISSING = _load()
 
 
 def implementations(name: str) -> dict[str, Callable[..., Any]]:
-    """The function `name` of every backend that is here, by backend."""
-    return {backend: getattr(module, name) for backend, module in _MODULES.items()}
+    """The function `name` of every backend that is here and has it, by backend."""
+    return {backend: getattr(module, name) for backend, module in _MODULES.items() if hasattr(module, name)}
 
 
-def reason_not(backend: str, device: str) -> str | None:
-    """Why `backend` can't run on tensors of `device` ("cpu", "cuda", ...); None if it can."""
+def reason_not(backend: str, device: str, op: str | None = None) -> str | None:
+    """Why `backend` can't run (`op`) on tensors of `device` ("cpu", "cuda", ...); None if it can."""
     if backend == "reference":
         return None
     if backend in _MISSING:
         return _MISSING[backend]
     if _DEVICES[backend] != device:
         return f"it runs on {_DEVICES[backend]} tensors, not on {device}"
+    if backend == "cuda" and op in _NO_CUDA_KERNEL:
+        return f"this version has no CUDA kernel for {op}"
     return None
 
 
@@ -77,10 +88,10 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
     device = tensor.device.type
     if backend == "auto":
         fastest = ("cuda", "cpu") if device == "cpu" else ("cuda", "triton")
-        return next((name for name in fastest if reason_not(name, device) is None), "reference")
+        return next((name for name in fastest if reason_not(name, device, op) is None), "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, takes 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    reason = reason_not(backend, device)
+    reason = reason_not(backend, device, op)
     if reason is not None:
         raise RuntimeError(f"{op}: backend={backend!r} can't run here: {reason}")
     return backend
