@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops.backends import reason_not
 from ser_fast.ops.group_action import group_action
@@ -62,6 +63,19 @@ def test_values(backend, g, dtype, channels, options):
         assert torch.equal(ours, repeated)
         error = (ours[few].float() - exact).abs().max() / exact.abs().max()
         assert error <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "padding", "antialias"), list(product(INTERPOLATIONS, PADDINGS, (False, True)))
+)
+def test_every_option(backend, interpolation, padding, antialias):
+    options = {"interpolation": interpolation, "padding": padding, "antialias": antialias}
+    g = LatticeMap.resize((14, 14), (9, 11), batch=8) @ LatticeMap.rotate((14, 14), torch.linspace(3, 300, 8))
+    x, cotangent = tokens(g, 64, f32, batch=8)
+    actual = there_and_back(g.to("cuda"), x, cotangent, backend=backend, **options)
+    expected = there_and_back(g.to("cuda"), x.double(), cotangent.double(), backend="reference", **options)
+    for ours, exact in zip(actual, expected, strict=True):
+        assert (ours - exact).abs().max() <= BUDGET[f32] * exact.abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "channels"), list(product(BUDGET, (512, 7))))

@@ -1,7 +1,6 @@
-"""The kernels on a GPU, at real sizes, against float64 on the same device: `pytest -m gpu`."""
+"""The losses on a GPU, at real sizes, against float64 on the same device: `pytest -m gpu`."""
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ser_fast import LatticeMap, SERLoss, group_action, info_nce, nt_xent
-from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.ops.backends import BACKENDS, reason_not
 
 pytestmark = [
@@ -33,62 +31,6 @@ def worst(actual: Tensor, expected: Tensor) -> float:
 def poison() -> None:
     """Memory that is allocated next holds NaN where nobody writes."""
     torch.full((2**27,), torch.nan, device="cuda")
-
-
-# ---------------------------------------------------------------- group_action
-
-SIZES = [((14, 14), (12, 16), 384), ((16, 16), (16, 16), 512), ((7, 9), (13, 5), 130), ((37, 64), (64, 50), 96)]
-BUDGETS = {f32: 2e-6, bf16: 2**-8, f16: 2**-10}
-
-
-def some_maps(size: tuple[int, int], size_out: tuple[int, int], batch: int) -> dict[str, LatticeMap]:
-    resize = LatticeMap.resize(size, size_out, batch=batch)
-    return {
-        "d4": LatticeMap.d4(size, torch.zeros(batch, dtype=torch.long)),
-        "d4 and resize": resize @ LatticeMap.hflip(size),
-        "affine": resize @ LatticeMap.rotate(size, torch.linspace(-170, 170, batch)),
-        "crop": LatticeMap.crop(size, torch.tensor([[-1.0, -2.0, *size]]).repeat(batch, 1), size_out),
-    }
-
-
-@pytest.mark.parametrize("dtype", BUDGETS, ids=str)
-@pytest.mark.parametrize("name", ["d4", "d4 and resize", "affine", "crop"])
-@pytest.mark.parametrize(("size", "size_out", "channels"), SIZES)
-def test_group_action_and_its_transpose(size, size_out, channels, name, dtype, on_gpu):
-    batch = 32
-    g = some_maps(size, size_out, batch)[name].to("cuda")
-    x = torch.randn(batch, *size, channels, dtype=dtype, device="cuda", requires_grad=True)
-    exact = x.detach().to(f64).requires_grad_()
-    expected = group_action(exact, g, backend="reference")
-    cotangent = torch.randn(expected.shape, dtype=dtype, device="cuda")
-    poison()
-    out = group_action(x, g, backend=on_gpu)
-    (gradient,) = torch.autograd.grad(out, x, cotangent)
-    (expected_gradient,) = torch.autograd.grad(expected, exact, cotangent.to(f64))
-    assert worst(out, expected) <= BUDGETS[dtype]
-    assert worst(gradient, expected_gradient) <= BUDGETS[dtype]
-    if name == "d4":
-        assert torch.equal(out, x)
-    assert torch.equal(out, group_action(x, g, backend=on_gpu))
-
-
-@pytest.mark.parametrize(("interpolation", "padding", "antialias"), product(INTERPOLATIONS, PADDINGS, (False, True)))
-def test_every_option_of_group_action(interpolation, padding, antialias, on_gpu):
-    options = {"interpolation": interpolation, "padding": padding, "antialias": antialias}
-    g = LatticeMap.resize((14, 14), (9, 11), batch=8) @ LatticeMap.rotate((14, 14), torch.linspace(3, 300, 8))
-    g, x = g.to("cuda"), torch.randn(8, 196, 64, device="cuda", requires_grad=True)
-    exact = x.detach().to(f64).requires_grad_()
-    out, expected = (
-        group_action(x, g, backend=on_gpu, **options),
-        group_action(exact, g, backend="reference", **options),
-    )
-    cotangent = torch.randn_like(out)
-    (gradient,), (expected_gradient,) = (
-        torch.autograd.grad(out, x, cotangent),
-        torch.autograd.grad(expected, exact, cotangent.to(f64)),
-    )
-    assert worst(out, expected) <= 5e-6
-    assert worst(gradient, expected_gradient) <= 5e-6
 
 
 # ---------------------------------------------------------------- nt_xent and info_nce
