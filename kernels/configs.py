@@ -1,7 +1,11 @@
 """What the kernels are compiled to: launch configurations, and the builds that are compiled without a GPU."""
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,10 +113,31 @@ LARGEST_OWNED = {80: 256, 90: 256, 100: 256}
 PANEL = 8192  # rows and columns: 128 MB in float16, and one wave of 128 x 256 tiles of a gradient
 
 
+# ---------------------------------------------------------------- what was measured here (ser_fast.kernels.tune)
+
+
+def tuned_file() -> Path:
+    """Where `tune` keeps what it chose on this machine: $SER_FAST_CACHE or ~/.cache/ser_fast, in triton.json."""
+    return Path(os.environ.get("SER_FAST_CACHE", Path.home() / ".cache" / "ser_fast")) / "triton.json"
+
+
+@cache
+def tuned() -> dict[str, Config]:
+    """The configurations that take the place of the tables', by `tuning_key`; none where nothing was tuned."""
+    try:
+        return {key: Config(**config) for key, config in json.loads(tuned_file().read_text()).items()}
+    except FileNotFoundError:
+        return {}
+
+
+def tuning_key(kind: str, capability: int, columns: int | None = None) -> str:
+    return f"{kind} sm_{capability}" + (f" {columns}" if columns else "")
+
+
 def similarity_config(capability: int) -> Config:
     if triton.knobs.runtime.interpret:  # time goes by programs there, and by padding
         return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 1}, 4, 1)
-    return _SIMILARITIES[capability]
+    return tuned().get(tuning_key("similarities", capability), _SIMILARITIES[capability])
 
 
 def running_config(capability: int) -> Config:
@@ -124,7 +149,7 @@ def running_config(capability: int) -> Config:
 def owner_config(capability: int, columns: int) -> Config:
     if triton.knobs.runtime.interpret:
         return Config({"BLOCK_M": 128, "BLOCK_N": 128}, 4, 1)
-    return _OWNER[capability, columns]
+    return tuned().get(tuning_key("owner", capability, columns), _OWNER[capability, columns])
 
 
 def prepare_config(columns: int) -> Config:
