@@ -26,11 +26,16 @@ def _position(row: dict[str, Any], size: str) -> int:
 
 def draw(name: str) -> Path:
     run = json.loads((RESULTS / f"{name}.json").read_text())
-    figure, axes = plt.subplots(2, len(PANELS), figsize=(4 * len(PANELS), 7), layout="constrained", squeeze=False)
-    for column, (op, scaling, size, label) in zip(axes.T, PANELS, strict=True):
-        rows = [row for row in run["cases"] if row["op"] == op and row.get("scaling") == scaling]
-        if not rows:  # a run of some cases only
-            continue
+    panels = [
+        (rows, op, size, label)
+        for op, scaling, size, label in PANELS
+        # A run of some cases may have none for a panel.
+        if (rows := [row for row in run["cases"] if row["op"] == op and row.get("scaling") == scaling])
+    ]
+    if not panels:
+        sys.exit(f"{name}: no scaling cases among its results")
+    figure, axes = plt.subplots(2, len(panels), figsize=(4 * len(panels), 7), layout="constrained", squeeze=False)
+    for column, (rows, op, size, label) in zip(axes.T, panels, strict=True):
         for ax, quantity, unit in zip(column, ("ms", "extra_mib"), ("ms", "extra memory, MiB"), strict=True):
             for rival in dict.fromkeys(name for row in rows for name in row["rivals"]):
                 if rival == "floor" and quantity == "extra_mib":
