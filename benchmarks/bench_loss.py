@@ -27,6 +27,10 @@ try:
 except ImportError:
     linear_cross_entropy = None
 try:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+except ImportError:
+    liger_fused_linear_cross_entropy = None
+try:
     from memeff import MemoryEfficientCLIPLoss
 except ImportError:
     MemoryEfficientCLIPLoss = None
@@ -82,6 +86,11 @@ def _cut_cross_entropy(z: Tensor) -> Tensor:
     )
 
 
+def _liger(z: Tensor) -> Tensor:
+    u = F.normalize(z, dim=1)
+    return liger_fused_linear_cross_entropy(u / TEMPERATURE, u, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+
 def _compare_nt_xent(compare, backends, device, rows: int, dim: int, dtype: torch.dtype, **sizes: str) -> None:
     image = torch.arange(rows // 2, device=device) // TOKENS
     single = torch.arange(rows // 2, device=device)  # SimCLR: every row is its own image
@@ -112,6 +121,9 @@ def _compare_nt_xent(compare, backends, device, rows: int, dim: int, dtype: torc
     if dense and linear_cross_entropy is not None:
         rivals["cut-cross-entropy exact"] = _cut_cross_entropy
         other["cut-cross-entropy exact"] = _with_itself
+    if dense and liger_fused_linear_cross_entropy is not None:
+        rivals["liger-kernel"] = _liger
+        other["liger-kernel"] = _with_itself
     if dense and MemoryEfficientCLIPLoss is not None:
         memeff = MemoryEfficientCLIPLoss(temperature=TEMPERATURE)
         rivals["memeff"] = lambda z: memeff(z, z.roll(rows // 2, 0))  # both directions of one symmetric matrix

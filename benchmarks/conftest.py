@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error, relative to the largest value
 PACKAGES = ("ser-fast", "torch", "triton", "numpy", "timm", "pytest-benchmark")
-PACKAGES += ("kornia", "lightly", "pytorch-metric-learning", "cut-cross-entropy", "memeff")
+PACKAGES += ("kornia", "lightly", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "memeff")
 _rows = pytest.StashKey[list[dict[str, Any]]]()
 
 
