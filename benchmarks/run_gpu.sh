@@ -21,12 +21,13 @@ if [ -n "$wheels" ]; then
 fi
 name=$($python -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
 status=0
-timeout 240 $python -m pytest tests -m gpu -q 2>&1 | tee "$results/$name-tests.log" || status=1
+# Interrupted rather than killed, pytest still tells what it found, and the suite writes its table.
+timeout --signal=INT 170 $python -m pytest tests -m gpu -q 2>&1 | tee "$results/$name-tests.log" || status=1
 if command -v compute-sanitizer >/dev/null; then
-  timeout 60 compute-sanitizer --tool memcheck --error-exitcode 9 $python -m pytest tests -m gpu -q \
+  timeout 45 compute-sanitizer --tool memcheck --error-exitcode 9 $python -m pytest tests -m gpu -q \
     -k "info_nce_against and 500 or option and bicubic" 2>&1 | tail -40 | tee "$results/$name-memcheck.log" || status=1
 fi
-timeout 230 $python -m pytest benchmarks --benchmark-only --continue-on-collection-errors --seconds 1 --results "$name" \
+timeout --signal=INT 180 $python -m pytest benchmarks --benchmark-only --continue-on-collection-errors --seconds 1 --results "$name" \
   -q 2>&1 | tail -30 | tee "$results/$name-suite.log" || status=1
 for kind in json md; do
   [ "$results" -ef benchmarks/results ] || cp "benchmarks/results/$name.$kind" "$results/"
