@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <bit>
 #include <cstdint>
@@ -208,6 +209,12 @@ T __shfl_up_sync(unsigned, T value, unsigned distance) {
                              [&](const auto& of) { return lane < distance ? value : of(threadIdx.x - distance); });
 }
 
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, unsigned distance) {
+  return host_cuda::exchange(host_cuda::block->warp(), value,
+                             [&](const auto& of) { return of(threadIdx.x ^ distance); });
+}
+
 // ------------------------------------------------------------------------------------------------ the runtime
 
 using cudaStream_t = void*;
@@ -258,6 +265,67 @@ inline void store_16(void* global, const void* values) {
   if (std::bit_cast<uintptr_t>(global) % 16) std::abort();
   std::memcpy(global, values, 16);
 }
+
+// The lanes of the warp compute with each other's values, which they see through pointers.
+template <typename T, typename Compute>
+void exchange_lanes(const T& mine, const Compute& compute) {
+  const unsigned first = threadIdx.x / 32 * 32;
+  host_cuda::exchange(host_cuda::block->warp(), &mine, [&](const auto& of) {
+    compute([&](unsigned lane) -> const T& { return *of(first + lane); });
+    return 0;
+  });
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  if (std::bit_cast<uintptr_t>(row) % 16) std::abort();
+  const unsigned lane = threadIdx.x % 32;
+  exchange_lanes(row, [&](const auto& row_of) {
+    for (unsigned i = 0; i < 4; ++i) {
+      std::memcpy(&to[i], static_cast<const uint32_t*>(row_of(i * 8 + lane / 4)) + lane % 4, 4);
+    }
+  });
+}
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  if (std::bit_cast<uintptr_t>(row) % 16) std::abort();
+  const unsigned lane = threadIdx.x % 32;
+  exchange_lanes(row, [&](const auto& row_of) {
+    for (unsigned i = 0; i < 4; ++i) {
+      const auto at = [&](unsigned r) { return static_cast<const uint16_t*>(row_of(i * 8 + r))[lane / 4]; };
+      to[i] = at(lane % 4 * 2) | at(lane % 4 * 2 + 1) << 16;
+    }
+  });
+}
+// Lane l holds of a the rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, then the same 8 columns on; of b the
+// column l / 4, rows 2 (l % 4) and the next, then 8 rows on; of the sum the rows as of a, columns 2 (l % 4) and the next.
+inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
+  struct Both {
+    float a[8], b[4];
+  } mine;
+  const auto half = [](uint32_t word, int i) {
+    return static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(word >> 16 * i)));
+  };
+  for (int i = 0; i < 8; ++i) mine.a[i] = half(a[i / 2], i % 2);
+  for (int i = 0; i < 4; ++i) mine.b[i] = half(b[i / 2], i % 2);
+  const unsigned lane = threadIdx.x % 32;
+  exchange_lanes(mine, [&](const auto& of) {
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned pair = k % 8 / 2, at = k / 8 * 2 + k % 2;  // the lane of four that holds k, and where in its b
+      const float* row = of(lane / 4 * 4 + pair).a;
+      for (unsigned e = 0; e < 4; ++e) {
+        sum[e] += row[k / 8 * 4 + e / 2 * 2 + k % 2] * of((lane % 4 * 2 + e % 2) * 4 + pair).b[at];
+      }
+    }
+  });
+}
+inline uint32_t pack(float low, float high) {
+  return std::bit_cast<uint16_t>(static_cast<_Float16>(low)) |
+         static_cast<uint32_t>(std::bit_cast<uint16_t>(static_cast<_Float16>(high))) << 16;
+}
+inline float exp2_fast(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0 : y;
+}
+inline void atomic_add(int64_t* to, int64_t value) { std::atomic_ref(*to).fetch_add(value); }
 
 inline float sine_pi(float x) { return static_cast<float>(sin(M_PI * x)); }
 inline double sine_pi(double x) { return sin(M_PI * x); }
