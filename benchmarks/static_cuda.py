@@ -32,7 +32,11 @@ INSTRUCTIONS = {
     "16-byte stores": r"STG\.E\.128",
     "matrix products": r"H[G]?MMA",
 }
-REQUIRED = {r"resample<\w+, true, ": ("16-byte async copies", "16-byte loads", "16-byte stores")}
+REQUIRED = {
+    r"resample<\w+, true, ": ("16-byte async copies", "16-byte loads", "16-byte stores"),
+    r"accumulate<|sum_pairs|sum_rows|fill_panel": ("16-byte async copies", "matrix products"),
+    r"fill_panel": ("16-byte stores",),
+}
 
 _PROPERTIES = re.compile(
     r"Function properties for (?P<symbol>\S+)\n"

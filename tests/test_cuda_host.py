@@ -203,11 +203,26 @@ def test_the_gradient_of_a_d4_map_is_a_copy(device, backend, machine):
 # ---------------------------------------------------------------- sanitizers
 
 
-@pytest.fixture(scope="session")
-def drive(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Builds the kernels with a sanitizer, a thread of the system for each of CUDA's, and runs them."""
+class Drive(NamedTuple):
+    """Kernels, what runs them and looks at the values, and a barrier that they can't do without."""
 
-    def build_and_run(sanitizer: str, kernels: Path) -> subprocess.CompletedProcess[str]:
+    kernels: str
+    sources: tuple[Path, ...]
+    before_a_barrier: str
+
+
+TWIN = tuple(ROOT / "csrc" / "cpu" / name for name in ("group_action.cpp", "resampling.cpp", "rows.cpp"))
+DRIVES = [
+    Drive("group_action.cu", (*TWIN, ROOT / "tests" / "host_cuda" / "drive.cpp"), ""),
+    Drive("nt_xent_tiles.cu", (ROOT / "tests" / "host_cuda" / "drive_tiles.cpp",), "wait_copies<kStages - 2>();"),
+]
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Builds kernels with a sanitizer, a thread of the system for each of CUDA's, and runs them."""
+
+    def build_and_run(sanitizer: str, kernels: Path, sources: Sequence[Path]) -> subprocess.CompletedProcess[str]:
         folder = tmp_path_factory.mktemp("drive")
         flags = ["-g", "-O0", *FLAGS, *INCLUDE, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
         empty = folder / "empty.cpp"
@@ -215,32 +230,28 @@ def drive(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
         tried = run("g++", *flags, empty, "-o", folder / "empty") if shutil.which("g++") else None
         if tried is None or tried.returncode != 0 or run(folder / "empty").returncode != 0:
             missing(f"no {sanitizer} sanitizer here")
-        twin = [ROOT / "csrc" / "cpu" / name for name in ("group_action.cpp", "resampling.cpp", "rows.cpp")]
         options = ["-DHOST_CUDA_THREADS", "-DSER_FAST_PORTABLE"]
-        sources = [kernels, *twin, ROOT / "tests" / "host_cuda" / "drive.cpp"]
-        built = run("g++", *flags, *options, *sources, "-o", folder / "drive")
+        built = run("g++", *flags, *options, kernels, *sources, "-o", folder / "drive")
         assert built.returncode == 0, built.stderr
         return run(folder / "drive")
 
     return build_and_run
 
 
-KERNELS = ROOT / "csrc" / "cuda" / "group_action.cu"
-
-
+@pytest.mark.parametrize("drive", DRIVES, ids=lambda drive: drive.kernels)
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_kernels_are_clean(drive, sanitizer):
-    ran = drive(sanitizer, KERNELS)
+def test_kernels_are_clean(sanitized, sanitizer, drive):
+    ran = sanitized(sanitizer, ROOT / "csrc" / "cuda" / drive.kernels, drive.sources)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
-def test_a_missing_barrier_is_a_race(drive, tmp_path):
-    whole = KERNELS.read_text()
-    before, barrier, after = whole.partition("__syncthreads();")
-    assert barrier
+@pytest.mark.parametrize("drive", DRIVES, ids=lambda drive: drive.kernels)
+def test_a_missing_barrier_is_a_race(sanitized, drive, tmp_path):
+    whole = (ROOT / "csrc" / "cuda" / drive.kernels).read_text()
+    start = whole.index("__syncthreads();", whole.index(drive.before_a_barrier))
     kernels = tmp_path / "kernels.cu"
-    kernels.write_text(before + after)
-    ran = drive("thread", kernels)
+    kernels.write_text(whole[:start] + whole[start:].replace("__syncthreads();", "", 1))
+    ran = sanitized("thread", kernels, drive.sources)
     assert ran.returncode != 0
     assert "data race" in ran.stderr
 
