@@ -16,7 +16,6 @@ except ImportError:
     warp_affine = None
 
 Rival = Callable[[Tensor], Tensor]
-OP = "group_action"
 BATCH, CHANNELS, SIZE_IN, SIZE_OUT = 64, 512, (14, 14), (12, 16)
 WAYS = ("fwd", "bwd", "fwd+bwd")
 CASES = (

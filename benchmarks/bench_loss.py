@@ -36,7 +36,6 @@ except ImportError:
     MemoryEfficientCLIPLoss = None
 
 Rival = Callable[[Tensor], Tensor]
-OP = "nt_xent"  # what runs it runs info_nce and all of SERLoss
 KEPT_BYTES = implementations("kept_bytes")
 TEMPERATURE, TOKENS = 0.3, 64  # tokens of an image
 DENSE, CUBIC = 20_000, 256  # rows up to which an n x n matrix, and pairs of pairs, are affordable

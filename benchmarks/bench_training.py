@@ -11,8 +11,6 @@ from ser_fast.demo import demo_runs
 from ser_fast.training.config import TrainConfig
 from ser_fast.training.trainer import _Run
 
-OP = "nt_xent"  # what runs it runs all of SERLoss
-
 
 def _step(config: TrainConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
     """images (B, 3, S, S) uint8 to the losses of a step, from the initial weights on."""

@@ -66,10 +66,10 @@ def device() -> torch.device:
     return DEVICE
 
 
-@pytest.fixture(scope="module")
-def backends(request: pytest.FixtureRequest) -> list[str]:
-    """The backends that run the module's operation, its OP, on the device."""
-    return [backend for backend in BACKENDS if reason_not(backend, DEVICE.type, request.module.OP) is None]
+@pytest.fixture(scope="session")
+def backends() -> list[str]:
+    """The backends that run on the device."""
+    return [backend for backend in BACKENDS if reason_not(backend, DEVICE.type) is None]
 
 
 # ---------------------------------------------------------------- measuring

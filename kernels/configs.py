@@ -110,8 +110,6 @@ _OWNER = {
 # two bytes that the library multiplies (4 units). A panel's bytes pay from 263 columns on.
 LARGEST_OWNED = {80: 256, 90: 256, 100: 256}
 
-PANEL = 8192  # rows and columns: 128 MB in float16, and one wave of 128 x 256 tiles of a gradient
-
 
 # ---------------------------------------------------------------- what was measured here (ser_fast.kernels.tune)
 

@@ -1,38 +1,6 @@
-"""NT-Xent and InfoNCE, without ever storing the similarity matrix.
-
-Similarities are made and used up in tiles. Rows have unit length, so s = <u, v> / temperature is at most
-1 / temperature, and in base 2, with c = log2(e) / temperature, a fixed shift serves all:
-
-    P_ij = 2^(c <u_i, v_j> - c)    for the negatives, else 0
-    L_i  = sum_j P_ij,  log2 sum_j e^(s_ij) = log2 L_i + c
-
-The gradient of sum_i w_i loss_i is one product with G_ij = P_ij a_i, a_i = w_i 2^(c - log2(e) (s_i+ + loss_i)); where
-queries and keys are the same rows (nt_xent), with the symmetric G_ij = P_ij (a_i + a_j). At a low temperature P leaves
-the range of float32: sums then carry a running maximum, and G takes two exps with the shift of each row.
-
-Half-precision rows take part in products as float16, normalised in float32 and rounded once. Positives stay out of the
-tiles, in float64. Of these rows, in units of U = n^2 D flops (n rows in all, nt_xent):
-
-    forward     tiles on and above the diagonal, sums of both sides of a tile                                  U
-    backward    "owner": a program owns a strip of rows, walks over all others, and keeps its gradient       4 U
-                "panel": a kernel writes panels of G in float16, the library multiplies both ways            3 U
-                the same from similarities that the forward pass kept                                        2 U
-
-Rows in float32 or float64, and rows that are not normalised (no bound: float16 can't hold them), are exact: the
-library forms panels of products in their dtype, at float32 with the precision that torch.set_float32_matmul_precision
-says, and the same kernels use them up.
-
-Images are int64 numbers, in any order. Of each 32 rows their range is known, and whether all are valid: two tiles with
-disjoint ranges of valid rows need no mask, two of a single image hold nothing, and others are masked.
-
-Sums are taken in an order that depends on shapes alone, or as integers: the same input gives the same bits.
-Nothing waits for the device. Memory, besides the outputs: the rows in float16, 16 bytes a row, and in the backward pass
-the gradient in float32 (times the splits of the walk) and one panel.
-"""
+"""The Triton kernels of nt_xent and info_nce, as `ser_fast.ops.tiled.Kernels` describes them, and their launches."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +11,6 @@ from torch import Tensor
 from ser_fast.kernels.configs import (
     CAPABILITIES,
     LARGEST_OWNED,
-    PANEL,
     Build,
     Config,
     capability_of,
@@ -54,17 +21,14 @@ from ser_fast.kernels.configs import (
     similarity_config,
 )
 from ser_fast.ops.reference import EPS
+from ser_fast.ops.tiled import LIFT, SPAN, TOP, Side, Source, TiledLosses, base2_scale
 
 _EPS = tl.constexpr(EPS)
-_SPAN = tl.constexpr(32)  # rows that share a range of images
+_SPAN = tl.constexpr(SPAN)
 _LN2 = tl.constexpr(math.log(2))
 _LOG2E = tl.constexpr(1 / math.log(2))
-_LIFT = tl.constexpr(15)  # kept similarities are 2^15 P: down to a temperature of 0.1 none is subnormal in float16
-_TOP = tl.constexpr(2.0**14)  # the largest weight, as float16 sees it in G, and the largest term of a mean
-
-_LOWEST_BOUNDED_TEMPERATURE = 0.03  # below, e^(2 / temperature) leaves the range of float32
-_LOWEST_LIFTED_TEMPERATURE = 0.1  # below, 2^15 P leaves the normal range of float16
-_MOST_SUMMED_ROWS = 1 << 20  # more could overflow the integers of `_add`
+_LIFT = tl.constexpr(LIFT)
+_TOP = tl.constexpr(TOP)
 
 
 # ---------------------------------------------------------------- rows
@@ -556,11 +520,7 @@ def _panel(
     BY_ROW: tl.constexpr,
     BY_KEY: tl.constexpr,
 ):
-    """panel = G of row_tiles x key_tiles tiles from the corner (first_row, first_key).
-
-    SOURCE is where the similarities come from: "product", "library" (in the panel, which G overwrites), or what the
-    forward pass kept: "kept", and "kept, diagonal" for a panel that reaches above the diagonal.
-    """
+    """panel = G of row_tiles x key_tiles tiles from the corner (first_row, first_key); SOURCE names a `Source`."""
     t = tl.program_id(0).to(tl.int64)
     row_tile, key_tile = tl.swizzle2d(t // key_tiles, t % key_tiles, row_tiles, key_tiles, GROUP)
     i, j = first_row + row_tile * BLOCK_M, first_key + key_tile * BLOCK_N
@@ -572,8 +532,8 @@ def _panel(
     if _one_image(tile_i, tile_j):
         tl.store(out, tl.zeros((BLOCK_M, BLOCK_N), panel.dtype.element_ty))
     else:
-        if SOURCE == "kept" or SOURCE == "kept, diagonal":
-            if SOURCE == "kept":
+        if SOURCE == "KEPT" or SOURCE == "KEPT_DIAGONAL":
+            if SOURCE == "KEPT":
                 at = _kept_from(i, j, BLOCK_M, BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
             else:
                 row, column = (i + m)[:, None], (j + n)[None, :]
@@ -581,7 +541,7 @@ def _panel(
             a_i, a_j = tl.load(q_coefficients + i + m), tl.load(k_coefficients + j + n)
             g = tl.load(kept + at).to(tl.float32) * 2.0**-_LIFT * (a_i[:, None] + a_j[None, :])
         else:
-            s = tl.load(out) if SOURCE == "library" else _product(q, i, k, j, DIM, BLOCK_M, BLOCK_N, BLOCK_K)
+            s = tl.load(out) if SOURCE == "LIBRARY" else _product(q, i, k, j, DIM, BLOCK_M, BLOCK_N, BLOCK_K)
             s = _only_negatives(s, tile_i, q_table, q_padded, i + m, tile_j, k_table, k_padded, j + n)
             a_i, shift_i = _shares(q_coefficients, q_padded, i + m, BY_ROW)
             a_j, shift_j = _shares(k_coefficients, k_padded, j + n, BY_KEY)
@@ -631,8 +591,8 @@ def _finish(
 ):
     """The gradient of the rows x, from the accumulated G k and the positives, whose rows are y.
 
-    SIDE "views": both gradients of a row of nt_xent. "query": the positive of query r is key positive[r]. "key": key r
-    is the positive of the queries order[first[r]] to order[first[r + 1] - 1].
+    SIDE names a `Side`. The positive of query r is key positive[r]; key r is that of the queries order[first[r]] to
+    order[first[r + 1] - 1].
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -649,7 +609,7 @@ def _finish(
         unit *= tl.load(largest).to(tl.float64) / _TOP
     g *= unit.to(g.dtype)
 
-    if SIDE == "key":
+    if SIDE == "KEY":
         begin = tl.load(first + r, mask=r < count, other=0)
         end = tl.load(first + r + 1, mask=r < count, other=0)
         for k in range(tl.max(end - begin)):
@@ -659,7 +619,7 @@ def _finish(
             g += tl.load(coefficients + 2 * y_padded + t, mask=more, other=0)[:, None] * y
     else:
         pull = tl.load(coefficients + 2 * padded + r, mask=take, other=0)
-        if SIDE == "views":
+        if SIDE == "VIEWS":
             p = tl.where(r < x_split, r + x_split, r - x_split)
             pull += tl.load(coefficients + 2 * padded + p, mask=take, other=0)
         else:
@@ -778,585 +738,189 @@ def _detached_finish(
 # ---------------------------------------------------------------- launches
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows [x0; x1] (info_nce has no x1), and what `_prepare` makes of them."""
-
-    x0: Tensor  # (split, D)
-    x1: Tensor  # (count - split, D)
-    count: int
-    normalize: bool
-    u: Tensor  # (padded, DIM), of unit length: float16, or x's dtype for the library
-    table: Tensor  # (2 padded + 3 padded / 32,) int64
-
-    @classmethod
-    def of(cls, x0: Tensor, x1: Tensor, image: Tensor, valid: Tensor, normalize: bool) -> "_Rows":
-        x0, x1 = x0.contiguous(), x1.contiguous()
-        count, d = len(x0) + len(x1), x0.shape[1]
-        padded = _up(count, similarity_config(capability_of(x0.device)).tiles["BLOCK_M"])
-        half = x0.dtype.itemsize == 2 and normalize
-        dtype = torch.float16 if half else torch.promote_types(x0.dtype, torch.float32)
-        u = x0.new_empty(padded, _operand_columns(d), dtype=dtype)
-        table = x0.new_empty(2 * padded + 3 * padded // _SPAN.value, dtype=torch.int64)
-        block = triton.next_power_of_2(u.shape[1])
-        config = prepare_config(block)
-        _prepare[(padded // (config.tiles["SPANS"] * _SPAN.value),)](
-            x0,
-            x1,
-            image.contiguous(),
-            valid.contiguous(),
-            u,
-            table,
-            len(x0),
-            count,
-            padded,
-            D=d,
-            DIM=u.shape[1],
-            BLOCK_D=block,
-            NORMALIZE=normalize,
-            **config.tiles,
-            num_warps=config.num_warps,
-        )
-        return cls(x0, x1, count, normalize, u, table)
-
-    @property
-    def padded(self) -> int:
-        return len(self.u)
-
-    @property
-    def library(self) -> bool:
-        """Products are left to the library, in the precision of the rows."""
-        return self.u.dtype != torch.float16
-
-    def by_row(self) -> tuple[tuple[int], dict[str, int]]:
-        """The grid of a kernel that goes through these rows, and its constants."""
-        config = row_config(self.x0.shape[1])
-        d = self.x0.shape[1]
-        options = {"D": d, "BLOCK_D": triton.next_power_of_2(d), **config.tiles, "num_warps": config.num_warps}
-        return (triton.cdiv(self.padded, config.tiles["ROWS"]),), options
-
-
-def _up(size: int, block: int) -> int:
-    return triton.cdiv(size, block) * block
-
-
-def _operand_columns(d: int) -> int:
-    """Columns of the operands: a power of two where one program holds whole rows, else a multiple of 64."""
-    return max(64, triton.next_power_of_2(d)) if d <= 256 else _up(d, 64)
-
-
-def _splits(strips: int, tiles: int, x: Tensor) -> int:
-    """In how many shares to walk over the keys, so that the last wave of programs leaves few processors idle."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    most = min(8, tiles)
-    for splits in range(1, most):
-        waves = triton.cdiv(strips * splits, processors)
-        if strips * splits >= 0.85 * waves * processors:
-            return splits
-    return most
-
-
-def _scale(temperature: float) -> float:
-    return 1 / (temperature * math.log(2))
-
-
 def _inverse(temperature: float) -> tuple[float, float]:
     """1 / temperature, as `_double` takes it."""
     high = torch.tensor(1 / temperature, dtype=torch.float32).item()
     return high, 1 / temperature - high
 
 
-def _bounded(rows: _Rows, temperature: float) -> bool:
-    return not rows.library and temperature >= _LOWEST_BOUNDED_TEMPERATURE
+def _padded(table: Tensor) -> int:
+    """How many rows a table is of."""
+    return len(table) * SPAN // (2 * SPAN + 3)
 
 
-def _panels(padded: int, size: int, block: int) -> list[slice]:
-    """Equal shares of the rows, no larger than `size`, in whole blocks."""
-    step = _up(triton.cdiv(padded, triton.cdiv(padded, size)), block)
-    return [slice(start, min(start + step, padded)) for start in range(0, padded, step)]
+def _by_row(rows: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid of a kernel that goes through `rows` rows, and its constants."""
+    config = row_config(columns)
+    block = triton.next_power_of_2(columns)
+    options = {"D": columns, "BLOCK_D": block, **config.tiles, "num_warps": config.num_warps}
+    return (triton.cdiv(rows, config.tiles["ROWS"]),), options
 
 
-def _library_panel(buffer: Tensor, queries: _Rows, keys: _Rows, rows: slice, columns: slice, scale: float) -> Tensor:
-    q, k = queries.u[rows], keys.u[columns]
-    panel = buffer[: len(q) * len(k)].view(len(q), len(k))
-    return torch.addmm(panel, q, k.T, beta=0, alpha=scale, out=panel)
+def _options(config: Config) -> dict[str, int]:
+    return {**config.tiles, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in the precision of total."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # the interpreter's tensors: no product on the CPU has another dtype than its operands
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+class _Kernels:
+    """Documented in `ser_fast.ops.tiled.Kernels`."""
 
+    def row_block(self, device: torch.device) -> int:
+        return similarity_config(capability_of(device)).tiles["BLOCK_M"]
 
-def _running_sums(queries: _Rows, keys: _Rows, temperature: float) -> tuple[Tensor, int]:
-    """`_row_sums` over all keys: its state, and the number of its splits."""
-    config = running_config(capability_of(queries.u.device))
-    tiles = config.tiles
-    key_tiles = triton.cdiv(keys.count, tiles["BLOCK_N"])
-    splits = 1 if queries.library else _splits(queries.padded // tiles["BLOCK_M"], key_tiles, queries.u)
-    dtype = queries.u.dtype if queries.library else torch.float32
-    state = torch.zeros(2, splits, queries.padded, dtype=dtype, device=queries.u.device)
-    state[0].fill_(-torch.inf)
+    def largest_row_block(self) -> int:
+        return max(similarity_config(capability).tiles["BLOCK_M"] for capability in CAPABILITIES)
 
-    def launch(panel: Tensor, rows: slice, columns: slice, scale: float) -> None:
-        _row_sums[((rows.stop - rows.start) // tiles["BLOCK_M"], splits)](
-            queries.u,
-            queries.table,
-            keys.u,
-            keys.table,
-            panel,
-            state,
-            scale,
-            queries.padded,
-            keys.padded,
-            rows.start,
-            columns.start,
-            triton.cdiv(columns.stop - columns.start, tiles["BLOCK_N"]),
-            splits,
-            columns.stop - columns.start,
-            DIM=queries.u.shape[1],
-            **tiles,
-            LIBRARY=queries.library,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+    def running_blocks(self, device: torch.device) -> tuple[int, int]:
+        tiles = running_config(capability_of(device)).tiles
+        return tiles["BLOCK_M"], tiles["BLOCK_N"]
+
+    def owner_blocks(self, device: torch.device, columns: int) -> tuple[int, int]:
+        tiles = owner_config(capability_of(device), columns).tiles
+        return tiles["BLOCK_M"], tiles["BLOCK_N"]
+
+    def largest_owned(self, device: torch.device) -> int:
+        return LARGEST_OWNED[capability_of(device)]
+
+    def largest_detached(self, device: torch.device) -> int:
+        return 512
+
+    def prepare(
+        self, x0: Tensor, x1: Tensor, image: Tensor, valid: Tensor, u: Tensor, table: Tensor, normalize: bool
+    ) -> None:
+        padded, columns = u.shape
+        block = triton.next_power_of_2(columns)
+        config = prepare_config(block)
+        _prepare[(padded // (config.tiles["SPANS"] * SPAN),)](
+            x0, x1, image, valid, u, table, len(x0), len(x0) + len(x1), padded, D=x0.shape[1], DIM=columns,
+            BLOCK_D=block, NORMALIZE=normalize, **config.tiles, num_warps=config.num_warps,
+        )  # fmt: skip
+
+    def symmetric_sums(self, u: Tensor, table: Tensor, sums: Tensor, kept: Tensor, scale: float, count: int) -> None:
+        padded, columns = u.shape
+        config = similarity_config(capability_of(u.device))
+        block, group = config.tiles["BLOCK_M"], config.tiles["GROUP"]
+        squares = triton.cdiv(padded, block * group)
+        programs = squares * (squares + 1) // 2 * group * group * (block // config.tiles["BLOCK_N"])
+        _symmetric_sums[(programs,)](
+            u, table, sums, kept, scale, count, padded, DIM=columns, KEEP=kept.numel() > 0, **_options(config)
         )
 
-    if not queries.library:
-        launch(state, slice(0, queries.padded), slice(0, keys.count), _scale(temperature))
-        return state, splits
-    buffer = queries.u.new_empty(min(PANEL * PANEL, queries.padded * keys.padded))
-    for rows in _panels(queries.padded, PANEL, tiles["BLOCK_M"]):
-        for columns in _panels(keys.padded, PANEL, tiles["BLOCK_M"]):
-            launch(_library_panel(buffer, queries, keys, rows, columns, _scale(temperature)), rows, columns, 1.0)
-    return state, splits
+    def row_sums(
+        self, q: Tensor, q_table: Tensor, k: Tensor, k_table: Tensor, state: Tensor, scale: float, keys: int
+    ) -> None:
+        config = running_config(capability_of(q.device))
+        tiles, splits, (padded, columns) = triton.cdiv(keys, config.tiles["BLOCK_N"]), state.shape[1], q.shape
+        no_panel, no_width = state, 0
+        _row_sums[(padded // config.tiles["BLOCK_M"], splits)](
+            q, q_table, k, k_table, no_panel, state, scale, padded, len(k), 0, 0, tiles, splits, no_width,
+            DIM=columns, LIBRARY=False, **_options(config),
+        )  # fmt: skip
 
+    def panel_row_sums(
+        self, panel: Tensor, q_table: Tensor, k_table: Tensor, state: Tensor, first_row: int, first_key: int
+    ) -> None:
+        config = running_config(capability_of(panel.device))
+        height, width = panel.shape
+        tiles, splits, q_padded = width // config.tiles["BLOCK_N"], 1, state.shape[2]
+        no_q, no_k, no_scale, no_columns = panel, panel, 1.0, 0
+        _row_sums[(height // config.tiles["BLOCK_M"], splits)](
+            no_q, q_table, no_k, k_table, panel, state, no_scale, q_padded, _padded(k_table), first_row, first_key,
+            tiles, splits, width, DIM=no_columns, LIBRARY=True, **_options(config),
+        )  # fmt: skip
 
-def _sums_of_pairs(rows: _Rows, temperature: float, similarities: Tensor) -> Tensor:
-    """`_symmetric_sums` of all rows."""
-    config = similarity_config(capability_of(rows.u.device))
-    sums = torch.zeros(4, rows.padded, dtype=torch.int64, device=rows.u.device)
-    group = config.tiles["GROUP"]
-    squares = triton.cdiv(rows.padded, config.tiles["BLOCK_M"] * group)
-    programs = squares * (squares + 1) // 2 * group * group * (config.tiles["BLOCK_M"] // config.tiles["BLOCK_N"])
-    _symmetric_sums[(programs,)](
-        rows.u,
-        rows.table,
-        sums,
-        similarities.view(torch.float16),
-        _scale(temperature),
-        rows.count,
-        rows.padded,
-        DIM=rows.u.shape[1],
-        **config.tiles,
-        KEEP=similarities.numel() > 0,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return sums
+    def losses(
+        self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, positive: Tensor, table: Tensor, state: Tensor,
+        loss: Tensor, temperature: float, views: bool, summed: bool, normalize: bool,
+    ) -> None:  # fmt: skip
+        grid, constants = _by_row(len(loss), q0.shape[1])
+        _losses[grid](
+            q0, q1, k0, k1, positive, table, state, loss, base2_scale(temperature), *_inverse(temperature),
+            len(q0), len(k0), len(loss), state.shape[-1], 1 if summed else state.shape[1], **constants,
+            VIEWS=views, SUMMED=summed, NORMALIZE=normalize,
+        )  # fmt: skip
 
+    def coefficients(
+        self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, positive: Tensor, table: Tensor, weight: Tensor,
+        largest: Tensor, loss: Tensor, out: Tensor, temperature: float, views: bool, bounded: bool, library: bool,
+        normalize: bool,
+    ) -> None:  # fmt: skip
+        padded = out.shape[1]
+        grid, constants = _by_row(padded, q0.shape[1])
+        _coefficients[grid](
+            q0, q1, k0, k1, positive, table, weight, largest, loss, out, base2_scale(temperature),
+            *_inverse(temperature), len(q0), len(k0), len(loss), padded, **constants, VIEWS=views, BOUNDED=bounded,
+            LIBRARY=library, NORMALIZE=normalize,
+        )  # fmt: skip
 
-def _losses_of(
-    queries: _Rows, keys: _Rows, positive: Tensor, state: Tensor, splits: int, temperature: float, *, summed: bool
-) -> Tensor:
-    dtype = torch.promote_types(queries.x0.dtype, torch.float32)
-    loss = queries.x0.new_empty(queries.count, dtype=dtype)
-    grid, constants = queries.by_row()
-    _losses[grid](
-        queries.x0,
-        queries.x1,
-        keys.x0,
-        keys.x1,
-        positive,
-        queries.table,
-        state,
-        loss,
-        _scale(temperature),
-        *_inverse(temperature),
-        len(queries.x0),
-        len(keys.x0),
-        queries.count,
-        queries.padded,
-        splits,
-        **constants,
-        VIEWS=queries is keys,
-        SUMMED=summed,
-        NORMALIZE=queries.normalize,
-    )
-    return loss
+    def owner(
+        self, q: Tensor, q_table: Tensor, q_coefficients: Tensor, k: Tensor, k_table: Tensor,
+        k_coefficients: Tensor, out: Tensor, scale: float, keys: int, bounded: bool, by_row: bool, by_key: bool,
+    ) -> None:  # fmt: skip
+        splits, padded, columns = out.shape
+        config = owner_config(capability_of(q.device), columns)
+        _owner[(padded // config.tiles["BLOCK_M"], splits)](
+            q, q_table, q_coefficients, k, k_table, k_coefficients, out, scale, padded, len(k),
+            triton.cdiv(keys, config.tiles["BLOCK_N"]), splits, DIM=columns, BOUNDED=bounded, BY_ROW=by_row,
+            BY_KEY=by_key, **_options(config),
+        )  # fmt: skip
 
-
-def _owned(a: _Rows, b: _Rows, coefficients: Tensor, temperature: float, by_row: bool, by_key: bool) -> Tensor:
-    """`_owner` with the rows a and the keys b: (splits, padded, DIM)."""
-    config = owner_config(capability_of(a.u.device), a.u.shape[1])
-    strips, tiles = a.padded // config.tiles["BLOCK_M"], triton.cdiv(b.count, config.tiles["BLOCK_N"])
-    splits = _splits(strips, tiles, a.u)
-    out = a.u.new_empty(splits, *a.u.shape, dtype=torch.float32)
-    _owner[(strips, splits)](
-        a.u,
-        a.table,
-        coefficients,
-        b.u,
-        b.table,
-        coefficients,
-        out,
-        _scale(temperature),
-        a.padded,
-        b.padded,
-        tiles,
-        splits,
-        DIM=a.u.shape[1],
-        **config.tiles,
-        BOUNDED=_bounded(a, temperature),
-        BY_ROW=by_row,
-        BY_KEY=by_key,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return out
-
-
-def _by_panels(
-    queries: _Rows,
-    keys: _Rows,
-    coefficients: Tensor,
-    kept: Tensor,
-    temperature: float,
-    need_query: bool,
-    need_key: bool,
-) -> tuple[Tensor, Tensor]:
-    """G by panels, multiplied by the library: (1, padded, DIM) for queries and for keys, (0,) where not needed."""
-    views = queries is keys
-    dtype = queries.u.dtype if queries.library else torch.float32
-    d_query = (
-        torch.zeros(1, *queries.u.shape, dtype=dtype, device=queries.u.device) if need_query else kept.new_empty(0)
-    )
-    d_key = torch.zeros(1, *keys.u.shape, dtype=dtype, device=keys.u.device) if need_key else kept.new_empty(0)
-    config = similarity_config(capability_of(queries.u.device))
-    block = config.tiles["BLOCK_M"]
-    buffer = queries.u.new_empty(min(PANEL * PANEL, queries.padded * keys.padded))
-    for rows in _panels(queries.padded, PANEL, block):
-        for columns in _panels(keys.padded, PANEL, block):
-            if views and columns.start > rows.start:
-                continue
-            height, width = rows.stop - rows.start, columns.stop - columns.start
-            if queries.library:
-                panel = _library_panel(buffer, queries, keys, rows, columns, _scale(temperature))
-                source, scale = "library", 1.0
-            else:
-                panel = buffer[: height * width].view(height, width)
-                source, scale = "product", _scale(temperature)
-                if kept.numel() > 0:
-                    source = "kept, diagonal" if rows == columns else "kept"
-            row_tiles, key_tiles = height // config.tiles["BLOCK_M"], width // config.tiles["BLOCK_N"]
-            _panel[(row_tiles * key_tiles,)](
-                queries.u,
-                queries.table,
-                coefficients,
-                keys.u,
-                keys.table,
-                coefficients,
-                kept.view(torch.float16),
-                panel,
-                scale,
-                queries.padded,
-                keys.padded,
-                rows.start,
-                columns.start,
-                row_tiles,
-                key_tiles,
-                DIM=queries.u.shape[1],
-                **config.tiles,
-                SOURCE=source,
-                BOUNDED=_bounded(queries, temperature),
-                BY_ROW=True,
-                BY_KEY=views,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-            if need_query:
-                _accumulate(d_query[0, rows], panel, keys.u[columns])
-            if views and rows != columns:  # above the diagonal is the mirror image
-                _accumulate(d_query[0, columns], panel.T, queries.u[rows])
-            if need_key:
-                _accumulate(d_key[0, columns], panel.T, queries.u[rows])
-    return d_query, d_key
-
-
-def _gradients(
-    weight: Tensor,
-    loss: Tensor,
-    queries: _Rows,
-    keys: _Rows,
-    positive: Tensor,
-    kept: Tensor,
-    temperature: float,
-    need_query: bool,
-    need_key: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the queries' x0 and x1, and of the keys'; (0,) where not needed.
-
-    Where keys and queries are the same rows (`queries is keys`) both gradients of a row are in the first two.
-    """
-    views = queries is keys
-    weight = weight.contiguous()
-    # The most that a row of G sums to, in float16's units: entries of G may be as small as 2^-38 of it.
-    largest = torch.linalg.vector_norm(weight * torch.expm1(-loss), torch.inf).view(1)
-    coefficients = queries.u.new_empty(3, queries.padded, dtype=loss.dtype)
-    grid, constants = queries.by_row()
-    _coefficients[grid](
-        queries.x0,
-        queries.x1,
-        keys.x0,
-        keys.x1,
-        positive,
-        queries.table,
-        weight,
-        largest,
-        loss,
-        coefficients,
-        _scale(temperature),
-        *_inverse(temperature),
-        len(queries.x0),
-        len(keys.x0),
-        queries.count,
-        queries.padded,
-        **constants,
-        VIEWS=views,
-        BOUNDED=_bounded(queries, temperature),
-        LIBRARY=queries.library,
-        NORMALIZE=queries.normalize,
-    )
-    if (
-        not queries.library
-        and kept.numel() == 0
-        and queries.u.shape[1] <= LARGEST_OWNED[capability_of(queries.u.device)]
-    ):
-        nothing = kept
-        d_query = _owned(queries, keys, coefficients, temperature, True, views) if need_query else nothing
-        d_key = _owned(keys, queries, coefficients, temperature, False, True) if need_key else nothing
-    else:
-        d_query, d_key = _by_panels(queries, keys, coefficients, kept, temperature, need_query, need_key)
+    def panel(
+        self, q: Tensor, q_table: Tensor, q_coefficients: Tensor, k: Tensor, k_table: Tensor,
+        k_coefficients: Tensor, kept: Tensor, panel: Tensor, scale: float, first_row: int, first_key: int,
+        source: Source, bounded: bool, by_row: bool, by_key: bool,
+    ) -> None:  # fmt: skip
+        config = similarity_config(capability_of(q.device))
+        row_tiles, key_tiles = panel.shape[0] // config.tiles["BLOCK_M"], panel.shape[1] // config.tiles["BLOCK_N"]
+        _panel[(row_tiles * key_tiles,)](
+            q, q_table, q_coefficients, k, k_table, k_coefficients, kept, panel, scale, len(q), len(k), first_row,
+            first_key, row_tiles, key_tiles, DIM=q.shape[1], SOURCE=source.name, BOUNDED=bounded, BY_ROW=by_row,
+            BY_KEY=by_key, **_options(config),
+        )  # fmt: skip
 
     def finish(
-        x: _Rows, y: _Rows, accumulated: Tensor, side: str, order: Tensor, first: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        d_x0, d_x1 = x.x0.new_empty(x.x0.shape, dtype=dtype), x.x1.new_empty(x.x1.shape, dtype=dtype)
-        grid, constants = x.by_row()
+        self, x0: Tensor, x1: Tensor, y0: Tensor, y1: Tensor, table: Tensor, coefficients: Tensor,
+        positive: Tensor, order: Tensor, first: Tensor, accumulated: Tensor, largest: Tensor, d_x0: Tensor,
+        d_x1: Tensor, temperature: float, side: Side, library: bool, normalize: bool,
+    ) -> None:  # fmt: skip
+        splits, padded, columns = accumulated.shape
+        count = len(x0) + len(x1)
+        grid, constants = _by_row(count, x0.shape[1])
         _finish[grid](
-            x.x0,
-            x.x1,
-            y.x0,
-            y.x1,
-            x.table,
-            coefficients,
-            positive,
-            order,
-            first,
-            accumulated,
-            largest,
-            d_x0,
-            d_x1,
-            *_inverse(temperature),
-            len(x.x0),
-            len(y.x0),
-            x.count,
-            x.padded,
-            y.padded,
-            len(accumulated),
-            DIM=x.u.shape[1],
-            **constants,
-            SIDE=side,
-            LIBRARY=x.library,
-            NORMALIZE=x.normalize,
-        )
-        return d_x0, d_x1
+            x0, x1, y0, y1, table, coefficients, positive, order, first, accumulated, largest, d_x0, d_x1,
+            *_inverse(temperature), len(x0), len(y0), count, padded, coefficients.shape[1], splits, DIM=columns,
+            **constants, SIDE=side.name, LIBRARY=library, NORMALIZE=normalize,
+        )  # fmt: skip
 
-    none = weight.new_empty(0, dtype=dtype)
-    of_query, of_key = (none, none), (none, none)
-    if need_query:
-        of_query = finish(queries, keys, d_query, "views" if views else "query", positive, positive)
-    if need_key:
-        valid = queries.table[queries.padded : queries.padded + queries.count] != 0
-        sorted_positive, order = positive.masked_fill(~valid, keys.count).sort(stable=True)
-        first = torch.searchsorted(sorted_positive, torch.arange(keys.count + 1, device=positive.device))
-        of_key = finish(keys, queries, d_key, "key", order, first)
-    return *of_query, *of_key
+    def detached(
+        self, q: Tensor, q_table: Tensor, k: Tensor, k_table: Tensor, state: Tensor, out: Tensor, scale: float,
+        keys: int, bounded: bool,
+    ) -> None:  # fmt: skip
+        splits, padded, columns = out.shape
+        config = owner_config(capability_of(q.device), columns)
+        _detached[(padded // config.tiles["BLOCK_M"], splits)](
+            q, q_table, k, k_table, state, out, scale, padded, len(k), triton.cdiv(keys, config.tiles["BLOCK_N"]),
+            splits, DIM=columns, BOUNDED=bounded, **_options(config),
+        )  # fmt: skip
+
+    def detached_finish(
+        self, query: Tensor, key: Tensor, positive: Tensor, table: Tensor, state: Tensor, accumulated: Tensor,
+        loss: Tensor, gradient: Tensor, temperature: float, normalize: bool,
+    ) -> None:  # fmt: skip
+        splits, padded, columns = accumulated.shape
+        grid, constants = _by_row(len(query), query.shape[1])
+        _detached_finish[grid](
+            query, key, positive, table, state, accumulated, loss, gradient, *_inverse(temperature), len(query),
+            len(key), padded, splits, DIM=columns, **constants, NORMALIZE=normalize,
+        )  # fmt: skip
 
 
-# ---------------------------------------------------------------- the operations
-
-
-def kept_bytes(rows: int, dtype: torch.dtype, temperature: float, normalize: bool) -> int:
-    """How much nt_xent on `rows` rows a view keeps for its backward pass: `similarities` has this size, or is empty."""
-    if dtype.itemsize > 2 or not normalize or temperature < _LOWEST_LIFTED_TEMPERATURE or 2 * rows > _MOST_SUMMED_ROWS:
-        return 0
-
-    def area(tiles: Mapping[str, int]) -> int:
-        strips = triton.cdiv(2 * rows, tiles["BLOCK_M"])
-        return strips * (strips + 1) // 2 * tiles["BLOCK_M"] ** 2
-
-    return 2 * max(area(similarity_config(capability).tiles) for capability in CAPABILITIES)
-
-
-def nt_xent(
-    z0: Tensor,  # (T, D)
-    z1: Tensor,  # (T, D)
-    image: Tensor,  # (T,) int64
-    valid: Tensor,  # (T,) bool
-    temperature: float,
-    normalize: bool,
-    similarities: Tensor,  # (K,) uint8, written if not empty
-) -> Tensor:  # (2T,)
-    if len(z0) == 0:
-        return z0.new_empty(0, dtype=torch.promote_types(z0.dtype, torch.float32))
-    rows = _Rows.of(z0, z1, image, valid, normalize)
-    if _bounded(rows, temperature) and rows.count <= _MOST_SUMMED_ROWS:
-        sums = _sums_of_pairs(rows, temperature, similarities)
-        return _losses_of(rows, rows, image, sums, 1, temperature, summed=True)
-    state, splits = _running_sums(rows, rows, temperature)
-    return _losses_of(rows, rows, image, state, splits, temperature, summed=False)
-
-
-def nt_xent_backward(
-    weight: Tensor,  # (2T,), d / d loss_a
-    z0: Tensor,  # (T, D)
-    z1: Tensor,  # (T, D)
-    image: Tensor,  # (T,) int64
-    valid: Tensor,  # (T,) bool
-    loss: Tensor,  # (2T,), what nt_xent returned
-    similarities: Tensor,  # (K,) uint8, what nt_xent wrote
-    temperature: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:  # (T, D) twice
-    if len(z0) == 0:
-        return z0.new_empty(z0.shape), z1.new_empty(z1.shape)
-    rows = _Rows.of(z0, z1, image, valid, normalize)
-    d_z0, d_z1, _, _ = _gradients(
-        weight, loss, rows, rows, image, similarities, temperature, need_query=True, need_key=False, dtype=z0.dtype
-    )
-    return d_z0, d_z1
-
-
-def info_nce(
-    query: Tensor,  # (T, D)
-    key: Tensor,  # (M, D)
-    image: Tensor,  # (T,) int64
-    key_image: Tensor,  # (M,) int64
-    valid: Tensor,  # (T,) bool
-    key_valid: Tensor,  # (M,) bool
-    positive: Tensor,  # (T,) int64, rows of key
-    temperature: float,
-    normalize: bool,
-) -> Tensor:  # (T,)
-    if len(query) == 0:
-        return query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
-    queries = _Rows.of(query, query[:0], image, valid, normalize)
-    keys = _Rows.of(key, key[:0], key_image, key_valid, normalize)
-    state, splits = _running_sums(queries, keys, temperature)
-    return _losses_of(queries, keys, positive, state, splits, temperature, summed=False)
-
-
-def info_nce_backward(
-    weight: Tensor,  # (T,), d / d loss_t
-    query: Tensor,  # (T, D)
-    key: Tensor,  # (M, D)
-    image: Tensor,  # (T,) int64
-    key_image: Tensor,  # (M,) int64
-    valid: Tensor,  # (T,) bool
-    key_valid: Tensor,  # (M,) bool
-    positive: Tensor,  # (T,) int64
-    loss: Tensor,  # (T,), what info_nce returned
-    temperature: float,
-    normalize: bool,
-    need_query: bool,
-    need_key: bool,
-) -> tuple[Tensor, Tensor]:  # (T, D) and (M, D); empty, (0,), where not needed
-    if len(query) == 0:
-        return query.new_empty(query.shape if need_query else 0), key.new_zeros(key.shape if need_key else 0)
-    queries = _Rows.of(query, query[:0], image, valid, normalize)
-    keys = _Rows.of(key, key[:0], key_image, key_valid, normalize)
-    kept = query.new_empty(0, dtype=torch.uint8)
-    d_query, _, d_key, _ = _gradients(
-        weight, loss, queries, keys, positive, kept, temperature, need_query, need_key, query.dtype
-    )
-    return d_query, d_key
-
-
-def info_nce_detached(
-    query: Tensor,  # (T, D)
-    key: Tensor,  # (M, D)
-    image: Tensor,  # (T,) int64
-    key_image: Tensor,  # (M,) int64
-    valid: Tensor,  # (T,) bool
-    key_valid: Tensor,  # (M,) bool
-    positive: Tensor,  # (T,) int64, rows of key
-    temperature: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:  # (T,) and (T, D), the gradient of loss_t in query t, in at least float32
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    if len(query) == 0:
-        return query.new_empty(0, dtype=dtype), query.new_empty(query.shape, dtype=dtype)
-    queries = _Rows.of(query, query[:0], image, valid, normalize)
-    keys = _Rows.of(key, key[:0], key_image, key_valid, normalize)
-    columns = queries.u.shape[1]
-    if queries.library or columns > 512 or columns != triton.next_power_of_2(columns):
-        state, splits = _running_sums(queries, keys, temperature)
-        loss = _losses_of(queries, keys, positive, state, splits, temperature, summed=False)
-        kept = query.new_empty(0, dtype=torch.uint8)
-        gradient, _, _, _ = _gradients(
-            torch.ones_like(loss), loss, queries, keys, positive, kept, temperature, True, False, dtype
-        )
-        return loss, gradient
-
-    config = owner_config(capability_of(queries.u.device), columns)
-    strips, tiles = queries.padded // config.tiles["BLOCK_M"], triton.cdiv(keys.count, config.tiles["BLOCK_N"])
-    splits = _splits(strips, tiles, query)
-    state = query.new_empty(2, splits, queries.padded, dtype=dtype)
-    accumulated = query.new_empty(splits, queries.padded, columns, dtype=dtype)
-    _detached[(strips, splits)](
-        queries.u,
-        queries.table,
-        keys.u,
-        keys.table,
-        state,
-        accumulated,
-        _scale(temperature),
-        queries.padded,
-        keys.padded,
-        tiles,
-        splits,
-        DIM=columns,
-        **config.tiles,
-        BOUNDED=temperature >= _LOWEST_LIFTED_TEMPERATURE,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    loss, gradient = query.new_empty(len(query), dtype=dtype), query.new_empty(query.shape, dtype=dtype)
-    grid, constants = queries.by_row()
-    _detached_finish[grid](
-        queries.x0,
-        keys.x0,
-        positive,
-        queries.table,
-        state,
-        accumulated,
-        loss,
-        gradient,
-        *_inverse(temperature),
-        len(query),
-        len(key),
-        queries.padded,
-        splits,
-        DIM=columns,
-        **constants,
-        NORMALIZE=normalize,
-    )
-    return loss, gradient
+_operations = TiledLosses(_Kernels())
+kept_bytes = _operations.kept_bytes
+nt_xent = _operations.nt_xent
+nt_xent_backward = _operations.nt_xent_backward
+info_nce = _operations.info_nce
+info_nce_backward = _operations.info_nce_backward
+info_nce_detached = _operations.info_nce_detached
 
 
 # ---------------------------------------------------------------- builds
@@ -1383,7 +947,7 @@ def shipped(capability: int) -> list[Build]:
             for argument in kernel.arg_names
             if argument not in constants
         }
-        product = "BLOCK_M" in constants and constants.get("SOURCE", "product") == "product"
+        product = "BLOCK_M" in constants and constants.get("SOURCE", "PRODUCT") == "PRODUCT"
         return Build(f"{name} {columns}", kernel, arguments, constants, config, product=product)
 
     tile, summed = similarity_config(capability), {"VIEWS": True, "SUMMED": True}
@@ -1394,17 +958,17 @@ def shipped(capability: int) -> list[Build]:
         builds.append(build("nt_xent sums", _symmetric_sums, tile, columns, KEEP=False))
         builds.append(build("info_nce sums", _row_sums, running, columns, LIBRARY=False))
         if columns > LARGEST_OWNED[capability]:
-            builds.append(build("nt_xent panel", _panel, tile, columns, SOURCE="product", **both))
+            builds.append(build("nt_xent panel", _panel, tile, columns, SOURCE="PRODUCT", **both))
         if columns <= 512:
             owner = owner_config(capability, columns)
             builds.append(build("nt_xent owner", _owner, owner, columns, **both))
             builds.append(build("info_nce detached", _detached, owner, columns, BOUNDED=True))
     builds.append(build("nt_xent sums, kept", _symmetric_sums, tile, 512, KEEP=True))
-    builds.append(build("nt_xent panel, kept", _panel, tile, 512, SOURCE="kept", **both))
+    builds.append(build("nt_xent panel, kept", _panel, tile, 512, SOURCE="KEPT", **both))
     row = row_config(512)
     builds.append(build("nt_xent prepare", _prepare, prepare_config(512), 512))
     builds.append(build("nt_xent losses", _losses, row, 512, **summed))
     builds.append(build("nt_xent coefficients", _coefficients, row, 512, VIEWS=True, BOUNDED=True, LIBRARY=False))
-    builds.append(build("nt_xent finish", _finish, row, 512, SIDE="views", LIBRARY=False))
+    builds.append(build("nt_xent finish", _finish, row, 512, SIDE="VIEWS", LIBRARY=False))
     builds.append(build("info_nce detached finish", _detached_finish, row, 512))
     return builds

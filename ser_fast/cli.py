@@ -33,7 +33,7 @@ from ser_fast.evaluation.features import check_labelled, embed, embed_cached, sp
 from ser_fast.evaluation.knn import knn_predictions, knn_scores
 from ser_fast.evaluation.linear_probe import RATES, probe_scores, train_probe
 from ser_fast.evaluation.shapes import write_shapes
-from ser_fast.ops.backends import BACKENDS, reason_not
+from ser_fast.ops.backends import BACKENDS, PREFERRED, fastest, preferred, reason_not
 from ser_fast.report import read_runs, write_report
 from ser_fast.sensitivity import report as sensitivity_report
 from ser_fast.sensitivity import training as training_side
@@ -465,13 +465,24 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/
 
 
 def doctor() -> None:
-    """What can run here: the backends of the kernels on each device, and why another one can't."""
+    """What can run here: the backends of the kernels on each device, why another one can't, and what auto takes."""
     table = Table(title=f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'absent'}")
     for heading in ("backend", "on cpu tensors", "on cuda tensors"):
         table.add_column(heading)
     for backend in BACKENDS:
         table.add_row(backend, *(reason_not(backend, device) or "runs" for device in ("cpu", "cuda")))
-    Console().print(table)
+    automatic = Table(title='what backend="auto" takes')
+    for heading in ("tensors on", *PREFERRED):
+        automatic.add_column(heading)
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in (torch.device("cpu"), *gpus):
+        automatic.add_row(str(device), *(fastest(op, device) for op in PREFERRED))
+    if not gpus:
+        starts = sorted({start for table in PREFERRED.values() for start in table})
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            of = f"from {start}.0 on" if end is None else f"below {end}.0"
+            automatic.add_row(f"a GPU of compute capability {of}", *(preferred(op, start) for op in PREFERRED))
+    Console().print(table, automatic)
 
 
 def _open(

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -88,24 +91,47 @@ def test_where_triton_runs(interpreter):
     assert result.stdout.strip() == expected
 
 
-@pytest.mark.parametrize(("missing", "best"), [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")])
-def test_auto_takes_the_fastest_on_a_gpu(complete, monkeypatch, missing, best):
-    class OnGPU:
-        device = torch.device("cuda")
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """What stands for a tensor on a GPU of a major compute capability."""
 
-    for name in missing:
-        monkeypatch.setitem(backends._MISSING, name, "not here")
-    assert choose("op", "auto", OnGPU()) == best
+    def of(capability: int) -> Any:
+        properties = SimpleNamespace(major=capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return SimpleNamespace(device=torch.device("cuda", 0))
+
+    return of
 
 
-@pytest.mark.parametrize("op", ["nt_xent", "info_nce"])
-def test_an_op_without_a_cuda_kernel(complete, op):
-    class OnGPU:
-        device = torch.device("cuda")
+@pytest.mark.parametrize(
+    ("op", "takes"),
+    [
+        ("group_action", {7: "triton", 8: "cuda", 9: "cuda", 10: "cuda", 12: "cuda"}),
+        ("nt_xent", {7: "triton", 8: "cuda", 9: "triton", 10: "triton", 12: "triton"}),
+        ("info_nce", {7: "triton", 8: "cuda", 9: "triton", 10: "triton", 12: "triton"}),
+    ],
+)
+def test_auto_takes_the_preferred_on_a_gpu(complete, gpu, op, takes):
+    assert {capability: choose(op, "auto", gpu(capability)) for capability in takes} == takes
 
-    assert choose(op, "auto", OnGPU()) == "triton"
-    with pytest.raises(RuntimeError, match=f"backend='cuda' can't run here: this version has no CUDA kernel for {op}"):
-        choose(op, "cuda", OnGPU())
+
+@pytest.mark.parametrize("capability", [7, 8, 9])
+@pytest.mark.parametrize("op", backends.PREFERRED)
+def test_auto_takes_the_other_where_the_preferred_is_missing(complete, gpu, monkeypatch, op, capability):
+    tensor = gpu(capability)
+    first = choose(op, "auto", tensor)
+    (other,) = {"triton", "cuda"} - {first}
+    monkeypatch.setitem(backends._MISSING, first, "not here")
+    assert choose(op, "auto", tensor) == other
+    monkeypatch.setitem(backends._MISSING, other, "not here")
+    assert choose(op, "auto", tensor) == "reference"
+
+
+@pytest.mark.parametrize("op", backends.PREFERRED)
+@pytest.mark.parametrize("capability", [7, 9])
+def test_an_explicit_request_is_not_a_preference(complete, gpu, op, capability):
+    for name in ("triton", "cuda"):
+        assert choose(op, name, gpu(capability)) == name
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])

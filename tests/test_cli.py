@@ -9,6 +9,7 @@ import sys
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from ser_fast import cli
+from ser_fast.ops import backends
 from ser_fast.ops.backends import BACKENDS, reason_not
 from ser_fast.training.checkpoint import ENCODER, list_checkpoints
 from ser_fast.training.trainer import NonFiniteLossError
@@ -27,6 +29,7 @@ TINY = [
     *("--ser.hidden-dim=32", "--ser.out-dim=16", "--moco.dim=16", "--moco.mlp-dim=32"),
     *("--optim.batch-size=8", "--optim.steps=2", "--workers=0", "--device=cpu"),
 ]
+Rows = list[list[str]]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -344,18 +347,57 @@ def test_a_checkpoint_that_is_none_is_refused(run: Path, tmp_path: Path) -> None
 # ---------------------------------------------------------------- doctor, demo, a process
 
 
+def doctors_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[str, Rows, Rows]:
+    """All that `doctor` prints; and the rows of its tables: what runs, and what auto takes."""
+    monkeypatch.setenv("COLUMNS", "400")  # a line for each row
+    run_cli("doctor")
+    shown = capsys.readouterr().out
+    runs, takes = (
+        [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+        for table in shown.split('what backend="auto" takes')
+    )
+    return shown, runs, takes
+
+
 def test_doctor_says_what_runs_and_why_others_do_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")  # a line for each backend
-    run_cli("doctor")
-    shown = capsys.readouterr().out
+    shown, runs, takes = doctors_tables(capsys, monkeypatch)
     assert torch.__version__ in shown
-    for backend in BACKENDS:
-        line = next(line for line in shown.splitlines() if f"│ {backend} " in line)
-        assert [cell.strip() for cell in line.split("│")[2:4]] == [
-            reason_not(backend, device) or "runs" for device in ("cpu", "cuda")
-        ]
+    assert runs == [
+        [backend, *(reason_not(backend, device) or "runs" for device in ("cpu", "cuda"))] for backend in BACKENDS
+    ]
+    assert takes[0] == ["cpu", *(backends.fastest(op, torch.device("cpu")) for op in backends.PREFERRED)]
+
+
+def test_doctor_says_what_auto_would_take_on_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(backends, "PREFERRED", {"this": {0: "triton", 8: "cuda"}, "that": {0: "cuda", 9: "triton"}})
+    monkeypatch.setattr(cli, "PREFERRED", backends.PREFERRED)
+    shown, _, takes = doctors_tables(capsys, monkeypatch)
+    assert re.search("tensors on .* this .* that ", shown)
+    assert takes[1:] == [
+        ["a GPU of compute capability below 8.0", "triton", "cuda"],
+        ["a GPU of compute capability below 9.0", "cuda", "cuda"],
+        ["a GPU of compute capability from 9.0 on", "cuda", "triton"],
+    ]
+
+
+def test_doctor_says_what_auto_takes_on_each_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8 + device.index))
+    monkeypatch.setattr(backends, "_MISSING", {})
+    monkeypatch.setitem(backends._DEVICES, "triton", "cuda")
+    _, _, takes = doctors_tables(capsys, monkeypatch)
+    assert takes == [
+        ["cpu", "cpu", "cpu", "cpu"],
+        ["cuda:0", "cuda", "cuda", "cuda"],
+        ["cuda:1", "cuda", "triton", "triton"],
+    ]
 
 
 def test_the_demo_compares_three_runs_and_reuses_them(

@@ -18,7 +18,7 @@ pytestmark = [
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "cpu" and reason_not(name, "cuda", "nt_xent") is None])
+@pytest.fixture(params=[name for name in BACKENDS if name != "cpu" and reason_not(name, "cuda") is None])
 def on_gpu(request: pytest.FixtureRequest) -> str:
     return request.param
 

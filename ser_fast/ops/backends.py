@@ -19,8 +19,18 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "y", "yes", "on", "true")  # as triton reads it
-_NO_CUDA_KERNEL = ("nt_xent", "info_nce")
 _DEVICES = {"cpu": "cpu", "triton": "cpu" if _INTERPRETED else "cuda", "cuda": "cuda"}
+
+# Which of triton and cuda "auto" prefers where both can run: by operation, from each major compute capability on. None
+# has been timed on a GPU yet; this is what the compiled kernels say. The CUDA kernels are built for 8.0 and later.
+PREFERRED = {
+    # CUDA reads a sample's tokens once, into shared memory; Triton builds W and multiplies by it.
+    "group_action": {0: "triton", 8: "cuda"},
+    # On 8.x both multiply by mma.sync, CUDA in larger tiles a warp (64 x 64); from 9.0 on Triton has the larger matrix
+    # instructions (wgmma, tcgen05), and CUDA hasn't.
+    "nt_xent": {0: "triton", 8: "cuda", 9: "triton"},
+    "info_nce": {0: "triton", 8: "cuda", 9: "triton"},
+}
 
 
 def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
@@ -62,17 +72,30 @@ def implementations(name: str) -> dict[str, Callable[..., Any]]:
     return {backend: getattr(module, name) for backend, module in _MODULES.items() if hasattr(module, name)}
 
 
-def reason_not(backend: str, device: str, op: str | None = None) -> str | None:
-    """Why `backend` can't run (`op`) on tensors of `device` ("cpu", "cuda", ...); None if it can."""
+def reason_not(backend: str, device: str) -> str | None:
+    """Why `backend` can't run on tensors of `device` ("cpu", "cuda", ...); None if it can."""
     if backend == "reference":
         return None
     if backend in _MISSING:
         return _MISSING[backend]
     if _DEVICES[backend] != device:
         return f"it runs on {_DEVICES[backend]} tensors, not on {device}"
-    if backend == "cuda" and op in _NO_CUDA_KERNEL:
-        return f"this version has no CUDA kernel for {op}"
     return None
+
+
+def preferred(op: str, capability: int) -> str:
+    """Which of triton and cuda "auto" takes for `op` where both can run, on a GPU of that major compute capability."""
+    table = PREFERRED[op]
+    return table[max(least for least in table if least <= capability)]
+
+
+def fastest(op: str, device: torch.device) -> str:
+    """The backend that "auto" takes for `op` on tensors of `device`: never the interpreter."""
+    candidates = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
+    able = [name for name in candidates if reason_not(name, device.type) is None]
+    if len(able) > 1:
+        return preferred(op, torch.cuda.get_device_properties(device).major)
+    return able[0] if able else "reference"
 
 
 def choose(op: str, backend: str, tensor: Tensor) -> str:
@@ -85,13 +108,11 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
         ValueError: `backend` is no backend's name.
         RuntimeError: the backend asked for can't run here; the message says why.
     """
-    device = tensor.device.type
     if backend == "auto":
-        fastest = ("cuda", "cpu") if device == "cpu" else ("cuda", "triton")
-        return next((name for name in fastest if reason_not(name, device, op) is None), "reference")
+        return fastest(op, tensor.device)
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, takes 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    reason = reason_not(backend, device, op)
+    reason = reason_not(backend, tensor.device.type)
     if reason is not None:
         raise RuntimeError(f"{op}: backend={backend!r} can't run here: {reason}")
     return backend
