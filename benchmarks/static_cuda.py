@@ -32,7 +32,11 @@ INSTRUCTIONS = {
     "16-byte stores": r"STG\.E\.128",
     "matrix products": r"H[G]?MMA",
 }
-REQUIRED = {r"resample<\w+, true, ": ("16-byte async copies", "16-byte loads", "16-byte stores")}
+REQUIRED = {
+    r"resample<\w+, true, ": ("16-byte async copies", "16-byte loads", "16-byte stores"),
+    r"write_(operands|gradients|detached)<|weigh_": ("16-byte loads", "16-byte stores"),
+    r"write_(losses|coefficients)<|add_rows<": ("16-byte loads",),
+}
 
 _PROPERTIES = re.compile(
     r"Function properties for (?P<symbol>\S+)\n"

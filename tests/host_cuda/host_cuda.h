@@ -208,6 +208,12 @@ T __shfl_up_sync(unsigned, T value, unsigned distance) {
                              [&](const auto& of) { return lane < distance ? value : of(threadIdx.x - distance); });
 }
 
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, unsigned distance) {
+  return host_cuda::exchange(host_cuda::block->warp(), value,
+                             [&](const auto& of) { return of(threadIdx.x ^ distance); });
+}
+
 // ------------------------------------------------------------------------------------------------ the runtime
 
 using cudaStream_t = void*;

@@ -1,0 +1,41 @@
+// The tiles of the similarity matrix of nt_xent and info_nce: what takes a product of rows (ser_fast/ops/tiled.py).
+//
+// Pointers of the current device. All return what went wrong, or null; none waits for the device.
+#pragma once
+
+#include <cstdint>
+
+namespace ser_fast::cuda {
+
+// The rows of one side.
+struct Share {
+  const int64_t* table;       // image and valid of each row, and of each 32 rows the lowest image, the highest, all valid
+  const float* coefficients;  // (3, padded): a, its shift and what is not used here; null where a is 0
+  const void* u;              // (padded, columns) float16, of unit length; columns is a multiple of 64
+  int64_t padded;             // a multiple of 128
+};
+
+// sums (4, padded): the negatives of each row among all rows, from the pairs i > j alone, in integers. kept: 2^15 P by
+// tiles of 128 x 128, on and below the diagonal; or null.
+const char* symmetric_sums(const void* u, const int64_t* table, int64_t count, int64_t padded, int64_t columns,
+                           int64_t* sums, void* kept, float scale, void* stream);
+
+// state (2, splits, q_padded): a running maximum of the base-2 similarities, and the sum of 2^(s - maximum).
+const char* row_sums(const void* q, const int64_t* q_table, int64_t q_padded, const void* k, const int64_t* k_table,
+                     int64_t k_padded, int64_t columns, int64_t keys, float* state, int64_t splits, float scale,
+                     void* stream);
+
+// out (splits, q.padded, columns) = G k, over shares of the keys. columns: 64, 128 or 256.
+const char* owner(Share q, Share k, int64_t columns, int64_t keys, float* out, int64_t splits, float scale,
+                  bool bounded, void* stream);
+
+// panel (rows, width) float16 = G from the corner (first_row, first_key); all four are multiples of 128.
+const char* panel(Share q, Share k, int64_t columns, void* panel, int64_t first_row, int64_t first_key, int64_t rows,
+                  int64_t width, float scale, bool bounded, void* stream);
+
+// out (splits, q.padded, columns) = sum_j 2^(s_ij - top_i) k_j, and state (2, splits, q.padded): top, and the sums.
+// columns: 64, 128, 256 or 512.
+const char* detached(Share q, Share k, int64_t columns, int64_t keys, float* state, float* out, int64_t splits,
+                     float scale, bool bounded, void* stream);
+
+}  // namespace ser_fast::cuda
