@@ -33,6 +33,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 release = re.search(r"release (\d+)", nvcc_says("--version"))
 WITH_CUDA = torch.version.cuda is not None and release is not None and release[1] == torch.version.cuda.split(".")[0]
 ROOMS = ("cpu", "cuda") if WITH_CUDA else ("cpu",)
+BINDINGS = ["csrc/bindings.cpp", *(["csrc/bindings_cuda.cpp"] if WITH_CUDA else [])]
 SOURCES, HEADERS = (
     sorted(str(path) for room in ROOMS for path in Path("csrc", room).glob("*") if path.suffix in suffixes)
     for suffixes in ((".cpp", ".cu"), (".h", ".inc"))
@@ -40,7 +41,7 @@ SOURCES, HEADERS = (
 # The stable ABIs of torch and (py_limited_api) Python: one wheel serves torch >= 2.10 and Python >= 3.10.
 FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # USE_CUDA uncovers torch's declarations for CUDA.
-CUDA_FLAGS = ["-DSER_FAST_CUDA", "-DUSE_CUDA"] if WITH_CUDA else []
+CUDA_FLAGS = ["-DUSE_CUDA"] if WITH_CUDA else []
 
 setup(
     packages=[*find_packages(include=["ser_fast", "ser_fast.*"]), "ser_fast.kernels"],
@@ -48,8 +49,8 @@ setup(
     ext_modules=[
         (CUDAExtension if WITH_CUDA else CppExtension)(
             "ser_fast._C",
-            ["csrc/bindings.cpp", *SOURCES],
-            depends=HEADERS,
+            [*BINDINGS, *SOURCES],
+            depends=["csrc/bindings.h", *HEADERS],
             include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
             extra_compile_args={"cxx": FLAGS + CUDA_FLAGS, "nvcc": FLAGS},
             py_limited_api=True,

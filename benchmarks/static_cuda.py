@@ -36,6 +36,8 @@ REQUIRED = {
     r"resample<\w+, true, ": ("16-byte async copies", "16-byte loads", "16-byte stores"),
     r"accumulate<|sum_pairs|sum_rows|fill_panel": ("16-byte async copies", "matrix products"),
     r"fill_panel": ("16-byte stores",),
+    r"write_(operands|gradients|detached)<|weigh_": ("16-byte loads", "16-byte stores"),
+    r"write_(losses|coefficients)<|add_rows<": ("16-byte loads",),
 }
 
 _PROPERTIES = re.compile(

@@ -3,23 +3,15 @@
 // Everything is validated in Python (ser_fast/ops); outputs are allocated there and written here.
 
 #include <Python.h>
-#ifdef SER_FAST_CUDA
-#include <torch/csrc/stable/accelerator.h>
-#endif
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <functional>
 #include <type_traits>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/embedding.h"
 #include "cpu/group_action.h"
 #include "cpu/nt_xent.h"
-#ifdef SER_FAST_CUDA
-#include "cuda/group_action.h"
-#endif
 
 // libtorch's own BLAS (MKL or OpenBLAS), column-major.
 extern "C" {
@@ -34,7 +26,7 @@ int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));  // only where
 
 namespace {
 
-using torch::stable::Tensor;
+using ser_fast::data, ser_fast::output, ser_fast::resampling, ser_fast::Tensor, ser_fast::type_of;
 
 // Products stay on the thread that asks for them, also where a single part leaves the others idle: how MKL would split
 // one must not show in the bits.
@@ -59,30 +51,6 @@ void gemm(bool transpose_a, bool transpose_b, int64_t rows, int64_t columns, int
   }
 }
 
-ser_fast::Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case torch::headeronly::ScalarType::Float: return ser_fast::Type::float32;
-    case torch::headeronly::ScalarType::Double: return ser_fast::Type::float64;
-    case torch::headeronly::ScalarType::BFloat16: return ser_fast::Type::bfloat16;
-    case torch::headeronly::ScalarType::Half: return ser_fast::Type::float16;
-    default: STD_TORCH_CHECK(false, "ser_fast: a dtype that Python did not check");
-  }
-}
-
-template <typename T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <typename T>
-T* output(const Tensor& x) {
-  return x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
-}
-
-ser_fast::Resampling resampling(int64_t interpolation, int64_t padding, bool antialias) {
-  return {static_cast<ser_fast::Interpolation>(interpolation), static_cast<ser_fast::Padding>(padding), antialias};
-}
-
 // sizes: height_in, width_in, height_out, width_out.
 void group_action(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vector<int64_t> sizes, int64_t interpolation,
                   int64_t padding, bool antialias, bool transpose) {
@@ -90,20 +58,6 @@ void group_action(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vecto
   ser_fast::group_action(x.const_data_ptr(), data<double>(linear), data<double>(offset), out.mutable_data_ptr(), type_of(x),
                          x.size(0), x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]}, how, transpose, parallel);
 }
-
-#ifdef SER_FAST_CUDA
-void group_action_cuda(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vector<int64_t> sizes,
-                       int64_t interpolation, int64_t padding, bool antialias, bool transpose) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  void* stream;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  const char* error = ser_fast::cuda::group_action(
-      x.const_data_ptr(), data<double>(linear), data<double>(offset), out.mutable_data_ptr(), type_of(x), x.size(0),
-      x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]}, resampling(interpolation, padding, antialias), transpose,
-      stream);
-  STD_TORCH_CHECK(error == nullptr, "group_action on cuda: ", error);
-}
-#endif
 
 // first, second: (N, dim); second is empty for one set of rows. index: (n,).
 ser_fast::Selection selection(const Tensor& first, const Tensor& second, const Tensor& index) {
@@ -219,6 +173,42 @@ STABLE_TORCH_LIBRARY(ser_fast_native, m) {
   m.def(
       "negatives_gradient(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor weight, Tensor lse, "
       "Tensor kept, Tensor(a!) d_query, Tensor(b!) d_key, float temperature, bool bounded) -> ()");
+  // On GPUs only: what ser_fast/ops/tiled.py is made of.
+  m.def(
+      "nt_xent_prepare(Tensor x0, Tensor x1, Tensor image, Tensor valid, Tensor(a!) u, Tensor(b!) table, "
+      "bool normalize) -> ()");
+  m.def(
+      "nt_xent_symmetric_sums(Tensor u, Tensor table, Tensor(a!) sums, Tensor(b!) kept, float scale, int count) -> ()");
+  m.def(
+      "nt_xent_row_sums(Tensor q, Tensor q_table, Tensor k, Tensor k_table, Tensor(a!) state, float scale, int keys) "
+      "-> ()");
+  m.def(
+      "nt_xent_panel_row_sums(Tensor panel, Tensor q_table, Tensor k_table, Tensor(a!) state, int first_row, "
+      "int first_key) -> ()");
+  m.def(
+      "nt_xent_losses(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive, Tensor table, Tensor state, "
+      "Tensor(a!) loss, float temperature, bool views, bool summed, bool normalize) -> ()");
+  m.def(
+      "nt_xent_coefficients(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive, Tensor table, Tensor weight, "
+      "Tensor largest, Tensor loss, Tensor(a!) out, float temperature, bool views, bool bounded, bool library, "
+      "bool normalize) -> ()");
+  m.def(
+      "nt_xent_owner(Tensor q, Tensor q_table, Tensor q_coefficients, Tensor k, Tensor k_table, "
+      "Tensor k_coefficients, Tensor(a!) out, float scale, int keys, bool bounded, bool by_row, bool by_key) -> ()");
+  m.def(
+      "nt_xent_panel(Tensor q, Tensor q_table, Tensor q_coefficients, Tensor k, Tensor k_table, "
+      "Tensor k_coefficients, Tensor kept, Tensor(a!) panel, float scale, int first_row, int first_key, int source, "
+      "bool bounded, bool by_row, bool by_key) -> ()");
+  m.def(
+      "nt_xent_finish(Tensor x0, Tensor x1, Tensor y0, Tensor y1, Tensor table, Tensor coefficients, Tensor positive, "
+      "Tensor order, Tensor first, Tensor accumulated, Tensor largest, Tensor(a!) d_x0, Tensor(b!) d_x1, "
+      "float temperature, int side, bool library, bool normalize) -> ()");
+  m.def(
+      "nt_xent_detached(Tensor q, Tensor q_table, Tensor k, Tensor k_table, Tensor(a!) state, Tensor(b!) out, "
+      "float scale, int keys, bool bounded) -> ()");
+  m.def(
+      "nt_xent_detached_finish(Tensor query, Tensor key, Tensor positive, Tensor table, Tensor state, "
+      "Tensor accumulated, Tensor(a!) loss, Tensor(b!) gradient, float temperature, bool normalize) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CPU, m) {
@@ -230,10 +220,6 @@ STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CPU, m) {
   m.impl("log_and_mean_negatives", TORCH_BOX(&log_and_mean_negatives));
   m.impl("negatives_gradient", TORCH_BOX(&negatives_gradient));
 }
-
-#ifdef SER_FAST_CUDA
-STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CUDA, m) { m.impl("group_action", TORCH_BOX(&group_action_cuda)); }
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CompositeExplicitAutograd, m) {
   m.impl("kept_similarities", TORCH_BOX(&kept_similarities));
