@@ -6,14 +6,27 @@ import shutil
 from typing import Any, NamedTuple
 
 import pytest
+import test_nt_xent
 import torch
-from test_cuda_host import FLAGS, INCLUDE, ROOT, missing, run
+from test_cuda_host import FLAGS, INCLUDE, ROOT, missing, run, takes_a_backend
+from test_nt_xent import loss_function, setting  # noqa: F401, fixtures of its tests
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from ser_fast.ops import backends
+from ser_fast.ops import nt_xent as operator
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (f32, f64, bf16, f16)
 COLUMNS = (1, 33, 64, 200)
+TABLES = {  # of the operators' backends: the functions that go in
+    "_KEPT_BYTES": "kept_bytes",
+    "_NT_XENT": "nt_xent",
+    "_NT_XENT_BACKWARD": "nt_xent_backward",
+    "_INFO_NCE": "info_nce",
+    "_INFO_NCE_BACKWARD": "info_nce_backward",
+    "_INFO_NCE_DETACHED": "info_nce_detached",
+}
 NOTHING = torch.empty(0, dtype=torch.int64)
 TOP = 2.0**14  # as kernels have it
 
@@ -425,3 +438,27 @@ def test_a_row_that_is_too_long_says_so(operators):
         operators.nt_xent_detached_finish(
             query, query, torch.zeros(1).long(), table, state, accumulated, *outputs, 1.0, True
         )
+
+
+# ---------------------------------------------------------------- the operators' own tests
+
+
+@pytest.fixture
+def backend(operators, monkeypatch) -> str:
+    """The backend `cuda`, on CPU tensors."""
+    cuda = importlib.import_module("ser_fast.ops.cuda")
+    monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
+    monkeypatch.delitem(backends._MISSING, "cuda", raising=False)
+    for table, name in TABLES.items():
+        monkeypatch.setitem(getattr(operator, table), "cuda", getattr(cuda, name))
+    return "cuda"
+
+
+# Without gradcheck: thousands of launches, of the kernels that float32 takes, too.
+globals().update(
+    {
+        name: test
+        for name, test in vars(test_nt_xent).items()
+        if name.startswith("test_") and name != "test_gradcheck" and takes_a_backend(test)
+    }
+)
