@@ -318,7 +318,8 @@ def _log2_sums(state, r, take, splits, padded, scale, SUMMED: tl.constexpr):
         total += tl.load(state + padded + r, mask=take, other=0).to(tl.float64) * 2.0**-70
         total += tl.load(state + 2 * padded + r, mask=take, other=0).to(tl.float64) * 2.0**-98
         broken = tl.load(state + 3 * padded + r, mask=take, other=0) != 0
-        top = tl.where(broken, float("nan"), scale + tl.zeros_like(total))
+        total = tl.where(broken, float("nan"), total)
+        top = scale + tl.zeros_like(total)
     else:
         top = tl.full(r.shape, -float("inf"), tl.float64)
         total = tl.zeros_like(top)

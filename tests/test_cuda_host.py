@@ -43,7 +43,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         missing("no g++ here")
     path = tmp_path_factory.mktemp("host_cuda") / "kernels.so"
-    sources = [KERNELS, ROOT / "tests" / "host_cuda" / "library.cpp"]
+    sources = [ROOT / "csrc" / "cuda" / "group_action.cu", ROOT / "tests" / "host_cuda" / "library.cpp"]
     built = run("g++", "-O1", "-fPIC", "-shared", *FLAGS, *INCLUDE, *sources, "-o", path)
     assert built.returncode == 0, built.stderr
     kernels = ctypes.CDLL(str(path))

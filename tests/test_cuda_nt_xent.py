@@ -1,21 +1,26 @@
 """The CUDA kernels of nt_xent and info_nce that need no product of rows, executed on the host, bindings included."""
 
+import ctypes
 import functools
 import importlib
 import math
 import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import test_nt_xent
 import torch
-from test_cuda_host import FLAGS, INCLUDE, ROOT, missing, run, takes_a_backend
+from test_cuda_host import AMPLE, FLAGS, INCLUDE, ROOT, missing, run, takes_a_backend
 from test_nt_xent import loss_function, setting  # noqa: F401, fixtures of its tests
+from tiled_cases import KINDS, check, every_kind_of_tile, oracle, with_gradients
+from tiled_cases import rows as rows_of_views
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from ser_fast.ops import backends
+from ser_fast.ops import backends, tiled
 from ser_fast.ops import nt_xent as operator
+from ser_fast.ops.nt_xent import info_nce, nt_xent
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (f32, f64, bf16, f16)
@@ -33,8 +38,8 @@ TOP = 2.0**14  # as kernels have it
 
 
 @pytest.fixture(scope="session")
-def operators(tmp_path_factory) -> Any:
-    """torch.ops.ser_fast_native, whose nt_xent_* run the CUDA kernels on tensors of the CPU."""
+def twin(tmp_path_factory) -> Path:
+    """A library that has the nt_xent_* of ser_fast_native run the CUDA kernels on tensors of the CPU."""
     if shutil.which("g++") is None:
         missing("no g++ here")
     try:
@@ -42,7 +47,11 @@ def operators(tmp_path_factory) -> Any:
     except ImportError as error:
         missing(f"no native extension: {error}")
     path = tmp_path_factory.mktemp("twin") / "twin.so"
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("nt_xent_*.cu")), ROOT / "csrc" / "bindings_cuda.cpp"]
+    sources = [
+        *sorted((ROOT / "csrc" / "cuda").glob("nt_xent_*.cu")),
+        ROOT / "csrc" / "bindings_cuda.cpp",
+        ROOT / "tests" / "host_cuda" / "library_nt_xent.cpp",
+    ]
     # Its own copy of the twins' state, whatever other libraries of them there are.
     options = [
         "-O1",
@@ -57,6 +66,12 @@ def operators(tmp_path_factory) -> Any:
     built = run("g++", *options, *FLAGS, *INCLUDE, *torch_headers, *sources, *torch_libraries, "-o", path)
     assert (built.returncode, built.stderr) == (0, "")
     torch.ops.load_library(str(path))
+    return path
+
+
+@pytest.fixture
+def operators(twin) -> Any:
+    ctypes.CDLL(str(twin)).set_shared_limit(AMPLE)
     return torch.ops.ser_fast_native
 
 
@@ -454,7 +469,89 @@ def backend(operators, monkeypatch) -> str:
     monkeypatch.delitem(backends._MISSING, "cuda", raising=False)
     for table, name in TABLES.items():
         monkeypatch.setitem(getattr(operator, table), "cuda", getattr(cuda, name))
+    monkeypatch.setitem(test_nt_xent.KEPT_BYTES, "cuda", cuda.kept_bytes)
     return "cuda"
+
+
+# ---------------------------------------------------------------- tiles, paths, sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("function", [nt_xent, info_nce])
+def test_tiles_of_every_kind(function, kind, backend, monkeypatch):
+    every_kind_of_tile(function, kind, 128, backend)
+    monkeypatch.setattr(tiled, "PANEL", 128)
+    monkeypatch.setattr(cuda_kernels(), "largest_owned", lambda self, device: 0)
+    every_kind_of_tile(function, kind, 128, backend)
+
+
+def cuda_kernels() -> Any:
+    return importlib.import_module("ser_fast.ops.cuda")._Kernels
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("path", ["owner", "panel", "kept", "detached"])
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 0.2])
+def test_paths(backend, temperature, path, splits, monkeypatch):
+    """More than one tile each way, and shares of the keys of which some are empty."""
+    if splits > 1 and path in ("panel", "kept"):
+        pytest.skip("no walk over keys")
+    monkeypatch.setattr(tiled, "PANEL", 256)
+    monkeypatch.setattr(tiled, "_splits", lambda strips, tiles, x: splits)
+    monkeypatch.setattr(cuda_kernels(), "largest_owned", lambda self, device: 512 if path == "owner" else 0)
+    x, y = rows_of_views(150, 40)
+    options = {"temperature": temperature, "image": torch.arange(150) // 7}
+    if path == "kept":
+        options["memory_budget"] = 1 << 30
+    if path == "detached":
+        x.requires_grad_()
+        loss = info_nce(x, y, reduction="none", backend=backend, **options)
+        weight = torch.linspace(0.5, 1.5, 150)
+        (gradient,) = torch.autograd.grad((weight * loss).sum(), x)
+        check((loss.detach(), gradient), oracle(info_nce, x.detach(), y, **options)[:2], temperature)
+        return
+    for function in (nt_xent,) if path == "kept" else (nt_xent, info_nce):
+        actual = with_gradients(function, x, y, backend=backend, **options)
+        check(actual, oracle(function, x, y, **options), temperature)
+
+
+@pytest.mark.parametrize("shared", [99 << 10, AMPLE, 227 << 10])
+@pytest.mark.parametrize("columns", [64, 100, 200, 300, 512])
+def test_columns(backend, twin, columns, shared, monkeypatch):
+    """Every width that has kernels of its own, on chips whose blocks have little shared memory and much."""
+    ctypes.CDLL(str(twin)).set_shared_limit(shared)
+    monkeypatch.setattr(importlib.import_module("ser_fast.ops.cuda"), "_shared_memory", lambda device: shared)
+    x, y = rows_of_views(135, columns)
+    options = {"temperature": 0.2, "image": torch.arange(135) // 9}
+    check(with_gradients(nt_xent, x, y, backend=backend, **options), oracle(nt_xent, x, y, **options), 0.2)
+    x.requires_grad_()
+    loss = info_nce(x, y, reduction="none", backend=backend, **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    x = x.detach().double().requires_grad_()
+    expected = info_nce(x, y.double(), reduction="none", backend="reference", **options)
+    check((loss.detach(), gradient), (expected.detach(), *torch.autograd.grad(expected.sum(), x)), 0.2)
+
+
+@pytest.mark.parametrize("rows", [1, 128, 1000, 9408, 100_000, 400_000])
+def test_every_pair_of_tiles_has_a_block(twin, rows):
+    tiles = -(-rows // 128)
+    library = ctypes.CDLL(str(twin))
+    library.pairs_that_have_a_block.restype = ctypes.c_int64
+    assert library.pairs_that_have_a_block(ctypes.c_int64(128 * tiles)) == tiles * (tiles + 1) // 2
+
+
+def test_columns_that_have_no_kernel(operators):
+    u, table = torch.zeros(128, 320, dtype=f16), torch.zeros(2 * 128 + 12, dtype=torch.int64)
+    state, out = torch.zeros(2, 1, 128), torch.zeros(1, 128, 320)
+    with pytest.raises(RuntimeError, match="64, 128, 256 or 512 columns"):
+        operators.nt_xent_detached(u, table, u, table, state, out, 1.0, 128, True)
+
+
+def test_too_little_shared_memory_says_so(twin, operators):
+    ctypes.CDLL(str(twin)).set_shared_limit(48 << 10)
+    u, table = torch.zeros(128, 64, dtype=f16), torch.zeros(2 * 128 + 12, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="more shared memory than a block has"):
+        operators.nt_xent_symmetric_sums(u, table, torch.zeros(4, 128, dtype=torch.int64), u[:0], 1.0, 128)
 
 
 # Without gradcheck: thousands of launches, of the kernels that float32 takes, too.

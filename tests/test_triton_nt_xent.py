@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiled_cases import DEVICE, KINDS, check, every_kind_of_tile, oracle, rows, with_gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,20 +16,20 @@ from ser_fast.ops import tiled
 from ser_fast.ops.backends import reason_not
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if reason_not("triton", DEVICE) is not None:
     pytest.skip(f"triton: {reason_not('triton', DEVICE)}", allow_module_level=True)
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-from ser_fast.kernels import configs  # noqa: E402
+from ser_fast.kernels import configs
 
 kernels = importlib.import_module("ser_fast.kernels.nt_xent")  # the package gives its function nt_xent that name
 Config = configs.Config
 SMALL = Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 2}, 4, 1)
 
 f16, f32, f64 = torch.float16, torch.float32, torch.float64
+COUNT = 80  # rows a view
 
 
 @pytest.fixture
@@ -42,60 +43,14 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "PANEL", 64)
 
 
-def rows(count: int, dim: int, seed: int = 0, dtype: torch.dtype = f16) -> tuple[Tensor, Tensor]:
-    """Two views that agree a little, as early in training."""
-    generator = torch.Generator().manual_seed(seed)
-    x, noise = torch.randn(2, count, dim, dtype=f64, generator=generator)
-    return x.to(DEVICE, dtype), (x + 1.5 * noise).to(DEVICE, dtype)
-
-
-def with_gradients(function: Callable[..., Tensor], x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """The losses, and the gradients in x and y of their sum with weights."""
-    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-    loss = function(x, y, reduction="none", **options)
-    weight = torch.linspace(0.5, 1.5, len(loss), device=loss.device)
-    return loss.detach(), *torch.autograd.grad((weight * loss).sum(), (x, y))
-
-
-def oracle(function: Callable[..., Tensor], x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    options.pop("memory_budget", None)
-    return with_gradients(function, x.to(f64), y.to(f64), backend="reference", **options)
-
-
-def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], temperature: float) -> None:
-    """Rounding the operands moves s by at most eps / temperature; results are rounded once more."""
-    tolerance = torch.finfo(f16).eps * (1 + 1 / (2 * temperature))
-    for found, truth in zip(actual, expected, strict=True):
-        scale = max(1.0, truth.abs().max().item()) if truth.dim() == 1 else truth.abs().max().item()
-        assert (found.to(f64) - truth).abs().max() <= tolerance * scale
-
-
 # ---------------------------------------------------------------- tiles
-
-COUNT = 80  # rows a view
-ROW = torch.arange(COUNT)
-SHUFFLE = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
-KINDS = {  # images, and which rows are valid
-    "own image": (ROW, None),
-    "full, masked and empty tiles": (ROW // 64, None),
-    "invalid tiles": (ROW // 64, ROW >= 64),
-    "one image": (ROW * 0, None),
-    "contiguous, some valid": (ROW // 7, SHUFFLE > 20),
-    "shuffled": (ROW[SHUFFLE] // 7, None),
-    "alike in 32 bits": (ROW // 30 * 2**32, None),
-}
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("image", "valid"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("function", [nt_xent, info_nce])
-def test_tiles_of_every_kind(function: Callable[..., Tensor], image: Tensor, valid: Tensor | None) -> None:
-    x, y = rows(COUNT, 40)
-    options = {"temperature": 0.3, "image": image.to(DEVICE), "valid": None if valid is None else valid.to(DEVICE)}
-    actual = with_gradients(function, x, y, backend="triton", **options)
-    check(actual, oracle(function, x, y, **options), 0.3)
-    if image.unique().numel() == 1:
-        assert not any(result.any() for result in actual)
+def test_tiles_of_every_kind(function: Callable[..., Tensor], kind: str) -> None:
+    every_kind_of_tile(function, kind, 64, "triton")
 
 
 @pytest.mark.parametrize("columns", [33, 128, 200, 512, 1024])

@@ -241,13 +241,17 @@ __host__ __device__ void triangle(int64_t t, int64_t& i, int64_t& j) {
 }
 
 // Blocks go through squares of kGroup tile rows, so that a square's rows stay in the second-level cache.
+__host__ __device__ void pair_of(int64_t block, int64_t& tile_i, int64_t& tile_j) {
+  triangle(block / (kGroup * kGroup), tile_i, tile_j);
+  tile_i = tile_i * kGroup + block % kGroup;
+  tile_j = tile_j * kGroup + block / kGroup % kGroup;
+}
+
 __global__ void __launch_bounds__(kThreads, 2)
     sum_pairs(Share x, int columns, int64_t count, int64_t* sums, float16* kept, float scale) {
   auto& shared = *reinterpret_cast<SquareShared*>(shared_memory());
   int64_t tile_i, tile_j;
-  triangle(blockIdx.x / (kGroup * kGroup), tile_i, tile_j);
-  tile_i = tile_i * kGroup + blockIdx.x % kGroup;
-  tile_j = tile_j * kGroup + blockIdx.x / kGroup % kGroup;
+  pair_of(blockIdx.x, tile_i, tile_j);
   const int64_t i = tile_i * kSide, j = tile_j * kSide;
   if (i >= count || j > i) return;
   const Kind kind_i = kind_of(x.table, x.padded, i, kSide), kind_j = kind_of(x.table, x.padded, j, kSide);
@@ -606,10 +610,15 @@ const char* launch_strips(const Share& q, const Share& k, int64_t keys, float* s
 
 }  // namespace
 
+int64_t pair_blocks(int64_t padded) {
+  const int64_t squares = up(padded, kSide * kGroup);
+  return squares * (squares + 1) / 2 * kGroup * kGroup;
+}
+void pair_of_block(int64_t block, int64_t& tile_i, int64_t& tile_j) { pair_of(block, tile_i, tile_j); }
+
 const char* symmetric_sums(const void* u, const int64_t* table, int64_t count, int64_t padded, int64_t columns,
                            int64_t* sums, void* kept, float scale, void* stream) {
-  const int64_t squares = up(padded, kSide * kGroup);
-  return launch(sum_pairs, squares * (squares + 1) / 2 * kGroup * kGroup, kThreads, sizeof(SquareShared), stream,
+  return launch(sum_pairs, pair_blocks(padded), kThreads, sizeof(SquareShared), stream,
                 Share{table, nullptr, u, padded}, static_cast<int>(columns), count, sums, static_cast<float16*>(kept),
                 scale);
 }

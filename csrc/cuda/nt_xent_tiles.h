@@ -20,6 +20,10 @@ struct Share {
 const char* symmetric_sums(const void* u, const int64_t* table, int64_t count, int64_t padded, int64_t columns,
                            int64_t* sums, void* kept, float scale, void* stream);
 
+// Its blocks, and the tile that a block sums; where i lies beyond the rows or j > i it has none.
+int64_t pair_blocks(int64_t padded);
+void pair_of_block(int64_t block, int64_t& tile_i, int64_t& tile_j);
+
 // state (2, splits, q_padded): a running maximum of the base-2 similarities, and the sum of 2^(s - maximum).
 const char* row_sums(const void* q, const int64_t* q_table, int64_t q_padded, const void* k, const int64_t* k_table,
                      int64_t k_padded, int64_t columns, int64_t keys, float* state, int64_t splits, float scale,

@@ -46,19 +46,19 @@ class _Kernels:
     def owner_blocks(self, device: torch.device, columns: int) -> tuple[int, int]:
         if columns <= 256:
             return 128, 64
-        return 64, 64 if _shared_memory(device) >= 200 << 10 else 32
+        return 64, 64 if _shared_memory(device) >= 202 << 10 else 32
 
     def largest_owned(self, device: torch.device) -> int:
-        return 256
+        return 256 if _shared_memory(device) >= 148 << 10 else 128
 
     def largest_detached(self, device: torch.device) -> int:
-        return 512
+        return 512 if _shared_memory(device) >= 148 << 10 else 128
 
 
 def _shared_memory(device: torch.device) -> int:
     """The bytes that a block can have."""
     if device.type == "cpu":
-        return 0
+        return 163 << 10
     # torch's own stub lacks the attribute
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
