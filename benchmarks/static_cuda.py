@@ -68,9 +68,7 @@ def run(*command: Any) -> str:
 def kernel_name(symbol: str) -> str:
     """resample<bfloat16, true, false>"""
     demangled = run("c++filt", symbol).strip()
-    found = re.search(
-        r"(\w+<[^()]*?>|\w+)\(", demangled.replace("(anonymous namespace)::", "").replace("ser_fast::", "")
-    )
+    found = re.search(r"(\w+<[^()]*?>|\w+)\(", re.sub(r"\(anonymous namespace\)::|ser_fast::|cuda::", "", demangled))
     return found[1] if found else demangled
 
 

@@ -571,7 +571,13 @@ using Strip64 = Strip<64, 128, 64, 4, 64, 32, 32, 64>;
 using Strip128 = Strip<128, 128, 64, 4, 64, 32, 64, 64>;
 using Strip256 = Strip<256, 128, 64, 8, 32, 32, 64, 64>;
 using Strip512 = Strip<512, 64, 64, 8, 32, 16, 64, 64>;
-using SmallStrip512 = Strip<512, 64, 32, 8, 16, 16, 64, 64>;  // for blocks with less than 200 KB of shared memory
+using SmallStrip512 = Strip<512, 64, 32, 8, 16, 16, 64, 64>;
+
+// What a block may have: 99 KB on every chip from sm_80 on, 163 on an A100, 227 on an H100. ops/cuda.py knows.
+static_assert(sizeof(SquareShared) <= 99 << 10 && 2 * sizeof(SquareShared) <= 163 << 10);
+static_assert(sizeof(Strip64::Shared) <= 99 << 10 && sizeof(Strip128::Shared) <= 99 << 10);
+static_assert(sizeof(Strip256::Shared) <= 150 << 10 && sizeof(SmallStrip512::Shared) <= 150 << 10);
+static_assert(sizeof(Strip512::Shared) <= 204 << 10);
 
 // ------------------------------------------------------------------------------------------------ launches
 

@@ -46,13 +46,13 @@ class _Kernels:
     def owner_blocks(self, device: torch.device, columns: int) -> tuple[int, int]:
         if columns <= 256:
             return 128, 64
-        return 64, 64 if _shared_memory(device) >= 202 << 10 else 32
+        return 64, 64 if _shared_memory(device) >= 204 << 10 else 32
 
     def largest_owned(self, device: torch.device) -> int:
-        return 256 if _shared_memory(device) >= 148 << 10 else 128
+        return 256 if _shared_memory(device) >= 150 << 10 else 128
 
     def largest_detached(self, device: torch.device) -> int:
-        return 512 if _shared_memory(device) >= 148 << 10 else 128
+        return 512 if _shared_memory(device) >= 150 << 10 else 128
 
 
 def _shared_memory(device: torch.device) -> int:
