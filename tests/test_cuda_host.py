@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import pytest
@@ -115,13 +116,20 @@ def backend(device, monkeypatch) -> str:
 # ---------------------------------------------------------------- the operator's own tests
 
 
-def takes_a_backend(test: Callable[..., None]) -> bool:
-    return "backend" in signature(test).parameters
+# They ask what torch makes of the operator, or launch kernels by thousands; the values that they see, others see.
+NOT_OF_KERNELS = ("test_compiles", "test_opcheck", "test_gradcheck")
 
 
-globals().update(
-    {name: test for name, test in vars(test_group_action).items() if name.startswith("test_") and takes_a_backend(test)}
-)
+def own_tests(module: ModuleType) -> dict[str, Callable[..., None]]:
+    """The tests of an operator that take a backend."""
+    return {
+        name: test
+        for name, test in vars(module).items()
+        if name.startswith("test_") and "backend" in signature(test).parameters and not name.startswith(NOT_OF_KERNELS)
+    }
+
+
+globals().update(own_tests(test_group_action))
 
 
 # ---------------------------------------------------------------- every way through the kernel

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import test_nt_xent
 import torch
-from test_cuda_host import AMPLE, FLAGS, INCLUDE, ROOT, missing, run, takes_a_backend
+from test_cuda_host import AMPLE, FLAGS, INCLUDE, ROOT, missing, own_tests, run
 from test_nt_xent import loss_function, setting  # noqa: F401, fixtures of its tests
 from tiled_cases import KINDS, check, every_kind_of_tile, oracle, with_gradients
 from tiled_cases import rows as rows_of_views
@@ -554,11 +554,4 @@ def test_too_little_shared_memory_says_so(twin, operators):
         operators.nt_xent_symmetric_sums(u, table, torch.zeros(4, 128, dtype=torch.int64), u[:0], 1.0, 128)
 
 
-# Without gradcheck: thousands of launches, of the kernels that float32 takes, too.
-globals().update(
-    {
-        name: test
-        for name, test in vars(test_nt_xent).items()
-        if name.startswith("test_") and name != "test_gradcheck" and takes_a_backend(test)
-    }
-)
+globals().update(own_tests(test_nt_xent))
