@@ -40,6 +40,7 @@ def check(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], temperature:
 
 KINDS = (
     "own image",
+    "own image, some valid",
     "full, masked and empty tiles",
     "invalid tiles",
     "one image",
@@ -55,6 +56,7 @@ def images_of(kind: str, tile: int) -> tuple[Tensor, Tensor | None]:
     shuffle = torch.randperm(len(row), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return {
         "own image": (row, None),
+        "own image, some valid": (row, shuffle > tile // 3),
         "full, masked and empty tiles": (row // tile, None),
         "invalid tiles": (row // tile, row >= tile),
         "one image": (row * 0, None),
