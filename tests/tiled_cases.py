@@ -51,8 +51,8 @@ KINDS = (
 
 
 def images_of(kind: str, tile: int) -> tuple[Tensor, Tensor | None]:
-    """Images, and which rows are valid, of a tile of rows and a ragged one."""
-    row = torch.arange(tile * 5 // 4, device=DEVICE)
+    """Images, and which rows are valid, of two tiles of rows and a ragged one: images of the first two are disjoint."""
+    row = torch.arange(tile * 9 // 4, device=DEVICE)
     shuffle = torch.randperm(len(row), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return {
         "own image": (row, None),
