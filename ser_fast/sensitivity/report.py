@@ -287,7 +287,7 @@ def draw(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
     """Name: the caption and the figure."""
     figures = {
         "changes": (
-            f"Change of the relative error as one option leaves the default ({DEFAULT.resampling}), on the same images, "
+            f"Change of the relative error as one option leaves the default ({DEFAULT.resampling}) on the same images, "
             "mean over the elements that resample (95 % over images); linear up to 10 %, logarithmic beyond.",
             _draw_changes(rows),
         ),
