@@ -390,8 +390,8 @@ def _written(out: Path, *names: str) -> None:
 def detection(
     checkpoint: tyro.conf.Positional[Path],
     data: Path | None = None,
-    steps: int = 250,
-    batch_size: int = 8,
+    steps: int = 400,
+    batch_size: int = 4,
     lr: float = 4e-3,
     image_size: int | None = None,
     out: Path | None = None,

@@ -674,6 +674,14 @@ def test_differences_are_judged_against_the_spread() -> None:
     assert all("the choice does not show after training" in line for line in (d4, retrieval, last))
 
 
+def test_the_figure_shows_differences_at_the_same_seed() -> None:
+    scales = training.draw_scores(made_up_scores()).axes[1]
+    assert [label.get_text() for label in scales.get_xticklabels()] == ["nearest", "bilinear"]
+    nearest, bilinear = (drawn.get_offsets()[:, 1].tolist() for drawn in scales.collections[::2])
+    assert nearest == pytest.approx([0.1, 0.11, 0.09])
+    assert bilinear == pytest.approx([0, 0, 0])
+
+
 def test_scores_are_kept(tmp_path: Path) -> None:
     assert training.read_scores(tmp_path) == []
     training.write_scores(made_up_scores(), tmp_path)

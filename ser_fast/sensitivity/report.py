@@ -516,7 +516,10 @@ def write_report(rows: Sequence[Row], scores: Sequence[Score], out: Path) -> lis
     section = ""
     if scores:
         section = f"<h2>After training</h2><ul>{_items(judge(scores))}</ul>"
-        caption = "Trained with each setting of SERLoss, measured alike: every seed, and their mean."
+        caption = (
+            "Trained with each setting of SERLoss and measured alike, less the default's run with the same seed: every "
+            "seed, and their mean. Band: twice the spread of the default's runs over seeds."
+        )
         figures = {"training": (caption, draw_scores(scores)), **figures}
     shown = []
     for name, (caption, figure) in figures.items():
