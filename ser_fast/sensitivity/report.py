@@ -183,7 +183,7 @@ def _recommended(rows: Sequence[Row], ours: Sequence[Row], best: Resampling, cha
     error = {r: mean(row for row in ours if row.is_default and row.resampling == r) for r in (DEFAULT.resampling, best)}
     if best == DEFAULT.resampling:
         told = f"Recommended: the default ({best}), error {_bounds(error[best])}"
-        return f"{told}; nothing measured is surely better by {_WORTH:.0%}."
+        return f"{told}; nothing is surely better by {_WORTH:.0%} and nowhere surely worse."
     names = dict.fromkeys(map(source_of, resampled(rows, "difference")))
     by_source = (f"{name} {_percent(_change_of(rows, name, best))}" for name in names)
     return (
