@@ -306,7 +306,8 @@ def corruptions(
         images: how many held-out images are corrupted, spread evenly: 15 kinds at 5 severities.
         sequences: how many are perturbed, step by step: 10 kinds.
         corrupted: folder of corrupted images instead, in the layout of ImageNet-C or CIFAR-10-C.
-        perturbed: folder of sequences instead, in the layout of CIFAR-10-P.
+        perturbed: folder of sequences instead, in the layout of ImageNet-P (videos, which take the package av)
+            or CIFAR-10-P.
         shifted: folders of other images of the classes, as ImageNet-V2, ImageNet-R and ImageNet-Sketch.
         baseline: corruptions.csv of another run; its checkpoint's errors make the mean corruption error relative.
         classifier: "linear" or "knn".
@@ -322,7 +323,6 @@ def corruptions(
         device: "auto", "cpu" or "cuda".
     """
     model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
-    known, asked = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
     known, asked = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
     folders = [robustness.ClassFolder(folder, known.classes, image_size=image_size) for folder in shifted]
     others = None if baseline is None else robustness.read_errors(baseline)
@@ -390,8 +390,8 @@ def _written(out: Path, *names: str) -> None:
 def detection(
     checkpoint: tyro.conf.Positional[Path],
     data: Path | None = None,
-    steps: int = 250,
-    batch_size: int = 8,
+    steps: int = 400,
+    batch_size: int = 4,
     lr: float = 4e-3,
     image_size: int | None = None,
     out: Path | None = None,

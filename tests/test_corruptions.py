@@ -1,5 +1,6 @@
 """Corruptions, perturbation sequences, what is measured on them, and the published layouts."""
 
+import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from ser_fast.evaluation.robustness import (
     FlipRate,
     clean_images,
     error_rates,
+    find_videos,
     flip_probability,
     flip_rates,
     generate_corruptions,
@@ -301,6 +303,48 @@ def test_sequences_are_read_as_cifar_10_p_has_them(tmp_path: Path) -> None:
     assert flips_of(read_perturbations(tmp_path, image_size=8)) == [FlipRate("tilt", 1 / 6, 2)]
 
 
+def imagenet_p(folder: Path) -> Path:
+    """The places of three sequences in ImageNet-P's layout, each an empty file."""
+    for path in ("snow/n01/b.mp4", "snow/n02/a.mp4", "tilt/n01/a.mp4", "tilt/n01/notes.txt"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    return folder
+
+
+def test_sequences_are_found_as_imagenet_p_has_them(tmp_path: Path) -> None:
+    found = {
+        kind: [path.relative_to(tmp_path).as_posix() for path in paths]
+        for kind, paths in find_videos(imagenet_p(tmp_path)).items()
+    }
+    assert found == {"snow": ["snow/n01/b.mp4", "snow/n02/a.mp4"], "tilt": ["tilt/n01/a.mp4"]}
+    assert [kind for kind, _ in read_perturbations(tmp_path, image_size=8)] == ["snow", "tilt"]
+
+
+def test_videos_without_a_decoder_are_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)  # what an import of it finds where it is not installed
+    with pytest.raises(ValueError, match=r"snow/n01/b\.mp4 is a video: .*pip install av"):
+        flips_of(read_perturbations(imagenet_p(tmp_path), image_size=8))
+
+
+def test_videos_are_decoded_frame_by_frame(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "tilt" / "n01" / "a.mp4"
+    path.parent.mkdir(parents=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for grey in (30, 30, 220, 220):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), grey, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    ((kind, sequences),) = read_perturbations(tmp_path, image_size=8)
+    (frames,) = sequences
+    assert (kind, frames.shape, frames.dtype) == ("tilt", (4, 3, 8, 8), torch.uint8)
+    greys = torch.tensor([30.0, 30.0, 220.0, 220.0])
+    torch.testing.assert_close(frames.float().mean((1, 2, 3)), greys, atol=4, rtol=0)  # what the codec may lose
+
+
 @pytest.mark.parametrize("names", [("bee", "dog"), ("1", "3")], ids=["by name", "by number"])
 def test_a_class_folder_is_graded_among_its_own_classes(tmp_path: Path, names: tuple[str, str]) -> None:
     write(tmp_path / names[0], 70)
@@ -327,7 +371,11 @@ def no_arrays(folder: Path) -> None:
     [
         (lambda f: None, lambda f: read_corruptions(f, CLASSES, image_size=8), "holds neither kind/severity/class"),
         (no_arrays, lambda f: read_corruptions(f, CLASSES, image_size=8), r"fog.npy is \(9, 8, 8, 3\)"),
-        (lambda f: None, lambda f: read_perturbations(f, image_size=8), "holds no kind.npy"),
+        (
+            lambda f: None,
+            lambda f: read_perturbations(f, image_size=8),
+            "neither kind/class/name.mp4 nor kind.npy",
+        ),
         (no_arrays, lambda f: read_perturbations(f, image_size=8), r"fog.npy is \(9, 8, 8, 3\)"),
         (lambda f: write(f / "emu", 9), lambda f: [ClassFolder(f, CLASSES, image_size=8)], "no training class: emu"),
         (lambda f: write(f / "7", 9), lambda f: [ClassFolder(f, CLASSES, image_size=8)], "no training class: 7"),

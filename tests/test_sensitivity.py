@@ -36,6 +36,7 @@ from ser_fast.sensitivity.report import (
     REPORT,
     SUMMARY,
     combine,
+    draw,
     mean,
     recommend,
     summarise,
@@ -608,12 +609,30 @@ def _bent(row: Row) -> Row:
     return replace(row, value=0.1, low=0.1, high=0.1) if row.measure == "difference" and row.value < 0 else row
 
 
+def test_the_main_figure_shows_shares_of_the_errors_of_the_default(finished: Path) -> None:
+    table = read_rows(finished / TABLE)
+    (axes,) = draw(table)["changes"][1].axes
+    (points,) = (drawn for drawn in axes.containers if drawn.get_label() == "photos")
+    shown = dict(zip((label.get_text() for label in axes.get_yticklabels()), points.lines[0].get_xdata(), strict=True))
+    errors: dict[Resampling, list[float]] = {}
+    for r in table:
+        if (r.signal, r.measure) == ("photos", "relative_error") and r.group != "D4" and r.is_default:
+            errors.setdefault(r.resampling, []).append(r.value)
+    for label, resampling in (
+        ("interpolation: nearest", Resampling("nearest")),
+        ("padding: zeros", Resampling(padding="zeros")),
+    ):
+        expected = sum(errors[resampling]) / sum(errors[DEFAULT.resampling]) - 1
+        assert shown[label] == pytest.approx(100 * expected)
+    assert "interpolation: bicubic" not in shown
+
+
 def test_the_report_stands_alone(finished: Path, tmp_path: Path) -> None:
     summary = write_report(read_rows(finished / TABLE), made_up_scores(), tmp_path)
     page = (tmp_path / REPORT).read_text()
     assert not re.search(r"https?:|//", re.sub(r'src="data:[^"]*"', "", page))
     embedded = re.findall(r'src="([^"]*)"', page)
-    assert len(embedded) == 7
+    assert len(embedded) == 8
     pictures = {path.read_bytes() for path in tmp_path.glob("*.png")}
     prefix = "data:image/png;base64,"
     assert {base64.b64decode(source.removeprefix(prefix)) for source in embedded} == pictures
@@ -653,6 +672,14 @@ def test_differences_are_judged_against_the_spread() -> None:
     assert "beyond it: nearest +0.1000" in scales
     assert "bilinear +0.0000" in scales.split("beyond it")[0]
     assert all("the choice does not show after training" in line for line in (d4, retrieval, last))
+
+
+def test_the_figure_shows_differences_at_the_same_seed() -> None:
+    scales = training.draw_scores(made_up_scores()).axes[1]
+    assert [label.get_text() for label in scales.get_xticklabels()] == ["nearest", "bilinear"]
+    nearest, bilinear = (drawn.get_offsets()[:, 1].tolist() for drawn in scales.collections[::2])
+    assert nearest == pytest.approx([0.1, 0.11, 0.09])
+    assert bilinear == pytest.approx([0, 0, 0])
 
 
 def test_scores_are_kept(tmp_path: Path) -> None:

@@ -221,19 +221,44 @@ def read_corruptions(
 
 
 def read_perturbations(folder: Path, *, image_size: int) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Read perturbation sequences as CIFAR-10-P publishes them: kind.npy, (N, F, S, S, 3) uint8.
+    """Read perturbation sequences in a published layout.
+
+    ImageNet-P: kind/class/name.mp4, a video a sequence, decoded by PyAV (the package `av`, which is not among the
+    dependencies). CIFAR-10-P: kind.npy, (N, F, S, S, 3) uint8.
 
     Raises:
-        ValueError: no such file, or an array of another shape.
+        ValueError: neither of these, an array of another shape, or videos where PyAV is not installed.
     """
-    paths = sorted(folder.glob("*.npy"))
-    if not paths:
-        raise ValueError(f"{folder} holds no kind.npy")
-    for path in paths:
+    videos = find_videos(folder)
+    arrays = sorted(folder.glob("*.npy"))
+    if not videos and not arrays:
+        raise ValueError(f"{folder} holds neither kind/class/name.mp4 nor kind.npy")
+    for kind, paths in videos.items():
+        yield kind, map(partial(_read_video, size=image_size), paths)
+    for path in arrays:
         array = np.load(path, mmap_mode="r")
         if array.ndim != 5 or array.shape[-1] != 3:
             raise ValueError(f"{path} is {array.shape}, takes (N, F, S, S, 3)")
         yield path.stem, map(partial(_resized, size=image_size), array)
+
+
+def find_videos(folder: Path) -> dict[str, list[Path]]:
+    """The videos kind/class/name.mp4 of a folder, by kind."""
+    videos: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*/*/*.mp4")):
+        videos.setdefault(path.parent.parent.name, []).append(path)
+    return videos
+
+
+def _read_video(path: Path, *, size: int) -> Tensor:
+    """The frames of a video, (F, 3, size, size) uint8."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"{path} is a video: that takes PyAV, which is not installed (pip install av)") from error
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]  # each (S, S, 3)
+    return _resized(frames, size)
 
 
 class ClassFolder:

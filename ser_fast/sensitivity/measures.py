@@ -1,7 +1,7 @@
 """The measures, each for one element g and several resamplings at once, with bootstrapped intervals over images.
 
 relative_error   sqrt( sum |rho(g) f(x) - f(gx)|^2 / sum |f(gx) - m|^2 ),  m the mean token of f(gx)
-change           relative_error over that of the default resampling, less 1, on the same resampled images
+difference       relative_error less that of the default resampling, on the same resampled images
 aligned_cosine   the mean cosine of rho(g) f(x) and f(gx), each less its mean token
 retrieval        how often a token of f(gx) finds its own among rho(g) f(x), by cosine; default resampling only,
                  beside `chance`, for it is a control of the features and not of the kernel

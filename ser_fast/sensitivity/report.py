@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ser_fast.interpolation import INTERPOLATIONS
 from ser_fast.sensitivity import measures
@@ -182,7 +183,7 @@ def _recommended(rows: Sequence[Row], ours: Sequence[Row], best: Resampling, cha
     error = {r: mean(row for row in ours if row.is_default and row.resampling == r) for r in (DEFAULT.resampling, best)}
     if best == DEFAULT.resampling:
         told = f"Recommended: the default ({best}), error {_bounds(error[best])}"
-        return f"{told}; nothing measured is surely better by {_WORTH:.0%}."
+        return f"{told}; nothing is surely better by {_WORTH:.0%} and nowhere surely worse."
     names = dict.fromkeys(map(source_of, resampled(rows, "difference")))
     by_source = (f"{name} {_percent(_change_of(rows, name, best))}" for name in names)
     return (
@@ -285,6 +286,11 @@ def _percent(interval: Interval) -> str:
 def draw(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
     """Name: the caption and the figure."""
     figures = {
+        "changes": (
+            f"Change of the relative error as one option leaves the default ({DEFAULT.resampling}) on the same images, "
+            "mean over the elements that resample (95 % over images); linear up to 10 %, logarithmic beyond.",
+            _draw_changes(rows),
+        ),
         "factors": (
             "Relative error as one factor leaves the default, mean over the elements that resample (95 % over images).",
             _draw_factors(rows),
@@ -309,6 +315,45 @@ def draw(rows: Sequence[Row]) -> dict[str, tuple[str, Figure]]:
     if any(row.model for row in rows):
         figures["layers"] = ("Relative error and aligned cosine per layer, default resampling.", _draw_layers(rows))
     return figures
+
+
+def _draw_changes(rows: Sequence[Row]) -> Figure:
+    differences = resampled(rows, "difference")
+    sources = list(dict.fromkeys(map(source_of, differences)))
+    levels: list[tuple[str, Any]] = [
+        (factor, level)
+        for factor in _RESAMPLING_FACTORS
+        for level in varied(differences, factor)
+        if level != _BASE[factor]
+    ]
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(levels)), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(sources):
+        change = [
+            [100 * share for share in _change_of(rows, name, replace(DEFAULT.resampling, **{factor: level}))]
+            for factor, level in levels
+        ]
+        axes.errorbar(
+            [value for value, _, _ in change],
+            [y + (i - (len(sources) - 1) / 2) * 0.6 / len(sources) for y in range(len(levels))],
+            xerr=[[value - low for value, low, _ in change], [high - value for value, _, high in change]],
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            label=name,
+        )
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=10)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (-30, -10, -5, 0, 5, 10, 30, 100, 300) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:+d} %" if tick else "default" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(range(len(levels)), [f"{factor}: {_level(factor, level)}" for factor, level in levels])
+    axes.invert_yaxis()
+    axes.set_xlabel("change of the relative error")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(sources), frameon=False)
+    return figure
 
 
 def _draw_factors(rows: Sequence[Row]) -> Figure:
@@ -336,9 +381,11 @@ def _draw_factors(rows: Sequence[Row]) -> Figure:
                 label=name,
                 color=f"C{sources.index(name)}",
             )
-        axes.set_xticks(range(len(of_level)), [_level(factor, level) for level in of_level], rotation=35, ha="right")
-        axes.set(title=factor, ylim=(0, None))
+        labels = [_level(factor, level).replace("bicubic_antialias", "bicubic,\nantialias") for level in of_level]
+        axes.set_xticks(range(len(of_level)), labels, rotation=35, ha="right")
+        axes.set(title=factor, xlim=(-0.6, len(of_level) - 0.4))
         axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].set_ylim(0)  # of all panels, now that all points are drawn
     for row_of_axes in (0, 4):
         figure.axes[row_of_axes].set_ylabel("relative error")
     figure.axes[-1].axis("off")
@@ -384,8 +431,8 @@ def _draw_response(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_algebra(rows: Sequence[Row]) -> Figure:
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    names = ("composition", "round_trip", "dc_gain", "noise_gain")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    names = ("composition", "round_trip", "noise_gain")
     for axes, measure in zip(figure.subplots(1, len(names)), names, strict=True):
         found = {
             level: mean(of_level)[0] for level, of_level in varied(resampled(rows, measure), "interpolation").items()
@@ -417,8 +464,8 @@ def _draw_cost(rows: Sequence[Row]) -> Figure:
 def _draw_layers(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     base = [row for row in rows if row.model and row.is_default and row.resampling == DEFAULT.resampling]
-    panels = {"relative_error": "relative error", "aligned_cosine": "aligned cosine"}
-    for axes, (measure, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    panels = {"relative_error": ("relative error", None), "aligned_cosine": ("aligned cosine", 1)}
+    for axes, (measure, (label, top)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for model in dict.fromkeys(row.model for row in base):
             found = [row for row in resampled(base, measure) if row.model == model]
             layers = sorted({row.layer for row in found})
@@ -427,7 +474,7 @@ def _draw_layers(rows: Sequence[Row]) -> Figure:
             bounds = [low for _, low, _ in values], [high for _, _, high in values]
             axes.fill_between(layers, *bounds, alpha=0.2, color=line.get_color())
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="layer", ylabel=label, ylim=(0, None))
+        axes.set(xlabel="layer", ylabel=label, ylim=(0, top))
         axes.legend()
     return figure
 
@@ -469,7 +516,10 @@ def write_report(rows: Sequence[Row], scores: Sequence[Score], out: Path) -> lis
     section = ""
     if scores:
         section = f"<h2>After training</h2><ul>{_items(judge(scores))}</ul>"
-        caption = "Trained with each setting of SERLoss, measured alike: every seed, and their mean."
+        caption = (
+            "Trained with each setting of SERLoss and measured alike, less the default's run with the same seed: every "
+            "seed, and their mean. Band: twice the spread of the default's runs over seeds."
+        )
         figures = {"training": (caption, draw_scores(scores)), **figures}
     shown = []
     for name, (caption, figure) in figures.items():

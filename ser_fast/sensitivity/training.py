@@ -200,15 +200,22 @@ def table(scores: Sequence[Score]) -> Table:
 
 
 def draw_scores(scores: Sequence[Score]) -> Figure:
-    """A panel a measure: every seed as a point, the mean as a bar."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    variants = _variants(scores)
+    """A panel a measure: what each setting differs by from the baseline at the same seed, as points, and their mean.
+
+    The band is twice the baseline's spread over seeds, either way.
+    """
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    variants = [variant for variant in _variants(scores) if variant not in ("random", BASELINE)]
     for axes, (measure, title) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+        baseline, random = (_values(scores, variant, measure) for variant in (BASELINE, "random"))
         for i, variant in enumerate(variants):
-            values = _values(scores, variant, measure)
-            axes.scatter([i] * len(values), values, s=14, color=f"C{i % 10}")
-            axes.hlines(fmean(values), i - 0.3, i + 0.3, color=f"C{i % 10}")
+            differences = [a - b for a, b in zip(_values(scores, variant, measure), baseline, strict=True)]
+            axes.scatter([i] * len(differences), differences, s=14, color=f"C{i % 10}")
+            axes.hlines(fmean(differences), i - 0.3, i + 0.3, color=f"C{i % 10}")
+        axes.axhspan(-2 * stdev(baseline), 2 * stdev(baseline), color="grey", alpha=0.2, linewidth=0)
+        axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(variants)), variants, rotation=35, ha="right")
-        axes.set(title=title)
+        axes.set_title(f"{title}\n{BASELINE} {fmean(baseline):.3f}, random weights {fmean(random):.3f}", fontsize=9)
         axes.grid(axis="y", alpha=0.3)
+    figure.axes[0].set_ylabel(f"difference from {BASELINE}")
     return figure
