@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include "cuda/device.h"
+#include "cuda/launch.h"
 
 namespace ser_fast::cuda {
 namespace {
@@ -717,8 +718,8 @@ Geometry geometry_of(int64_t element, int64_t batch, int64_t channels, const Lat
 int64_t bytes_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
 template <typename T>
-const char* launch(const void* x, const double* linear, const double* offset, void* out, int64_t channels,
-                   const Lattices& l, Resampling how, const Geometry& n, bool transpose, void* stream) {
+const char* act(const void* x, const double* linear, const double* offset, void* out, int64_t channels,
+                const Lattices& l, Resampling how, const Geometry& n, bool transpose, void* stream) {
   using Real = Weight<T>;
   if (how.antialias && how.interpolation == Interpolation::bicubic) how.interpolation = Interpolation::catmull_rom;
   Action<Real> action{x, linear, offset, out, channels,
@@ -730,14 +731,7 @@ const char* launch(const void* x, const double* linear, const double* offset, vo
   std::copy_n(of.outer, 4, action.outer);
   const auto kernel = n.wide ? (transpose ? resample<T, true, true> : resample<T, true, false>)
                              : (transpose ? resample<T, false, true> : resample<T, false, false>);
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(n.shared));
-  if (error == cudaSuccess) {
-    LAUNCH(kernel, static_cast<unsigned>(n.blocks), kThreads, static_cast<size_t>(n.shared),
-           static_cast<cudaStream_t>(stream), action);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(kernel, n.blocks, kThreads, n.shared, stream, action);
 }
 
 }  // namespace
@@ -764,27 +758,22 @@ const char* group_action(const void* x, const double* linear, const double* offs
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  if (error == cudaSuccess) error = shared_limit(limit);
   if (error == cudaSuccess && read == 0) {
     error = cudaMemsetAsync(out, 0, batch * written * channels * bytes_of(type), static_cast<cudaStream_t>(stream));
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return words_of(error);
   }
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return words_of(error);
 
   const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
   const Geometry n = geometry(type, batch, channels, l, how, transpose, aligned, multiprocessors, limit - kStatic);
   if (n.shared > limit - kStatic) return "a side of a lattice is too long for the shared memory";
-  if (n.blocks > std::numeric_limits<int>::max()) return "more blocks than a launch may have";
-  const auto run = [&](auto launch) {
-    return launch(x, linear, offset, out, channels, l, how, n, transpose, stream);
-  };
+  const auto run = [&](auto act) { return act(x, linear, offset, out, channels, l, how, n, transpose, stream); };
   switch (type) {
-    case Type::float32: return run(launch<float>);
-    case Type::float64: return run(launch<double>);
-    case Type::bfloat16: return run(launch<bfloat16>);
-    case Type::float16: return run(launch<float16>);
+    case Type::float32: return run(act<float>);
+    case Type::float64: return run(act<double>);
+    case Type::bfloat16: return run(act<bfloat16>);
+    case Type::float16: return run(act<float16>);
   }
   return "a type without a kernel";
 }

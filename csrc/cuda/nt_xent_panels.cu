@@ -3,6 +3,7 @@
 #include "cuda/nt_xent_panels.h"
 
 #include "cuda/device.h"
+#include "cuda/launch.h"
 #include "cuda/warp.h"
 
 namespace ser_fast::cuda {
@@ -182,14 +183,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename Kernel, typename... Arguments>
-const char* launch(Kernel kernel, int64_t blocks, void* stream, Arguments... arguments) {
-  if (blocks == 0) return nullptr;
-  LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream), arguments...);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 Table table_of(const PanelSide& side) { return {side.table, side.padded}; }
 
 template <typename Real>
@@ -199,8 +192,8 @@ Weights<Real> weights_of(const PanelSide& side) {
 
 template <typename Real>
 const char* weigh(const Panel& panel, const PanelSide& q, const PanelSide& k, void* stream) {
-  return launch(weigh_similarities<Real>, panel.rows / kSide * (panel.width / kSide), stream, panel, table_of(q),
-                table_of(k), weights_of<Real>(q), weights_of<Real>(k));
+  return launch(weigh_similarities<Real>, panel.rows / kSide * (panel.width / kSide), kThreads, 0, stream, panel,
+                table_of(q), table_of(k), weights_of<Real>(q), weights_of<Real>(k));
 }
 
 }  // namespace
@@ -208,7 +201,7 @@ const char* weigh(const Panel& panel, const PanelSide& q, const PanelSide& k, vo
 const char* panel_row_sums(const Panel& panel, Type type, const PanelSide& q, const PanelSide& k, void* state,
                            void* stream) {
   const auto run = [&](auto kernel, auto* sums) {
-    return launch(kernel, panel.rows / kWarps, stream, panel, table_of(q), table_of(k), sums);
+    return launch(kernel, panel.rows / kWarps, kThreads, 0, stream, panel, table_of(q), table_of(k), sums);
   };
   return type == Type::float64 ? run(add_rows<double>, static_cast<double*>(state))
                                : run(add_rows<float>, static_cast<float*>(state));
@@ -219,7 +212,7 @@ const char* weigh_panel(const Panel& panel, Type type, const PanelSide& q, const
 }
 
 const char* weigh_kept(const Panel& panel, const void* kept, const PanelSide& q, const PanelSide& k, void* stream) {
-  return launch(weigh_kept_similarities, panel.rows / kSide * (panel.width / kSide), stream, panel,
+  return launch(weigh_kept_similarities, panel.rows / kSide * (panel.width / kSide), kThreads, 0, stream, panel,
                 static_cast<const float16*>(kept), table_of(q), table_of(k), weights_of<float>(q),
                 weights_of<float>(k));
 }

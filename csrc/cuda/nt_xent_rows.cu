@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cuda/device.h"
+#include "cuda/launch.h"
 #include "cuda/warp.h"
 
 namespace ser_fast::cuda {
@@ -352,34 +353,20 @@ Pairs<T> pairs_of(const Positives& p) {
           1 / p.temperature, static_cast<float>(1 / (p.temperature * kLn2))};
 }
 
-const char* result_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
+// A warp a row.
 template <typename Kernel, typename... Arguments>
-const char* launch(Kernel kernel, int64_t rows, int64_t rows_of_block, int64_t warps, int64_t shared, void* stream,
-                   Arguments... arguments) {
-  if (rows == 0) return nullptr;
-  LAUNCH(kernel, static_cast<unsigned>((rows + rows_of_block - 1) / rows_of_block), static_cast<int>(warps * 32),
-         static_cast<size_t>(shared), static_cast<cudaStream_t>(stream), arguments...);
-  return result_of(cudaGetLastError());
+const char* launch_rows(Kernel kernel, int64_t rows, void* stream, Arguments... arguments) {
+  return launch(kernel, (rows + kWarps - 1) / kWarps, kWarps * 32, 0, stream, arguments...);
 }
 
-// Runs a kernel with room for a row of T's accumulators for each of its warps.
+// The same with room for a row of T's accumulators for each warp.
 template <typename T, typename Kernel, typename... Arguments>
 const char* launch_with_room(Kernel kernel, int64_t rows, int64_t columns, void* stream, Arguments... arguments) {
   constexpr int64_t kRoom = 48 << 10;  // bytes of shared memory that every device has
   const int64_t chunks = (columns + kChunk<T> - 1) / kChunk<T>;
   const int64_t bytes = chunks * kChunk<T> * static_cast<int64_t>(sizeof(Accumulator<T>));
-  const int64_t warps = std::clamp<int64_t>(kRoom / std::max<int64_t>(bytes, 1), 1, kWarps), shared = warps * bytes;
-  int device, limit;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  if (error == cudaSuccess && shared > limit) return "rows are too long for the shared memory";
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
-  return error == cudaSuccess ? launch(kernel, rows, warps, warps, shared, stream, arguments...) : result_of(error);
+  const int64_t warps = std::clamp<int64_t>(kRoom / std::max<int64_t>(bytes, 1), 1, kWarps);
+  return launch(kernel, (rows + warps - 1) / warps, static_cast<int>(warps * 32), warps * bytes, stream, arguments...);
 }
 
 // run(T{}) with the T of a type.
@@ -401,8 +388,8 @@ const char* prepare(const RowSet& rows, Type type, bool normalize, const int64_t
   return with_type(type, [&](auto of) {
     using T = decltype(of);
     const auto run = [&](auto* to) {
-      return launch(write_operands<T, std::remove_pointer_t<decltype(to)>>, padded, kSpan, kPrepareWarps, 0, stream,
-                    rows_of<T>(rows, normalize), image, valid, to, padded, static_cast<int>(dim), table);
+      return launch(write_operands<T, std::remove_pointer_t<decltype(to)>>, padded / kSpan, kPrepareWarps * 32, 0,
+                    stream, rows_of<T>(rows, normalize), image, valid, to, padded, static_cast<int>(dim), table);
     };
     if constexpr (sizeof(T) == 2) {
       if (u_type == Type::float16) return run(static_cast<float16*>(u));
@@ -414,8 +401,8 @@ const char* prepare(const RowSet& rows, Type type, bool normalize, const int64_t
 const char* losses(const Positives& p, const void* state, bool summed, int64_t splits, void* loss, void* stream) {
   return with_type(p.type, [&](auto of) {
     using T = decltype(of);
-    return launch(write_losses<T>, p.queries.count, kWarps, kWarps, 0, stream, pairs_of<T>(p), state, summed,
-                  static_cast<int>(splits), static_cast<Accumulator<T>*>(loss));
+    return launch_rows(write_losses<T>, p.queries.count, stream, pairs_of<T>(p), state, summed,
+                       static_cast<int>(splits), static_cast<Accumulator<T>*>(loss));
   });
 }
 
@@ -424,9 +411,9 @@ const char* coefficients(const Positives& p, const void* weight, const void* lar
   return with_type(p.type, [&](auto of) {
     using T = decltype(of);
     using Real = Accumulator<T>;
-    return launch(write_coefficients<T>, p.padded, kWarps, kWarps, 0, stream, pairs_of<T>(p),
-                  static_cast<const Real*>(weight), static_cast<const Real*>(largest), static_cast<const Real*>(loss),
-                  bounded, library, static_cast<Real*>(out));
+    return launch_rows(write_coefficients<T>, p.padded, stream, pairs_of<T>(p), static_cast<const Real*>(weight),
+                       static_cast<const Real*>(largest), static_cast<const Real*>(loss), bounded, library,
+                       static_cast<Real*>(out));
   });
 }
 

@@ -7,6 +7,7 @@
 #include "cuda/nt_xent_tiles.h"
 
 #include "cuda/device.h"
+#include "cuda/launch.h"
 
 namespace ser_fast::cuda {
 namespace {
@@ -581,30 +582,6 @@ static_assert(sizeof(Strip512::Shared) <= 204 << 10);
 
 // ------------------------------------------------------------------------------------------------ launches
 
-const char* shared_limit(int64_t& bytes) {
-  int device, limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  bytes = limit;
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-template <typename Kernel, typename... Arguments>
-const char* launch(Kernel kernel, int64_t blocks, int threads, size_t shared, void* stream, Arguments... arguments) {
-  if (blocks == 0) return nullptr;
-  int64_t limit;
-  if (const char* error = shared_limit(limit)) return error;
-  if (static_cast<int64_t>(shared) > limit) return "so many columns take more shared memory than a block has here";
-  if (blocks > INT32_MAX) return "too many rows";
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (error == cudaSuccess) {
-    LAUNCH(kernel, static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream), arguments...);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 int64_t up(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 template <typename S, bool kDetached>
@@ -657,9 +634,9 @@ const char* panel(Share q, Share k, int64_t columns, void* panel, int64_t first_
 
 const char* detached(Share q, Share k, int64_t columns, int64_t keys, float* state, float* out, int64_t splits,
                      float scale, bool bounded, void* stream) {
-  int64_t limit;
-  if (const char* error = shared_limit(limit)) return error;
-  const bool ample = limit >= static_cast<int64_t>(sizeof(Strip512::Shared));
+  int limit;
+  if (const cudaError_t error = shared_limit(limit); error != cudaSuccess) return words_of(error);
+  const bool ample = limit >= static_cast<int>(sizeof(Strip512::Shared));
   const auto run = columns == 64    ? launch_strips<Strip64, true>
                    : columns == 128 ? launch_strips<Strip128, true>
                    : columns == 256 ? launch_strips<Strip256, true>

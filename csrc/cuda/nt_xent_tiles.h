@@ -9,7 +9,7 @@ namespace ser_fast::cuda {
 
 // The rows of one side.
 struct Share {
-  const int64_t* table;       // image and valid of each row, and of each 32 rows the lowest image, the highest, all valid
+  const int64_t* table;       // images and valid bits, and of each 32 rows their range and whether all are valid
   const float* coefficients;  // (3, padded): a, its shift and what is not used here; null where a is 0
   const void* u;              // (padded, columns) float16, of unit length; columns is a multiple of 64
   int64_t padded;             // a multiple of 128
