@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import ttest_1samp
 from torch import Tensor
 
 from ser_fast import cli
@@ -662,16 +663,28 @@ def made_up_scores() -> list[training.Score]:
     ]
 
 
-def test_differences_are_judged_against_the_spread() -> None:
+def test_differences_are_judged_against_chance() -> None:
     scores = made_up_scores()
     difference, error = training.paired_difference(scores, "nearest", "resampled_error")
     assert difference == pytest.approx(0.1)
     assert error == pytest.approx(0.01 / math.sqrt(3))
+    p = training.chance(difference, error, 3)
+    assert p == pytest.approx(ttest_1samp([0.1, 0.11, 0.09], 0).pvalue)
     d4, scales, retrieval, last = training.judge(scores)
     assert "error on scales: the choice matters after training" in scales
-    assert "beyond it: nearest +0.1000" in scales
-    assert "bilinear +0.0000" in scales.split("beyond it")[0]
+    assert f"more than chance: nearest +0.1000 (standard error 0.0058, p {8 * p:.2g})" in scales  # of 2 settings x 4
+    assert "bilinear +0.0000" in scales.split("; more than chance")[0]
     assert all("the choice does not show after training" in line for line in (d4, retrieval, last))
+
+
+def test_one_of_many_comparisons_is_no_finding() -> None:
+    """Beyond twice its standard error, and yet what some of many settings show by chance."""
+    noisy = [
+        replace(s, d4_error=s.d4_error + 0.1 * (1 + s.seed)) if s.variant == "nearest" else s for s in made_up_scores()
+    ]
+    difference, error = training.paired_difference(noisy, "nearest", "d4_error")
+    assert difference > 2 * error
+    assert "the choice does not show" in training.judge(noisy)[0]
 
 
 def test_the_figure_shows_differences_at_the_same_seed() -> None:

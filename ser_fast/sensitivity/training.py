@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from scipy.stats import t as student_t
 
 from ser_fast.demo import demo_runs
 from ser_fast.evaluation.equivariance import equivariance_errors, random_control
@@ -161,26 +162,37 @@ def paired_difference(scores: Sequence[Score], variant: str, measure: str) -> tu
     return fmean(differences), stdev(differences) / math.sqrt(len(differences))
 
 
+def chance(difference: float, error: float, pairs: int) -> float:
+    """How probable a mean of `pairs` paired differences this far from 0 is without any effect (t test, two-sided)."""
+    if error == 0:
+        return float(difference == 0)
+    return float(2 * student_t.sf(abs(difference) / error, pairs - 1))
+
+
 def judge(scores: Sequence[Score]) -> list[str]:
-    """A line a measure: does any setting differ from the baseline by more than twice the spread over seeds?"""
+    """A line a measure: which settings differ from the baseline by more than chance?
+
+    At 5 % for the study as a whole: a probability is multiplied by the number of comparisons (Bonferroni).
+    """
+    settings = [variant for variant in _variants(scores) if variant not in ("random", BASELINE)]
+    comparisons = len(settings) * len(MEASURES)
     lines = []
     for measure, title in MEASURES.items():
-        spread = stdev(_values(scores, BASELINE, measure))
-        random = fmean(_values(scores, "random", measure))
+        baseline = _values(scores, BASELINE, measure)
         beside: list[str] = []
         apart: list[str] = []
-        for variant in _variants(scores):
-            if variant in ("random", BASELINE):
-                continue
+        for variant in settings:
             difference, error = paired_difference(scores, variant, measure)
-            told = f"{variant} {difference:+.4f} (standard error {error:.4f})"
-            (apart if abs(difference) > 2 * max(error, spread) else beside).append(told)
-        verdict = [f"within twice the spread or standard error over seeds: {', '.join(beside)}"] if beside else []
-        verdict += [f"beyond it: {', '.join(apart)}"] if apart else []
+            p = min(1.0, comparisons * chance(difference, error, len(baseline)))
+            told = f"{variant} {difference:+.4f} (standard error {error:.4f}, p {p:.2g})"
+            (apart if p < 0.05 else beside).append(told)
+        verdict = [f"no more than chance: {', '.join(beside)}"] if beside else []
+        verdict += [f"more than chance: {', '.join(apart)}"] if apart else []
         says = "the choice matters after training" if apart else "the choice does not show after training"
         lines.append(
-            f"{title}: {says}. {BASELINE} {fmean(_values(scores, BASELINE, measure)):.4f}, spread {spread:.4f}, "
-            f"random weights {random:.4f}; differences {'; '.join(verdict) or 'none, for nothing else was trained'}."
+            f"{title}: {says}. {BASELINE} {fmean(baseline):.4f}, spread {stdev(baseline):.4f}, random weights "
+            f"{fmean(_values(scores, 'random', measure)):.4f}; differences over {len(baseline)} seeds, p of "
+            f"{comparisons} comparisons together: {'; '.join(verdict) or 'none, for nothing else was trained'}."
         )
     return lines
 
