@@ -573,6 +573,9 @@ def test_recommendation_follows_the_numbers() -> None:
     assert recommend([*table, *photos])[0] == DEFAULT.resampling
     photos[1] = difference(0.02, -0.01, 0.03, signal="photos", padding="zeros")
     assert recommend([*table, *photos])[0] == Resampling(padding="zeros")
+    control = {"signal": "features", "model": CONTROL}
+    table += [row(**control), difference(0.02, 0.01, 0.03, **control, padding="zeros")]
+    assert recommend([*table, *photos])[0] == Resampling("mitchell")
 
 
 def test_means_weigh_sources_alike_and_leave_nan_out() -> None:

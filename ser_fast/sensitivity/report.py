@@ -121,18 +121,18 @@ def combine(rows: Sequence[Row]) -> Resampling:
 def recommend(rows: Sequence[Row]) -> tuple[Resampling, Interval]:
     """The measured resampling with the lowest error, if it is better than the default; and its change.
 
-    It must be better on average and not surely worse on any trusted source.
+    It must be better on average over the trusted sources, and not surely worse on any source, controls included.
     """
     measured: dict[Resampling, list[Row]] = {}
     for row in resampled(trusted(rows), "difference"):
         if row.is_default:
             measured.setdefault(row.resampling, []).append(row)
-    names = dict.fromkeys(map(source_of, resampled(trusted(rows), "difference")))
+    names = dict.fromkeys(map(source_of, resampled(rows, "difference")))
     change = {resampling: _share(rows, mean(found)) for resampling, found in measured.items()}
     better = {
         resampling: of
         for resampling, of in change.items()
-        if _is_better(of) and all(_change_of(rows, name, resampling)[1] <= 0 for name in names)
+        if _is_better(of) and not any(_change_of(rows, name, resampling)[1] > 0 for name in names)
     }
     if not better:
         return DEFAULT.resampling, (0.0, 0.0, 0.0)
