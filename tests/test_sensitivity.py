@@ -550,6 +550,7 @@ def difference(value: float, low: float, high: float, **options: Any) -> Row:
 
 
 def test_recommendation_follows_the_numbers() -> None:
+    control = {"signal": "features", "model": CONTROL}
     table = [
         row(),
         difference(0, 0, 0),
@@ -558,24 +559,26 @@ def test_recommendation_follows_the_numbers() -> None:
         difference(-0.2, -0.3, -0.1, padding="zeros"),
         difference(-0.003, -0.004, -0.002, convention="corners"),  # surely, but not worth it
         difference(-0.9, -0.9, -0.9, interpolation="area", group="D4"),  # copies: no evidence
-        difference(-0.9, -0.9, -0.9, interpolation="area", signal="features", model=CONTROL),  # a control
+        difference(-0.9, -0.9, -0.9, **control, interpolation="area"),  # a control is no evidence ...
+        row(**control),
+        difference(0.02, -0.01, 0.05, **control, padding="zeros"),
         difference(-0.9, -0.9, -0.9, interpolation="area", lattice="7x7"),  # another lattice than the default's
     ]
     assert combine(table) == Resampling("mitchell", padding="zeros")
     best, change = recommend(table)
     assert best == Resampling(padding="zeros")
     assert change == pytest.approx((-0.5, -0.75, -0.25))
-    together = difference(-0.25, -0.3, -0.2, interpolation="mitchell", padding="zeros")
-    assert recommend([*table, together])[0] == Resampling("mitchell", padding="zeros")
+    both = {"interpolation": "mitchell", "padding": "zeros"}
+    together = [difference(-0.25, -0.3, -0.2, **both), difference(0.02, -0.01, 0.05, **control, **both)]
+    assert recommend([*table, *together])[0] == Resampling("mitchell", padding="zeros")
     assert recommend(table[:2]) == (DEFAULT.resampling, (0.0, 0.0, 0.0))
     # Better on average is not enough where it is surely worse on one source.
     photos = [row(signal="photos"), difference(0.02, 0.01, 0.03, signal="photos", padding="zeros")]
     assert recommend([*table, *photos])[0] == DEFAULT.resampling
     photos[1] = difference(0.02, -0.01, 0.03, signal="photos", padding="zeros")
     assert recommend([*table, *photos])[0] == Resampling(padding="zeros")
-    control = {"signal": "features", "model": CONTROL}
-    table += [row(**control), difference(0.02, 0.01, 0.03, **control, padding="zeros")]
-    assert recommend([*table, *photos])[0] == Resampling("mitchell")
+    table.append(difference(0.04, 0.03, 0.05, **control, padding="zeros"))  # ... but it has a veto
+    assert recommend([*table, *photos])[0] == DEFAULT.resampling
 
 
 def test_means_weigh_sources_alike_and_leave_nan_out() -> None:

@@ -132,7 +132,7 @@ def recommend(rows: Sequence[Row]) -> tuple[Resampling, Interval]:
     better = {
         resampling: of
         for resampling, of in change.items()
-        if _is_better(of) and not any(_change_of(rows, name, resampling)[1] > 0 for name in names)
+        if _is_better(of) and all(_change_of(rows, name, resampling)[1] <= 0 for name in names)
     }
     if not better:
         return DEFAULT.resampling, (0.0, 0.0, 0.0)
