@@ -219,10 +219,12 @@ class Drive(NamedTuple):
     before_a_barrier: str
 
 
-TWIN = tuple(ROOT / "csrc" / "cpu" / name for name in ("group_action.cpp", "resampling.cpp", "rows.cpp"))
+CSRC, HOST_CUDA = ROOT / "csrc", ROOT / "tests" / "host_cuda"
+TWIN = tuple(CSRC / "cpu" / name for name in ("group_action.cpp", "resampling.cpp", "rows.cpp"))
 DRIVES = [
-    Drive("group_action.cu", (*TWIN, ROOT / "tests" / "host_cuda" / "drive.cpp"), ""),
-    Drive("nt_xent_tiles.cu", (ROOT / "tests" / "host_cuda" / "drive_tiles.cpp",), "wait_copies<kStages - 2>();"),
+    Drive("group_action.cu", (*TWIN, HOST_CUDA / "drive.cpp"), ""),
+    Drive("nt_xent_tiles.cu", (HOST_CUDA / "drive_tiles.cpp",), "wait_copies<kStages - 2>();"),
+    Drive("nt_xent_panels.cu", (CSRC / "cuda" / "nt_xent_rows.cu", HOST_CUDA / "drive_rows.cpp"), ""),
 ]
 
 

@@ -143,8 +143,11 @@ struct Block {
   size_t shared_bytes;
   unsigned char* shared;
 
-  Block(int threads, size_t bytes) : all(threads), exchange(threads), copies(threads), group(threads), shared_bytes(bytes) {
-    for (int first = 0; first < threads; first += 32) warps.push_back(std::make_unique<Barrier>(std::min(32, threads - first)));
+  Block(int threads, size_t bytes)
+      : all(threads), exchange(threads), copies(threads), group(threads), shared_bytes(bytes) {
+    for (int first = 0; first < threads; first += 32) {
+      warps.push_back(std::make_unique<Barrier>(std::min(32, threads - first)));
+    }
     shared = static_cast<unsigned char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16));
   }
   ~Block() { std::free(shared); }
@@ -224,7 +227,9 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid argument"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid argument";
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? host_cuda::multiprocessors : host_cuda::shared_limit;
   return cudaSuccess;
@@ -296,7 +301,8 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   });
 }
 // Lane l holds of a the rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, then the same 8 columns on; of b the
-// column l / 4, rows 2 (l % 4) and the next, then 8 rows on; of the sum the rows as of a, columns 2 (l % 4) and the next.
+// column l / 4, rows 2 (l % 4) and the next, then 8 rows on; of the sum the rows as of a, columns 2 (l % 4) and the
+// next.
 inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
   struct Both {
     float a[8], b[4];
