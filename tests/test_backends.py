@@ -107,8 +107,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
     ("op", "takes"),
     [
         ("group_action", {7: "triton", 8: "cuda", 9: "cuda", 10: "cuda", 12: "cuda"}),
-        ("nt_xent", {7: "triton", 8: "cuda", 9: "triton", 10: "triton", 12: "triton"}),
-        ("info_nce", {7: "triton", 8: "cuda", 9: "triton", 10: "triton", 12: "triton"}),
+        ("nt_xent", {7: "triton", 8: "cuda", 9: "triton", 10: "triton", 12: "cuda"}),
+        ("info_nce", {7: "triton", 8: "cuda", 9: "triton", 10: "triton", 12: "cuda"}),
     ],
 )
 def test_auto_takes_the_preferred_on_a_gpu(complete, gpu, op, takes):

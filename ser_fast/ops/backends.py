@@ -26,10 +26,10 @@ _DEVICES = {"cpu": "cpu", "triton": "cpu" if _INTERPRETED else "cuda", "cuda": "
 PREFERRED = {
     # CUDA reads a sample's tokens once, into shared memory; Triton builds W and multiplies by it.
     "group_action": {0: "triton", 8: "cuda"},
-    # On 8.x both multiply by mma.sync, CUDA in larger tiles a warp (64 x 64); from 9.0 on Triton has the larger matrix
-    # instructions (wgmma, tcgen05), and CUDA hasn't.
-    "nt_xent": {0: "triton", 8: "cuda", 9: "triton"},
-    "info_nce": {0: "triton", 8: "cuda", 9: "triton"},
+    # On 8.x and 12.x both multiply by mma.sync, CUDA in larger tiles a warp (64 x 64), and within the 99 KB of shared
+    # memory that some of these chips have; in between Triton has the larger matrix instructions (wgmma, tcgen05).
+    "nt_xent": {0: "triton", 8: "cuda", 9: "triton", 12: "cuda"},
+    "info_nce": {0: "triton", 8: "cuda", 9: "triton", 12: "cuda"},
 }
 
 
