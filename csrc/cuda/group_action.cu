@@ -768,14 +768,9 @@ const char* group_action(const void* x, const double* linear, const double* offs
   const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
   const Geometry n = geometry(type, batch, channels, l, how, transpose, aligned, multiprocessors, limit - kStatic);
   if (n.shared > limit - kStatic) return "a side of a lattice is too long for the shared memory";
-  const auto run = [&](auto act) { return act(x, linear, offset, out, channels, l, how, n, transpose, stream); };
-  switch (type) {
-    case Type::float32: return run(act<float>);
-    case Type::float64: return run(act<double>);
-    case Type::bfloat16: return run(act<bfloat16>);
-    case Type::float16: return run(act<float16>);
-  }
-  return "a type without a kernel";
+  return with_type(type, [&](auto of) {
+    return act<decltype(of)>(x, linear, offset, out, channels, l, how, n, transpose, stream);
+  });
 }
 
 }  // namespace ser_fast::cuda

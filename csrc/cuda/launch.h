@@ -33,4 +33,16 @@ const char* launch(Kernel kernel, int64_t blocks, int threads, int64_t shared, v
   return words_of(cudaGetLastError());
 }
 
+// run(T{}) with the T of a type.
+template <typename Run>
+const char* with_type(Type type, const Run& run) {
+  switch (type) {
+    case Type::float32: return run(float{});
+    case Type::float64: return run(double{});
+    case Type::bfloat16: return run(bfloat16{});
+    case Type::float16: return run(float16{});
+  }
+  return "a type without a kernel";
+}
+
 }  // namespace ser_fast::cuda

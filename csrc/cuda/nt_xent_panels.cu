@@ -4,28 +4,14 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/nt_xent_table.h"
 #include "cuda/warp.h"
 
 namespace ser_fast::cuda {
 namespace {
 
-constexpr int kSpan = 32;    // rows that share a range of images
-constexpr int kSide = 128;   // of a tile
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr float kUnlift = 0x1p-15f;  // kept similarities are 2^15 P
-
-struct Table {
-  const int64_t* at;
-  int64_t padded;
-
-  __device__ int64_t image(int64_t r) const { return at[r]; }
-  __device__ bool valid(int64_t r) const { return at[padded + r] != 0; }
-  // Of the span that r is in.
-  __device__ int64_t lowest(int64_t r) const { return at[2 * padded + r / kSpan]; }
-  __device__ int64_t highest(int64_t r) const { return at[2 * padded + padded / kSpan + r / kSpan]; }
-  __device__ bool all_valid(int64_t r) const { return at[2 * padded + 2 * (padded / kSpan) + r / kSpan] != 0; }
-};
 
 // a and its shift.
 template <typename Real>
@@ -177,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       const float a_i = q_weights.a(corner.i + row);
 #pragma unroll
-      for (int n = 0; n < N; ++n) g[n] *= kUnlift * (a_i + a[n]);
+      for (int n = 0; n < N; ++n) g[n] *= 1 / kLift * (a_i + a[n]);
     }
     store(corner.at<float16>(panel, row, key), g, N, true);
   }

@@ -8,12 +8,12 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/nt_xent_table.h"
 #include "cuda/warp.h"
 
 namespace ser_fast::cuda {
 namespace {
 
-constexpr int kSpan = 32;               // rows that share a range of images
 constexpr int kWarps = 4;               // of a block
 constexpr int kPrepareWarps = 8;        // of a block that has a span
 constexpr double kLeastLength = 1e-12;  // as in torch.nn.functional.normalize
@@ -367,18 +367,6 @@ const char* launch_with_room(Kernel kernel, int64_t rows, int64_t columns, void*
   const int64_t bytes = chunks * kChunk<T> * static_cast<int64_t>(sizeof(Accumulator<T>));
   const int64_t warps = std::clamp<int64_t>(kRoom / std::max<int64_t>(bytes, 1), 1, kWarps);
   return launch(kernel, (rows + warps - 1) / warps, static_cast<int>(warps * 32), warps * bytes, stream, arguments...);
-}
-
-// run(T{}) with the T of a type.
-template <typename Run>
-const char* with_type(Type type, const Run& run) {
-  switch (type) {
-    case Type::float32: return run(float{});
-    case Type::float64: return run(double{});
-    case Type::bfloat16: return run(bfloat16{});
-    case Type::float16: return run(float16{});
-  }
-  return "a type without a kernel";
 }
 
 }  // namespace

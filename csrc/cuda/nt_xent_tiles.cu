@@ -8,13 +8,13 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/nt_xent_table.h"
 
 namespace ser_fast::cuda {
 namespace {
 
-constexpr int kSpan = 32;                 // rows that share a range of images
-constexpr float kLift = 15;               // kept similarities are 2^15 P
-constexpr float kTop = 14;                // and the largest term of a mean is about 2^14: float16 holds 2^-28 of it
+constexpr float kTop = 14;         // the largest term of a mean is about 2^14: float16 holds 2^-28 of it
+constexpr float kBoundedTop = 15;  // with a bound it is below 2^15
 constexpr float kNone = -INFINITY;
 
 // ------------------------------------------------------------------------------------------------ products of tiles
@@ -103,14 +103,13 @@ struct Kind {
   bool valid;
 };
 
-__device__ Kind kind_of(const int64_t* table, int64_t padded, int64_t start, int rows) {
-  const int64_t spans = padded / kSpan;
-  const int64_t* of = table + 2 * padded + start / kSpan;
-  Kind kind{of[0], of[spans], of[2 * spans] != 0};
-  for (int span = 1; span < rows / kSpan; ++span) {
-    kind.lowest = min(kind.lowest, of[span]);
-    kind.highest = max(kind.highest, of[spans + span]);
-    kind.valid = kind.valid && of[2 * spans + span] != 0;
+__device__ Kind kind_of(const Share& share, int64_t start, int rows) {
+  const Table table{share.table, share.padded};
+  Kind kind{table.lowest(start), table.highest(start), table.all_valid(start)};
+  for (int64_t r = start + kSpan; r < start + rows; r += kSpan) {
+    kind.lowest = min(kind.lowest, table.lowest(r));
+    kind.highest = max(kind.highest, table.highest(r));
+    kind.valid = kind.valid && table.all_valid(r);
   }
   return kind;
 }
@@ -132,9 +131,11 @@ struct Labels {
   __device__ void load(const Share& q, int64_t i, const Share& k, int64_t j) {
     __syncthreads();
     for (int at = threadIdx.x; at < kRows + kKeys; at += blockDim.x) {
-      const int64_t* of = at < kRows ? q.table + i + at : k.table + j + at - kRows;
-      image[at] = of[0];
-      valid[at] = of[at < kRows ? q.padded : k.padded] != 0;
+      const Share& share = at < kRows ? q : k;
+      const int64_t r = at < kRows ? i + at : j + at - kRows;
+      const Table table{share.table, share.padded};
+      image[at] = table.image(r);
+      valid[at] = table.valid(r);
     }
     __syncthreads();
   }
@@ -152,7 +153,7 @@ struct Labels {
 
 // ------------------------------------------------------------------------------------------------ 128 x 128 at a time
 
-constexpr int kSide = 128, kDepth = 32, kStages = 4, kThreads = 128, kGroup = 8;
+constexpr int kDepth = 32, kStages = 4, kThreads = 128, kGroup = 8;
 constexpr int kHalf = kSide / 2;  // a warp has a quarter of a tile
 constexpr int kTileBytes = kSide * kDepth * 2;
 constexpr int kStaged = kStages * 2 * kTileBytes;
@@ -255,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   pair_of(blockIdx.x, tile_i, tile_j);
   const int64_t i = tile_i * kSide, j = tile_j * kSide;
   if (i >= count || j > i) return;
-  const Kind kind_i = kind_of(x.table, x.padded, i, kSide), kind_j = kind_of(x.table, x.padded, j, kSide);
+  const Kind kind_i = kind_of(x, i, kSide), kind_j = kind_of(x, j, kSide);
   if (one_image(kind_i, kind_j) && kept == nullptr) return;
   const auto* u = static_cast<const float16*>(x.u);
   for_each_tile(shared.staged, u + i * columns, u + j * columns, columns, 1, [&](int64_t, Sum<kHalf, kHalf>& s) {
@@ -296,8 +297,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     add(sums, x.padded, j + at, shared.by_column[0][at] + shared.by_column[1][at]);
     if (kept != nullptr) {
       s.for_each_pair([&](float& first, float& second, int, int, int) {
-        first *= exp2f(kLift);
-        second *= exp2f(kLift);
+        first *= kLift;
+        second *= kLift;
       });
       store_tile(shared.staged, s, kept + (tile_i * (tile_i + 1) / 2 + tile_j) * (kSide * kSide), kSide);
     }
@@ -317,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   auto& shared = *reinterpret_cast<SquareShared*>(shared_memory());
   const int64_t strips = q.padded / kSide, i = blockIdx.x % strips * kSide, split = blockIdx.x / strips;
   const int64_t begin = split * tiles / splits, end = (split + 1) * tiles / splits;
-  const Kind kind_i = kind_of(q.table, q.padded, i, kSide);
+  const Kind kind_i = kind_of(q, i, kSide);
   const int row = row_of_warp(), column = column_of_warp(), lane = threadIdx.x % 32;
   float top[kHalf / 8], total[kHalf / 8];  // of the columns that this thread has seen
 #pragma unroll
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for_each_tile(shared.staged, rows + i * columns, keys + begin * kSide * columns, columns, end - begin,
                 [&](int64_t tile, Sum<kHalf, kHalf>& s) {
                   const int64_t j = (begin + tile) * kSide;
-                  const Kind kind_j = kind_of(k.table, k.padded, j, kSide);
+                  const Kind kind_j = kind_of(k, j, kSide);
                   if (!all_negative(kind_i, kind_j)) {
                     shared.labels.load(q, i, k, j);
                     shared.labels.keep_negatives(s, row, column);
@@ -414,7 +415,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t tile_i = group * kGroup + in_group % height, tile_j = in_group / height;
   const int64_t i = first_row + tile_i * kSide, j = first_key + tile_j * kSide, width = key_tiles * kSide;
   float16* out = panel + tile_i * kSide * width + tile_j * kSide;
-  const Kind kind_i = kind_of(q.table, q.padded, i, kSide), kind_j = kind_of(k.table, k.padded, j, kSide);
+  const Kind kind_i = kind_of(q, i, kSide), kind_j = kind_of(k, j, kSide);
   if (one_image(kind_i, kind_j)) {
     Sum<kHalf, kHalf> nothing;
     nothing.clear();
@@ -468,8 +469,8 @@ __global__ void __launch_bounds__(S::kThreads)
 
   copy_tile<kRows, kColumns, S::kThreads>(shared.q, static_cast<const float16*>(q.u) + i * kColumns, kColumns);
   if (begin < end) load(begin);
-  const Kind kind_i = kind_of(q.table, q.padded, i, kRows);
-  const float first_top = bounded ? scale - kLift : kNone;
+  const Kind kind_i = kind_of(q, i, kRows);
+  const float first_top = bounded ? scale - kBoundedTop : kNone;
   for (int r = threadIdx.x; r < kRows; r += S::kThreads) shared.top[begin % 2][r] = first_top;
   float total[S::kM / 8] = {};
   Sum<S::kOutM, S::kOutN> result;
@@ -482,7 +483,7 @@ __global__ void __launch_bounds__(S::kThreads)
     if (tile + 1 < end) load(tile + 1);
     const unsigned char* key_tile = shared.k[tile % 2];
     const int64_t j = tile * kKeys;
-    const Kind kind_j = kind_of(k.table, k.padded, j, kKeys);
+    const Kind kind_j = kind_of(k, j, kKeys);
     Sum<S::kM, S::kN> s;
     s.clear();
     multiply<kColumns, kColumns, kColumns, false>(s, shared.q, row, key_tile, column);
