@@ -16,7 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ser_fast.data.loader import make_loader
+from ser_fast.data.sources import open_dataset
 from ser_fast.demo import demo
+from ser_fast.device import choose_device
 from ser_fast.evaluation import detection as transfer
 from ser_fast.evaluation import equivariance as scores
 from ser_fast.evaluation import prediction, robustness
@@ -33,16 +36,16 @@ from ser_fast.evaluation.features import check_labelled, embed, embed_cached, sp
 from ser_fast.evaluation.knn import knn_predictions, knn_scores
 from ser_fast.evaluation.linear_probe import RATES, probe_scores, train_probe
 from ser_fast.evaluation.shapes import write_shapes
+from ser_fast.io import write_atomically
 from ser_fast.ops.backends import BACKENDS, PREFERRED, fastest, preferred, reason_not
 from ser_fast.report import read_runs, write_report
 from ser_fast.sensitivity import report as sensitivity_report
 from ser_fast.sensitivity import training as training_side
 from ser_fast.sensitivity.rows import TABLE, read_rows
 from ser_fast.sensitivity.study import Protocol, run_study
-from ser_fast.training.checkpoint import find_encoder, write_atomically
+from ser_fast.training.checkpoint import find_encoder
 from ser_fast.training.config import TrainConfig, from_json
-from ser_fast.training.data import make_loader, open_dataset
-from ser_fast.training.trainer import NonFiniteLossError, choose_device
+from ser_fast.training.trainer import NonFiniteLossError
 from ser_fast.training.trainer import train as run_training
 from ser_fast.vit import SplitViT, load_split_vit
 

@@ -10,12 +10,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ser_fast.data.loader import make_loader
+from ser_fast.data.sources import ImageDataset, open_dataset
 from ser_fast.evaluation.equivariance import Record, equivariance_errors, plot, random_control, write_table
 from ser_fast.evaluation.features import embed, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
 from ser_fast.training.checkpoint import ENCODER
 from ser_fast.training.config import MoCoV3Config, ModelConfig, OptimConfig, SERConfig, TrainConfig, ViewsConfig
-from ser_fast.training.data import ImageDataset, make_loader, open_dataset
 from ser_fast.training.trainer import LOG, train
 from ser_fast.vit import SplitViT, load_split_vit
 

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ser_fast.training.checkpoint import write_atomically
+from ser_fast.io import write_atomically
 from ser_fast.training.trainer import LOG
 
 _ROWS = 1000  # of a run's CSV file that are shown
@@ -49,7 +49,7 @@ class Run:
 
     Attributes:
         name: the folder's, or its path where two runs have the same.
-        colour: of the run in every figure.
+        color: of the run in every figure.
         options: dotted name: value, from config.json and environment.json.
         log: one record a step, each with "step".
         csv: file name: its rows.
@@ -57,7 +57,7 @@ class Run:
     """
 
     name: str
-    colour: str
+    color: str
     options: dict[str, str]
     log: list[dict[str, float]]
     csv: dict[str, list[dict[str, str]]]
@@ -95,7 +95,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         runs.append(
             Run(
                 name=name if names.count(name) == 1 else str(folder),
-                colour=to_hex(palette(number)),
+                color=to_hex(palette(number)),
                 options=_read_options(folder / "config.json")
                 | _read_options(folder / "environment.json", "environment."),
                 log=log,
@@ -220,8 +220,8 @@ def _curves(runs: Sequence[Run], metric: str) -> bytes:
         if len(points):
             window = max(1, len(points) // 20)
             mean = np.stack([np.convolve(column, np.full(window, 1 / window), "valid") for column in points.T])
-            axes.plot(*points.T, color=run.colour, linewidth=0.5, alpha=0.5)
-            axes.plot(*mean, color=run.colour, linewidth=2)
+            axes.plot(*points.T, color=run.color, linewidth=0.5, alpha=0.5)
+            axes.plot(*mean, color=run.color, linewidth=2)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     png = io.BytesIO()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation import robustness
 from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES, corrupt, perturb
 from ser_fast.evaluation.equivariance import write_table
@@ -31,7 +32,6 @@ from ser_fast.evaluation.robustness import (
     read_errors,
     read_perturbations,
 )
-from ser_fast.training.data import open_dataset
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from ser_fast.training.data import UnreadableImageError, make_loader, open_dataset
+from ser_fast.data.loader import make_loader
+from ser_fast.data.sources import UnreadableImageError, open_dataset
 
 RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
 

@@ -14,6 +14,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from ser_fast.data.loader import Batch, make_loader
+from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation import knn
 from ser_fast.evaluation.equivariance import (
     Record,
@@ -28,8 +30,7 @@ from ser_fast.evaluation.features import embed, evaluating, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops.group_action import group_action
-from ser_fast.training.data import Batch, make_loader, open_dataset
-from ser_fast.views import IMAGENET_MEAN, IMAGENET_STD
+from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ser_fast.vit import SplitViT
 
 VIT, TINY = "vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}

@@ -10,13 +10,14 @@ from PIL import Image
 from scipy.stats import binom
 from torch import Tensor, nn
 
+from ser_fast.data.loader import make_loader
+from ser_fast.data.sources import ImageDataset, open_dataset
 from ser_fast.evaluation import features, prediction
 from ser_fast.evaluation.classification import grade, plot_confusion, rank, share_of, write_confusion, write_rows
 from ser_fast.evaluation.features import embed, embed_cached, embedder, spread_items
 from ser_fast.evaluation.knn import knn_predictions
 from ser_fast.evaluation.linear_probe import probe_scores, train_probe
 from ser_fast.evaluation.prediction import Prediction, predict_transformations
-from ser_fast.training.data import ImageDataset, make_loader, open_dataset
 from ser_fast.vit import SplitViT
 
 VIT, TINY = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}

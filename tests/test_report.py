@@ -158,7 +158,7 @@ def test_colours_and_names_tell_runs_apart(tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         folders.append(make_run(tmp_path / str(number) / "same", number))
     runs = read_runs(folders)
-    assert len({run.colour for run in runs}) == len({run.name for run in runs}) == 12
+    assert len({run.color for run in runs}) == len({run.name for run in runs}) == 12
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ from ser_fast.sensitivity.report import (
 from ser_fast.sensitivity.rows import TABLE, Results, Row, read_rows
 from ser_fast.sensitivity.sources import CONTROL, Features, Fields, Photographs, open_models, resized_positions
 from ser_fast.training.checkpoint import list_checkpoints
-from ser_fast.views import normalize, transform_images
+from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT, save_split_vit
 
 TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}

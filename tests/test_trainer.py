@@ -33,7 +33,7 @@ from ser_fast.training.config import (
     to_json,
 )
 from ser_fast.training.trainer import NonFiniteLossError, Pretraining, _Run, train
-from ser_fast.views import SAMPLERS, Crop
+from ser_fast.views.samplers import SAMPLERS, Crop
 from ser_fast.vit import SplitViT
 
 CPU = torch.device("cpu")
@@ -245,8 +245,8 @@ def test_options_of_the_config_reach_their_modules(tiny: TrainConfig) -> None:
         "moco.temperature": 0.5,
         "moco.momentum": 0.8,
         "views.crop_area": (0.4, 0.5),
-        "views.colour_strength": 0.5,
-        "views.colour_group": 3,
+        "views.color_strength": 0.5,
+        "views.color_group": 3,
         "optim.weight_decay": 0.2,
         "views.sampler": "crop",
         "model.drop_path_rate": 0.2,
@@ -261,7 +261,7 @@ def test_options_of_the_config_reach_their_modules(tiny: TrainConfig) -> None:
     assert make.sampler == Crop((0.4, 0.5), turns=True)
     assert make.crop == Crop((0.4, 0.5))
     assert moco.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
-    assert (make.crop.area, make.colour.strength, make.colour.group) == ((0.4, 0.5), 0.5, 3)
+    assert (make.crop.area, make.color.strength, make.color.group) == ((0.4, 0.5), 0.5, 3)
     assert (make.seed, make.share, make.patch_size) == (7, 0.5, 8)
     assert run.optimizer.param_groups[0]["weight_decay"] == 0.2
 
@@ -621,7 +621,7 @@ def test_a_checkpoint_that_is_none_is_refused(tiny: TrainConfig, tmp_path: Path,
         ({"views.share": 0.125}, "views.share: 0.125 of 8 images is 1; SER contrasts two or more"),
         ({"device": "gpu"}, "device: got 'gpu', takes 'auto', 'cpu' or 'cuda'"),
         ({"views.share": 1.5}, "share: got 1.5"),
-        ({"views.colour_group": 0}, "colour group: got 0"),
+        ({"views.color_group": 0}, "color group: got 0"),
         ({"save_every": 0}, "save_every: got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: got 0"),
         ({"data": "photographs"}, "data must be 'photos'"),
@@ -725,7 +725,7 @@ import os, signal, sys, time
 import torch
 from ser_fast.cli import main
 from ser_fast.training import trainer
-from ser_fast.views import MakeViews
+from ser_fast.views.recipe import MakeViews
 
 rank, folder, told_to_stop = os.environ["RANK"], sys.argv.pop(1), sys.argv.pop(1)
 torch.set_num_threads(1)

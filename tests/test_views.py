@@ -1,4 +1,4 @@
-"""The samplers of g, the same g on pixels, colour, and the two views of a batch."""
+"""The samplers of g, the same g on pixels, color, and the two views of a batch."""
 
 import itertools
 import math
@@ -11,22 +11,10 @@ from torch import Tensor
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action
-from ser_fast.views import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    SAMPLERS,
-    Affine,
-    Colour,
-    Crop,
-    D4Scale,
-    MakeViews,
-    Reflections,
-    Sampler,
-    Views,
-    draws,
-    normalize,
-    transform_images,
-)
+from ser_fast.views.color import Color
+from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, transform_images
+from ser_fast.views.recipe import MakeViews, Views
+from ser_fast.views.samplers import SAMPLERS, Affine, Crop, D4Scale, Reflections, Sampler, draws
 
 PATCH = 4
 OBLONG = 24, 16
@@ -328,29 +316,29 @@ def test_normalize_takes_off_mean_and_deviation() -> None:
     torch.testing.assert_close(normalize(pixels), (pixels - mean) / std)
 
 
-# ---------------------------------------------------------------- colour
+# ---------------------------------------------------------------- color
 
 
 def test_colours_of_a_sample_do_not_depend_on_the_batch_around_it() -> None:
-    colour, images, samples = Colour(group=1), torch.rand(12, 3, 32, 32), torch.arange(12) + 100
-    changed = colour(images, samples, seed=0, epoch=0, view=0)
+    color, images, samples = Color(group=1), torch.rand(12, 3, 32, 32), torch.arange(12) + 100
+    changed = color(images, samples, seed=0, epoch=0, view=0)
     order = torch.randperm(12)
-    assert torch.equal(colour(images[order], samples[order], seed=0, epoch=0, view=0), changed[order])
-    assert torch.equal(colour(images[4:6], samples[4:6], seed=0, epoch=0, view=0), changed[4:6])
-    assert not torch.equal(colour(images, samples + 1, seed=0, epoch=0, view=0), changed)
+    assert torch.equal(color(images[order], samples[order], seed=0, epoch=0, view=0), changed[order])
+    assert torch.equal(color(images[4:6], samples[4:6], seed=0, epoch=0, view=0), changed[4:6])
+    assert not torch.equal(color(images, samples + 1, seed=0, epoch=0, view=0), changed)
 
 
 def test_neighbours_share_their_groups_draw() -> None:
     images, samples = torch.rand(10, 3, 32, 32), torch.arange(10) + 7
-    changed = Colour(group=4)(images, samples, seed=0, epoch=0, view=0)
+    changed = Color(group=4)(images, samples, seed=0, epoch=0, view=0)
     one_by_one = torch.cat(
         [
-            Colour(group=1)(images[i : i + 1], samples[i // 4 * 4][None], seed=0, epoch=0, view=0)  # its group's first
+            Color(group=1)(images[i : i + 1], samples[i // 4 * 4][None], seed=0, epoch=0, view=0)  # its group's first
             for i in range(10)
         ]
     )
     torch.testing.assert_close(changed, one_by_one, rtol=0, atol=1e-6)
-    same_image = Colour(group=4)(images[:1].expand(10, -1, -1, -1), samples, seed=0, epoch=0, view=0)
+    same_image = Color(group=4)(images[:1].expand(10, -1, -1, -1), samples, seed=0, epoch=0, view=0)
     assert len(same_image.flatten(1).unique(dim=0)) == 3
 
 
@@ -358,7 +346,7 @@ def test_neighbours_share_their_groups_draw() -> None:
 def test_colours_change_with_seed_epoch_and_view(changed: dict[str, int]) -> None:
     image, samples = torch.rand(1, 3, 16, 16).expand(20, -1, -1, -1), torch.arange(20)
     draw = {"seed": 0, "epoch": 0, "view": 0}
-    one, other = (Colour(group=1)(image, samples, **where) for where in (draw, draw | changed))
+    one, other = (Color(group=1)(image, samples, **where) for where in (draw, draw | changed))
     assert (one != other).flatten(1).any(1).all()
 
 
@@ -368,7 +356,7 @@ def test_colours_stay_in_range_and_leave_random_state_alone(monkeypatch: pytest.
     before = torch.get_rng_state()
     images = torch.rand(16, 3, 16, 16)
     torch.set_rng_state(before)
-    changed = Colour(group=1)(images, torch.arange(16), seed=0, epoch=0, view=1)
+    changed = Color(group=1)(images, torch.arange(16), seed=0, epoch=0, view=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert not seeded
     assert 0 <= changed.min() < changed.max() <= 1
@@ -377,14 +365,14 @@ def test_colours_stay_in_range_and_leave_random_state_alone(monkeypatch: pytest.
 
 def test_strength_0_leaves_colours_as_they_are() -> None:
     images = torch.rand(4, 3, 16, 16)
-    assert torch.equal(Colour(strength=0)(images, torch.arange(4), seed=0, epoch=0, view=1), images)
+    assert torch.equal(Color(strength=0)(images, torch.arange(4), seed=0, epoch=0, view=1), images)
 
 
 @pytest.mark.parametrize(("strength", "rest"), [(1.0, 0.4), (0.5, 0.2)])
 def test_strength_scales_the_jitter(strength: float, rest: float) -> None:
     """Of a grey image without structure only the brightness changes: by a factor in 1 +- 0.4 strength."""
     grey = torch.full((300, 3, 8, 8), 0.5)
-    factors = Colour(strength, group=1)(grey, torch.arange(300), seed=0, epoch=0, view=0)[:, 0, 0, 0] / 0.5
+    factors = Color(strength, group=1)(grey, torch.arange(300), seed=0, epoch=0, view=0)[:, 0, 0, 0] / 0.5
     assert 1 - rest - 1e-5 <= factors.min() < 1 - 0.9 * rest
     assert 1 + 0.9 * rest < factors.max() <= 1 + rest + 1e-5
     assert 0.14 < factors.sub(1).abs().lt(1e-5).double().mean() < 0.27  # a fifth is not jittered at all
@@ -394,11 +382,11 @@ def test_strength_scales_the_jitter(strength: float, rest: float) -> None:
 def test_the_views_differ_in_blur_and_solarisation(view: int, solarised: float, blurred: float) -> None:
     count = 300
     bright = torch.full((count, 3, 8, 8), 0.9)  # at least 0.54 after the jitter
-    changed = Colour(group=1)(bright, torch.arange(count), seed=0, epoch=0, view=view)
+    changed = Color(group=1)(bright, torch.arange(count), seed=0, epoch=0, view=view)
     assert (changed.amax((1, 2, 3)) < 0.5).double().mean() == pytest.approx(solarised, abs=0.07)
     dot = torch.full((count, 3, 16, 16), 0.5)
     dot[..., 8, 8] = 1
-    changed = Colour(group=1)(dot, torch.arange(count), seed=0, epoch=0, view=view)
+    changed = Color(group=1)(dot, torch.arange(count), seed=0, epoch=0, view=view)
     spread = (changed[..., 8, 7] - changed[..., 0, 0]).abs().amax(1) > 1e-5
     # Of the widths 0.1 to 2 those below 0.2 pixels, one in twenty, change nothing.
     assert spread.double().mean() == pytest.approx(0.95 * blurred, abs=0.05)
@@ -407,14 +395,14 @@ def test_the_views_differ_in_blur_and_solarisation(view: int, solarised: float, 
 @pytest.mark.parametrize("options", [{"group": 0}, {"strength": -1.0}, {"strength": 5.1}], ids=str)
 def test_colour_names_the_option_it_refuses(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
-        Colour(**options)
+        Color(**options)
 
 
 # ---------------------------------------------------------------- two views of a batch
 
 
-def make_views(sampler: Sampler, share: float, **colour: float) -> MakeViews:
-    return MakeViews(sampler, Crop(), share, PATCH, Colour(**{"strength": 0.0, **colour}), seed=3)
+def make_views(sampler: Sampler, share: float, **color: float) -> MakeViews:
+    return MakeViews(sampler, Crop(), share, PATCH, Color(**{"strength": 0.0, **color}), seed=3)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +432,7 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
             by = sampler if part == 0 and share > 0 else Crop()
             expected_g = by((32, 32), PATCH, u[own], view)
             expected = transform_images(images[own].float() / 255, expected_g).clamp(0, 1)
-            expected = Colour(group=2)(expected, samples[own], seed=3, epoch=4, view=view)
+            expected = Color(group=2)(expected, samples[own], seed=3, epoch=4, view=view)
             torch.testing.assert_close(made, normalize(expected), rtol=0, atol=1e-5)
             if part == 0:
                 assert torch.equal(g.linear, expected_g.linear[:chosen])

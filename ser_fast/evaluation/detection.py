@@ -37,10 +37,10 @@ from torchvision.ops import Conv2dNormActivation, box_convert
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
 
+from ser_fast.data.loader import EpochSampler
 from ser_fast.evaluation.features import evaluating
-from ser_fast.training.checkpoint import write_atomically
-from ser_fast.training.data import EpochSampler
-from ser_fast.views import IMAGENET_MEAN, IMAGENET_STD
+from ser_fast.io import write_atomically
+from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
 from ser_fast.vit import SplitViT
 
 # Small beside torchvision's defaults (256, 1024, 2000 and 1000, 2000 and 1000, 512): what is measured is the encoder.

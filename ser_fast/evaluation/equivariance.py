@@ -25,7 +25,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from ser_fast.evaluation.features import evaluating
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action
-from ser_fast.views import normalize, transform_images
+from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT
 
 D4_NAMES = ("identity", "rot90", "rot180", "rot270", "hflip", "transpose", "vflip", "antitranspose")  # by d4_code

@@ -13,9 +13,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
-from ser_fast.training.checkpoint import write_atomically
-from ser_fast.training.data import Batch, ImageDataset, ImageFolder, UnreadableImageError, make_loader
-from ser_fast.views import normalize
+from ser_fast.data.loader import Batch, make_loader
+from ser_fast.data.sources import ImageDataset, ImageFolder, UnreadableImageError
+from ser_fast.io import write_atomically
+from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
 
 _PROBED = 16  # images whose pixels tell one data set from another

@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from ser_fast.evaluation.equivariance import check_images
 from ser_fast.evaluation.features import evaluating
 from ser_fast.lattice import LatticeMap
-from ser_fast.views import normalize, transform_images
+from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT
 
 TARGETS = {

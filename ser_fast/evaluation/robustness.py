@@ -17,11 +17,12 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize, to_dtype
 
+from ser_fast.data.loader import make_loader
+from ser_fast.data.sources import ImageFolder
 from ser_fast.evaluation.classification import Classification, grade, rank, share_of
 from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES, corrupt, perturb
 from ser_fast.evaluation.features import evaluating
-from ser_fast.training.data import ImageFolder, make_loader
-from ser_fast.views import normalize
+from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
 
 _CLEAN = "clean"

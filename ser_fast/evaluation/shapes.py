@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.io import write_png
 
-from ser_fast.training.checkpoint import write_atomically
-from ser_fast.training.data import ImageDataset, open_dataset
+from ser_fast.data.sources import ImageDataset, open_dataset
+from ser_fast.io import write_atomically
 
 IMAGE_SIZE = 128  # pixels; the largest that every photograph has held-out tiles of
 IMAGES = {"train": 400, "val": 100}

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ser_fast.interpolation import INTERPOLATIONS
+from ser_fast.io import write_atomically
 from ser_fast.sensitivity import measures
 from ser_fast.sensitivity.factors import DEFAULT, Resampling
 from ser_fast.sensitivity.rows import TABLE, Row
 from ser_fast.sensitivity.sources import CONTROL
 from ser_fast.sensitivity.training import Score, draw_scores, judge
-from ser_fast.training.checkpoint import write_atomically
 
 REPORT, SUMMARY = "report.html", "summary.txt"
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ser_fast.io import write_atomically
 from ser_fast.lattice import Size
 from ser_fast.sensitivity.factors import DEFAULT, ELEMENTS, Resampling
 from ser_fast.sensitivity.measures import Estimate
 from ser_fast.sensitivity.sources import Source
-from ser_fast.training.checkpoint import write_atomically
 
 TABLE = "sensitivity.csv"
 _PROTOCOL = "protocol.json"

@@ -21,7 +21,7 @@ from ser_fast.evaluation.features import evaluating
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.sensitivity.factors import DEFAULT
 from ser_fast.training.checkpoint import find_encoder
-from ser_fast.views import normalize, transform_images
+from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT, load_split_vit
 
 CONTROL = "random weights"  # how the names of random initialisations begin

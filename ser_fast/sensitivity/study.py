@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
+from ser_fast.data.sources import open_dataset
 from ser_fast.demo import demo_runs
 from ser_fast.evaluation.features import spread_images
 from ser_fast.lattice import LatticeMap, Size
@@ -28,7 +29,6 @@ from ser_fast.sensitivity.factors import (
 from ser_fast.sensitivity.report import combine
 from ser_fast.sensitivity.rows import Results, Unit
 from ser_fast.sensitivity.sources import Features, Fields, Photographs, Source, open_models
-from ser_fast.training.data import open_dataset
 
 _TIMED_ELEMENTS = ("scale 0.75", "angle 15")
 _Key = TypeVar("_Key", bound=Hashable)

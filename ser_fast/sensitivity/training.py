@@ -12,12 +12,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy.stats import t as student_t
 
+from ser_fast.data.sources import open_dataset
 from ser_fast.demo import demo_runs
 from ser_fast.evaluation.equivariance import equivariance_errors, random_control
 from ser_fast.evaluation.features import spread_images
-from ser_fast.training.checkpoint import ENCODER, write_atomically
+from ser_fast.io import write_atomically
+from ser_fast.training.checkpoint import ENCODER
 from ser_fast.training.config import TrainConfig
-from ser_fast.training.data import open_dataset
 from ser_fast.training.trainer import train
 from ser_fast.vit import SplitViT, load_split_vit
 

@@ -4,11 +4,15 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from ser_fast.loss import SERLoss
 from ser_fast.objectives.moco_v3 import MoCoV3
-from ser_fast.views import SAMPLERS, Colour, Crop, MakeViews
+from ser_fast.views.color import Color
+from ser_fast.views.recipe import MakeViews
+from ser_fast.views.samplers import SAMPLERS, Crop
 from ser_fast.vit import SplitViT
 
 
@@ -51,16 +55,16 @@ class ViewsConfig:
     """Range of the crops' area, relative to the image."""
     crop_turns: bool = True
     """With the sampler "crop": crops in all eight elements of D4. Equivariance to turns is learned from turns."""
-    colour_strength: float = 1.0
-    colour_group: int = 8
-    """Images that share one draw of colours."""
+    color_strength: Annotated[float, tyro.conf.arg(aliases=("--views.colour-strength",))] = 1.0
+    color_group: Annotated[int, tyro.conf.arg(aliases=("--views.colour-group",))] = 8
+    """Images that share one draw of colors."""
 
     def build(self, patch_size: int, seed: int) -> MakeViews:
         crop = Crop(area=self.crop_area)
         partial = dataclasses.replace(crop, turns=self.crop_turns)
         sampler = partial if self.sampler == "crop" else SAMPLERS[self.sampler]()
-        colour = Colour(self.colour_strength, self.colour_group)
-        return MakeViews(sampler, crop, self.share, patch_size, colour, seed)
+        color = Color(self.color_strength, self.color_group)
+        return MakeViews(sampler, crop, self.share, patch_size, color, seed)
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
+from ser_fast.data.loader import Loader, make_loader
+from ser_fast.data.sources import open_dataset
+from ser_fast.device import choose_device
 from ser_fast.distributed import gather_counts, rank, world_size
+from ser_fast.io import write_atomically
 from ser_fast.loss import SERLoss
 from ser_fast.objectives.moco_v3 import MoCoV3
-from ser_fast.training.checkpoint import (
-    ENCODER,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from ser_fast.training.checkpoint import ENCODER, list_checkpoints, load_checkpoint, save_checkpoint
 from ser_fast.training.config import TrainConfig, differences, to_json
-from ser_fast.training.data import Loader, make_loader, open_dataset
-from ser_fast.views import Views
+from ser_fast.views.recipe import Views
 from ser_fast.vit import save_split_vit
 
 LOG = "log.jsonl"
@@ -91,23 +88,6 @@ def train(config: TrainConfig) -> Path:
     """
     with _process_group(config.device) as device:
         return _Run(config, device).train()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" names.
-
-    Raises:
-        ValueError: it isn't there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {name!r}, takes 'auto', 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, and torch sees no GPU")
-    return device
 
 
 @contextmanager

@@ -1,10 +1,8 @@
-"""Images for training and evaluation: fixed square uint8 tensors in an order that the seed and the epoch decide.
+"""What can be opened as images: fixed square uint8 tensors with a label.
 
 Augmentation is not done here: ser_fast.views applies it to whole batches on the device.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.v2 import functional as transforms
@@ -263,159 +260,3 @@ def _square(image: Tensor, size: int) -> Tensor:
     if image.shape[1:] == (size, size):
         return image
     return transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's part of a batch.
-
-    indices are the items' own: where an unreadable file was replaced, those of the replacement. skipped: (path, reason)
-    of the files that could not be read for this batch.
-    """
-
-    images: Tensor  # uint8 (B, 3, S, S)
-    labels: Tensor  # int64 (B,)
-    indices: Tensor  # int64 (B,)
-    skipped: list[tuple[str, str]]
-
-    def pin_memory(self) -> "Batch":
-        """A copy in page-locked memory; DataLoader calls it."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.skipped)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The batch on a device."""
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.indices.to(device, non_blocking=non_blocking),
-            self.skipped,
-        )
-
-
-class EpochSampler(Sampler[list[int]]):
-    """The indices of one rank's part of each batch, batch after batch.
-
-    The order of an epoch is a permutation of the dataset that depends on (seed, epoch) alone. Batch b is its entries
-    [b * batch_size, (b + 1) * batch_size), and rank r takes the r-th of world_size equal slices of it: a batch
-    holds the same images for any number of ranks. train=False keeps the order of the dataset and its last, short batch.
-    """
-
-    def __init__(self, length: int, *, batch_size: int, seed: int, rank: int, world_size: int, train: bool) -> None:
-        self.length, self.batch_size, self.seed, self.train = length, batch_size, seed, train
-        self.rank, self.world_size = rank, world_size
-        self.batches = length // batch_size if train else -(-length // batch_size)
-        self.epoch = self.start = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch."""
-        self.epoch, self.start = epoch, 0
-
-    def set_start(self, batch: int) -> None:
-        """Begin this epoch at a batch, to resume in its middle; the images before it are not loaded."""
-        if not 0 <= batch <= self.batches:
-            raise ValueError(f"batch must be in 0..{self.batches}, the batches of an epoch, got {batch}")
-        self.start = batch
-
-    def __len__(self) -> int:
-        return self.batches - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.length)
-        if self.train:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        share = self.batch_size // self.world_size
-        for batch in range(self.start, self.batches):
-            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield indices[self.rank * share : (self.rank + 1) * share].tolist()
-
-
-class _BatchReader(Dataset[Batch]):
-    """Reads whole batches, so that what becomes of an unreadable file is decided in one place.
-
-    In training the next readable item takes its place: batches keep their size, on every rank. In evaluation it is
-    left out: no item counts twice.
-    """
-
-    def __init__(self, images: ImageDataset, *, train: bool) -> None:
-        self.images, self.train = images, train
-
-    def __getitem__(self, indices: list[int]) -> Batch:
-        items: list[tuple[Tensor, int, int]] = []
-        skipped: list[tuple[str, str]] = []
-        for index in indices:
-            for offset in range(len(self.images) if self.train else 1):
-                try:
-                    items.append(self.images[(index + offset) % len(self.images)])
-                    break
-                except UnreadableImageError as error:
-                    skipped.append((error.path, error.reason))
-            else:
-                if self.train:
-                    raise ValueError(f"none of the {len(self.images)} images can be read any more: {skipped[-1]}")
-        size = self.images.image_size
-        return Batch(
-            images=torch.stack([image for image, _, _ in items]) if items else torch.empty(0, 3, size, size).byte(),
-            labels=torch.tensor([label for _, label, _ in items], dtype=torch.int64),
-            indices=torch.tensor([index for _, _, index in items], dtype=torch.int64),
-            skipped=skipped,
-        )
-
-
-class Loader(DataLoader[Batch]):
-    """The DataLoader of make_loader: iterates over Batch, and enters unreadable files in the dataset's `skipped`."""
-
-    sampler: EpochSampler
-    dataset: _BatchReader
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # Worker processes read copies of the dataset: what they could not read becomes known here, with the batch.
-        known = self.dataset.images.skipped
-        for batch in super().__iter__():
-            known += [entry for entry in dict.fromkeys(batch.skipped) if entry not in known]
-            yield batch
-
-
-def make_loader(
-    dataset: ImageDataset,
-    *,
-    batch_size: int,
-    train: bool,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-) -> Loader:
-    """Load a dataset in batches, in an order that (seed, epoch) decides whatever the number of ranks and workers.
-
-    batch_size: images in a batch over all ranks; each of world_size ranks loads batch_size / world_size of them.
-    train=True: shuffled, whole batches only, an unreadable file replaced by the next readable one. train=False: the
-    order of the dataset, all of it, an unreadable file left out (a rank's last batches may be shorter).
-    workers: processes that load, kept between epochs; 0 loads in this process. With CUDA, batches are in pinned memory.
-    loader.sampler.set_epoch(epoch) begins an epoch and set_start(batch) resumes in it; len(loader) counts what is left.
-
-    Raises ValueError if batch_size is not a positive multiple of world_size or, in training, exceeds the dataset, if
-    rank is not in 0..world_size-1, or if seed or workers are negative.
-
-        loader = make_loader(dataset, batch_size=256, train=True, seed=0, workers=2)
-        loader.sampler.set_epoch(3)
-        for batch in loader: ...  # Batch: images (256, 3, S, S), labels, indices, skipped
-    """
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in 0..world_size-1, got rank={rank} and world_size={world_size}")
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(f"batch_size must be a positive multiple of world_size={world_size}, got {batch_size}")
-    if train and batch_size > len(dataset):
-        raise ValueError(f"batch_size={batch_size} exceeds the {len(dataset)} images of the dataset")
-    if seed < 0 or workers < 0:
-        raise ValueError(f"seed and workers must not be negative, got seed={seed} and workers={workers}")
-    return Loader(
-        _BatchReader(dataset, train=train),
-        sampler=EpochSampler(
-            len(dataset), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, train=train
-        ),
-        batch_size=None,  # the sampler yields whole batches
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # DataLoader draws from it: the global random state stays as it was
-    )

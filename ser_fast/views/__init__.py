@@ -1,0 +1,1 @@
+"""Views of images: samplers of the map g, the same g applied to pixels, and color."""
