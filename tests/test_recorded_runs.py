@@ -101,7 +101,7 @@ def evaluate(name: str, run: Path, out: Path) -> dict[str, str]:
     out.mkdir()
     data = () if name == "detection" else ("--data", "photos")  # it generates its own
     command("ser_fast.cli", name.split("_")[0], run, *data, "--device", "cpu", "--out", out, *EVALUATIONS[name])
-    return {table: shortened((out / table).read_text()) for table in TABLES[name]}
+    return {table: shortened((out / table).read_text().replace(str(run), "RUN")) for table in TABLES[name]}
 
 
 def shortened(table: str) -> str:
