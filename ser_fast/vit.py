@@ -1,9 +1,10 @@
 """SplitViT: a timm vision transformer that keeps patch tokens alone up to a block, and inserts [CLS] there."""
 
 import json
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -23,8 +24,24 @@ SUPPORTED_NAMES = "timm's ViT, DeiT, DINOv2, EVA and DINOv3 models (VisionTransf
 METADATA_KEY = "split_vit"
 
 
+class Encoded(NamedTuple):
+    """What `SplitViT.encode` read on its walk; layer k is the state after k blocks, before the final norm.
+
+    Attributes:
+        embedding: (B, C), pooled after the last block and the final norm; None where the walk stopped before it.
+        tokens: by layer, (B, H, W, C), the patch tokens alone.
+        cls: by layer, (B, C), the class token, where it has entered: layers above the split.
+    """
+
+    embedding: Tensor | None
+    tokens: dict[int, Tensor]
+    cls: dict[int, Tensor]
+
+
 class SplitViT(nn.Module):
     """A timm vision transformer in two halves: `early` sees patch tokens alone, `late` inserts the prefix tokens.
+
+    `encode` is the walk over all blocks, and reads any layers on its way.
 
     Blocks 0 .. split-1 run on the H x W patch tokens; class, distillation and register tokens enter before block
     `split`, with their own position embeddings where the family has them. With split=0 this is timm's own forward.
@@ -34,7 +51,7 @@ class SplitViT(nn.Module):
 
     Parameter names and state_dict keys are timm's. The timm instance is taken over, not copied: its parameters are
     shared, and rotary attention in its blocks before the split no longer expects prefix tokens, so do not use it
-    for anything else. Train-time rotary coordinate augmentation, where asked for, is drawn once in each half.
+    for anything else. Train-time rotary coordinate augmentation, where asked for, is drawn once a walk.
 
     Args:
         model: a timm name, built with num_classes=0 and dynamic_img_size=True, or a timm instance that has
@@ -143,6 +160,42 @@ class SplitViT(nn.Module):
             pos_embed[0, -len(sincos) :] = sincos
         pos_embed.requires_grad_(False)
 
+    def encode(self, images: Tensor, layers: Collection[int] = (), until: int | None = None) -> Encoded:
+        """Walk over the blocks once, reading layers on the way.
+
+        Args:
+            images: (B, 3, Hp, Wp), sides in pixels, multiples of the patch size.
+            layers: what to read, each 0 .. depth; layer k is the state after k blocks, 0 the patch embedding.
+            until: the layer to stop at, at least the highest of `layers`; default depth, with the embedding.
+
+        Returns:
+            The embedding, and the patch tokens and class tokens of the layers.
+
+        Raises:
+            ValueError: if images has another shape, and for layers that are not on the way.
+
+        Example:
+            >>> encoded = SplitViT("vit_small_patch16_224", split=3).encode(images, layers=(3, 12))
+            >>> encoded.tokens[3].shape, encoded.cls[12].shape, encoded.embedding.shape
+            (torch.Size([8, 14, 14, 384]), torch.Size([8, 384]), torch.Size([8, 384]))
+        """
+        last = self.depth if until is None else until
+        if last not in range(self.depth + 1):
+            raise ValueError(f"until: got {until}, takes 0 to {self.depth}, the number of blocks")
+        if out := sorted(layer for layer in layers if layer not in range(last + 1)):
+            raise ValueError(f"layers: got {out}, takes 0 to {last}, the layers on the way")
+        embedded, grid = self._embed(images)
+        has_class_token = getattr(self._timm, "cls_token", None) is not None
+        tokens, cls = {}, {}
+        for layer, sequence in self._walk(embedded, grid, 0, last):
+            if layer in layers:
+                tokens[layer] = sequence[:, -grid[0] * grid[1] :].unflatten(1, grid)
+                if layer > self.split and has_class_token:
+                    cls[layer] = sequence[:, 0]
+        if until is not None:
+            return Encoded(None, tokens, cls)
+        return Encoded(self.pool(self._finish(sequence)), tokens, cls)
+
     def early(self, images: Tensor) -> Tensor:
         """The patch tokens after block split-1 (after the embedding for split=0), without the final norm.
 
@@ -155,11 +208,7 @@ class SplitViT(nn.Module):
         Raises:
             ValueError: if images has another shape.
         """
-        tokens, grid = self._embed(images)
-        rope = self._rope(grid)
-        for i in range(self.split):
-            tokens = self._block(i, tokens, rope)
-        return tokens.unflatten(1, grid)
+        return self.encode(images, (self.split,), until=self.split).tokens[self.split]
 
     def late(self, tokens: Tensor) -> Tensor:
         """The rest of the transformer on the patch tokens of `early`, with the prefix tokens inserted.
@@ -174,12 +223,15 @@ class SplitViT(nn.Module):
             ValueError: if tokens has another shape.
         """
         if tokens.ndim != 4 or tokens.shape[-1] != self.embed_dim:
-            raise ValueError(f"tokens: expected (B, H, W, {self.embed_dim}), got {tuple(tokens.shape)}")
-        rope = self._rope((tokens.shape[1], tokens.shape[2]))
-        sequence = self._insert_prefix(tokens.flatten(1, 2))  # (B, P + H*W, C)
-        for i in range(self.split, self.depth):
-            sequence = self._block(i, sequence, rope)
-        return self._timm.norm(sequence)
+            raise ValueError(f"tokens: got {tuple(tokens.shape)}, takes (B, H, W, {self.embed_dim})")
+        grid = tokens.shape[1], tokens.shape[2]
+        # A queue of one: without gradients, nothing of the blocks before is kept.
+        ((_, sequence),) = deque(self._walk(tokens.flatten(1, 2), grid, self.split, self.depth), maxlen=1)
+        return self._finish(sequence)
+
+    def norm_final(self, features: Tensor) -> Tensor:
+        """The final norm of features (..., C); the identity in models that normalize what they pooled."""
+        return self._timm.norm(features)
 
     def pool(self, features: Tensor) -> Tensor:
         """The embedding (B, C) of `late`'s features (B, P + H*W, C), as timm's forward_head(pre_logits=True)."""
@@ -187,7 +239,9 @@ class SplitViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The pooled embedding (B, C) of images (B, 3, Hp, Wp): pool(late(early(images)))."""
-        return self.pool(self.late(self.early(images)))
+        embedding = self.encode(images).embedding
+        assert embedding is not None  # the walk went to its end
+        return embedding
 
     def layer_maps(self, images: Tensor) -> list[Tensor]:
         """The patch tokens after each block, before and after the split, without the final norm.
@@ -201,16 +255,8 @@ class SplitViT(nn.Module):
         Raises:
             ValueError: if images has another shape.
         """
-        tokens, grid = self._embed(images)
-        rope = self._rope(grid)
-        num_patches = tokens.shape[1]
-        maps = []
-        for i in range(self.depth):
-            if i == self.split:
-                tokens = self._insert_prefix(tokens)
-            tokens = self._block(i, tokens, rope)
-            maps.append(tokens[:, -num_patches:].unflatten(1, grid))
-        return maps
+        layers = range(1, self.depth + 1)
+        return list(self.encode(images, layers, until=self.depth).tokens.values())
 
     def class_tokens(self, images: Tensor, blocks: int) -> list[Tensor]:
         """The class token after each of the last `blocks` blocks, each through the final norm.
@@ -234,14 +280,8 @@ class SplitViT(nn.Module):
                 f"blocks: got {blocks}, takes 1 to {self.depth - self.split}, the blocks after the split that the "
                 "class token runs through"
             )
-        patches = self.early(images)  # (B, H, W, C)
-        rope = self._rope((patches.shape[1], patches.shape[2]))
-        sequence = self._insert_prefix(patches.flatten(1, 2))  # (B, P + H*W, C)
-        tokens = []
-        for i in range(self.split, self.depth):
-            sequence = self._block(i, sequence, rope)
-            tokens.append(self._timm.norm(sequence[:, 0]))
-        return tokens[-blocks:]
+        layers = range(self.depth - blocks + 1, self.depth + 1)
+        return [self.norm_final(token) for token in self.encode(images, layers, until=self.depth).cls.values()]
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Patch tokens (B, H*W, C) with absolute positions, and their grid (H, W)."""
@@ -252,8 +292,8 @@ class SplitViT(nn.Module):
             or any(side == 0 or side % patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True))
         ):
             raise ValueError(
-                f"images: expected (B, {vit.in_chans}, height, width), the sides multiples of the patch size "
-                f"{self.patch_size}, got {tuple(images.shape)}"
+                f"images: got {tuple(images.shape)}, takes (B, {vit.in_chans}, height, width), the sides multiples of "
+                f"the patch size {self.patch_size}"
             )
         tokens = vit.patch_embed(images)  # (B, H, W, C)
         grid = (tokens.shape[1], tokens.shape[2])
@@ -286,6 +326,25 @@ class SplitViT(nn.Module):
         rope = getattr(self._timm, "rope", None)
         return None if rope is None else rope.get_embed(shape=grid)
 
+    def _walk(self, sequence: Tensor, grid: tuple[int, int], start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(layer, sequence) of each layer from `start` to `stop`, without the prefix tokens up to the split.
+
+        sequence: (B, H*W, C) at layer `start`, not beyond the split; (B, P + H*W, C) of the layers above it.
+        """
+        rope = self._rope(grid)
+        yield start, sequence
+        for i in range(start, stop):
+            if i == self.split:
+                sequence = self._insert_prefix(sequence)
+            sequence = self._block(i, sequence, rope)
+            yield i + 1, sequence
+
+    def _finish(self, sequence: Tensor) -> Tensor:
+        """(B, P + H*W, C) after the final norm from the sequence at layer depth."""
+        if self.split == self.depth:
+            sequence = self._insert_prefix(sequence)
+        return self.norm_final(sequence)
+
     def _block(self, i: int, tokens: Tensor, rope: Tensor | None) -> Tensor:
         """Block i on tokens (B, N, C)."""
         vit = self._timm
@@ -308,7 +367,7 @@ def save_split_vit(path: str | Path, model: SplitViT, metadata: Mapping[str, str
         ValueError: if model wraps an instance rather than a timm name, or was built with arguments JSON cannot hold.
     """
     if not isinstance(model, SplitViT):
-        raise TypeError(f"model: expected a SplitViT, got {type(model).__name__}; give the module it wraps")
+        raise TypeError(f"model: got a {type(model).__name__}, takes a SplitViT: give the module that it wraps")
     if model.recipe is None:
         raise ValueError("model: wraps a timm instance; only a SplitViT built from a timm name can be rebuilt")
     name, timm_kwargs = model.recipe

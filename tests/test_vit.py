@@ -280,7 +280,7 @@ def test_checkpoint_errors(tmp_path) -> None:
     save_file(timm_model(PLAIN).state_dict(), tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match=r"path: .*plain.safetensors has no 'split_vit' metadata"):
         load_split_vit(tmp_path / "plain.safetensors")
-    with pytest.raises(TypeError, match="model: expected a SplitViT, got OptimizedModule"):
+    with pytest.raises(TypeError, match="model: got a OptimizedModule, takes a SplitViT"):
         save_split_vit(tmp_path / "compiled.safetensors", torch.compile(SplitViT(PLAIN, 1, **TINY)))
     with pytest.raises(ValueError, match="model: wraps a timm instance"):
         save_split_vit(tmp_path / "instance.safetensors", SplitViT(timm_model(PLAIN), 1))
@@ -324,11 +324,53 @@ def test_timm_kwargs_do_not_go_with_an_instance() -> None:
 def test_bad_images(shape: tuple[int, ...]) -> None:
     model = SplitViT(PLAIN, 1, **TINY)
     for method in (model.early, model.layer_maps, model):
-        with pytest.raises(ValueError, match=r"images: expected \(B, 3, height, width\).*\(8, 8\)"):
+        with pytest.raises(ValueError, match=r"images: got .*, takes \(B, 3, height, width\).*\(8, 8\)"):
             method(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 48), (2, 4, 4, 47)])
 def test_bad_tokens(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"tokens: expected \(B, H, W, 48\)"):
+    with pytest.raises(ValueError, match=r"tokens: got .*, takes \(B, H, W, 48\)"):
         SplitViT(PLAIN, 1, **TINY).late(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("split", [0, 1, 3])
+@pytest.mark.parametrize("name", [PLAIN, ROTARY, "vit_base_patch16_gap_224"])
+@torch.no_grad()
+def test_one_walk_reads_any_layers(name: str, split: int) -> None:
+    model = split_vit(timm_model(name), name, split)
+    images = images_of(OTHER)
+    encoded = model.encode(images, layers=(0, 2, 3))
+    assert encoded.embedding is not None
+    torch.testing.assert_close(encoded.embedding, model.pool(model.late(model.early(images))), rtol=0, atol=0)
+    maps = model.layer_maps(images)
+    assert encoded.tokens.keys() == {0, 2, 3}
+    assert torch.equal(encoded.tokens[2], maps[1])
+    assert torch.equal(encoded.tokens[3], maps[2])
+    # [CLS] is there once it has been through a block.
+    entered = {layer for layer in (0, 2, 3) if layer > split and "gap" not in name}
+    assert encoded.cls.keys() == entered
+    if 3 in entered:
+        assert torch.equal(model.norm_final(encoded.cls[3]), model.class_tokens(images, 1)[0])
+
+
+def test_a_walk_ends_where_it_is_told_to() -> None:
+    model = SplitViT(PLAIN, 2, **TINY)
+    for block in model.blocks[1:]:
+        block.forward = None  # would fail
+    encoded = model.encode(images_of(NATIVE), layers=(1,), until=1)
+    assert encoded.embedding is None
+    assert encoded.tokens[1].shape == (2, 4, 4, 48)
+
+
+@pytest.mark.parametrize(
+    ("layers", "until", "message"),
+    [
+        ((4,), None, "layers: got \\[4\\], takes 0 to 3"),
+        ((2,), 1, "layers: got \\[2\\], takes 0 to 1"),
+        ((), 4, "until: got 4"),
+    ],
+)
+def test_layers_off_the_way_are_named(layers: tuple[int, ...], until: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SplitViT(PLAIN, 2, **TINY).encode(images_of(NATIVE), layers=layers, until=until)
