@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from ser_fast.demo import demo_runs
-from ser_fast.training.config import TrainConfig
-from ser_fast.training.trainer import _Run
+from ser_fast.training.config import TrainConfig, with_options
+from ser_fast.training.trainer import Trainer
 
 
 def _step(config: TrainConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
     """images (B, 3, S, S) uint8 to the losses of a step, from the initial weights on."""
-    run, steps = _Run(config, device), iter(range(config.optim.steps))
+    trainer, steps = Trainer(config, device), iter(range(config.optim.steps))
 
     def step(images: Tensor) -> Tensor:
-        record = run._step(next(steps), 0, images, torch.arange(len(images)))
+        record = trainer.step(next(steps), 0, images, torch.arange(len(images)))
         return torch.tensor([record["invariance"], record.get("ser", 0.0)])
 
     return step
@@ -25,10 +25,10 @@ def _step(config: TrainConfig, device: torch.device) -> Callable[[Tensor], Tenso
 
 def bench_training_step(compare, backends, device, tmp_path: Path) -> None:
     config = demo_runs(tmp_path, data="photos", steps=1000, seed=0, image_size=64, patch_size=8)["lambda = 1"]
-    rivals = {backend: _step(replace(config, ser=replace(config.ser, backend=backend)), device) for backend in backends}
+    rivals = {backend: _step(with_options(config, {"ser.backend": backend}), device) for backend in backends}
     batch, side = config.optim.batch_size, config.model.image_size
     images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = _step(replace(config, ser=replace(config.ser, backend="reference")), device)(images)
+    expected = _step(with_options(config, {"ser.backend": "reference"}), device)(images)
     compare(
         "training step",
         rivals,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -43,16 +43,16 @@ from ser_fast.sensitivity import report as sensitivity_report
 from ser_fast.sensitivity import training as training_side
 from ser_fast.sensitivity.rows import TABLE, read_rows
 from ser_fast.sensitivity.study import Protocol, run_study
-from ser_fast.training.checkpoint import find_encoder
-from ser_fast.training.config import TrainConfig, from_json
+from ser_fast.training.options import parse
+from ser_fast.training.run_folder import RunFolder, find_encoder
 from ser_fast.training.trainer import NonFiniteLossError
 from ser_fast.training.trainer import train as run_training
 from ser_fast.vit import SplitViT, load_split_vit
 
 
-def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Pretrain a vision transformer with MoCo-v3 and Soft Equivariance Regularization (also under torchrun)."""
-    run_training(config)
+def train() -> None:
+    """Pretrain a vision transformer with an invariance objective and equivariance terms (also under torchrun)."""
+    run_training(parse(sys.argv[2:]))
 
 
 def equivariance(
@@ -495,9 +495,9 @@ def _open(
     weights = find_encoder(checkpoint)
     chosen = choose_device(device)
     model = load_split_vit(weights).to(chosen)
-    config = weights.parent / "config.json"
+    run = RunFolder(weights.parent)
     if data is None:
-        data = from_json(json.loads(config.read_text())).data if config.is_file() else "photos"
+        data = run.read_config().data if run.config.is_file() else "photos"
     out = weights.parent if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     if image_size is None:
@@ -520,7 +520,10 @@ def main() -> None:
         "doctor": doctor,
     }
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+        if sys.argv[1:2] == ["train"]:  # its options depend on the objective
+            train()
+        else:
+            tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     except (ValueError, NonFiniteLossError) as error:
         sys.exit(f"ser-fast: {error}")
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """The demo: does the regulariser do what it says, on real photographs, in minutes on two cores?"""
 
-import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,14 +9,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ser_fast.addons.ser import SERConfig
 from ser_fast.data.loader import make_loader
 from ser_fast.data.sources import ImageDataset, open_dataset
 from ser_fast.evaluation.equivariance import Record, equivariance_errors, plot, random_control, write_table
 from ser_fast.evaluation.features import embed, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
-from ser_fast.training.checkpoint import ENCODER
-from ser_fast.training.config import MoCoV3Config, ModelConfig, OptimConfig, SERConfig, TrainConfig, ViewsConfig
-from ser_fast.training.trainer import LOG, train
+from ser_fast.objectives.moco_v3 import MoCoV3Config
+from ser_fast.training.config import ModelConfig, OptimConfig, TrainConfig, ViewsConfig, with_options
+from ser_fast.training.run_folder import RunFolder
+from ser_fast.training.trainer import train
 from ser_fast.vit import SplitViT, load_split_vit
 
 
@@ -37,17 +38,17 @@ def demo_runs(
             num_heads=3,
         ),
         views=ViewsConfig(share=0.5),
-        ser=SERConfig(hidden_dim=256, out_dim=128, max_tokens=1024),
-        moco=MoCoV3Config(mlp_dim=512),
+        objective=MoCoV3Config(mlp_dim=512),
+        addons={"ser": SERConfig(hidden_dim=256, out_dim=128, max_tokens=1024)},
         optim=OptimConfig(batch_size=32, steps=steps, lr=12e-3),
         resume="auto",
         workers=0,
         seed=seed,
     )
     variants = {
-        "lambda = 0": replace(base, ser=replace(base.ser, weight=0.0)),
+        "lambda = 0": with_options(base, {"ser.weight": 0.0}),
         "lambda = 1": base,
-        "lambda = 1, crops": replace(base, views=replace(base.views, sampler="crop")),
+        "lambda = 1, crops": with_options(base, {"views.sampler": "crop"}),
     }
     return {name: replace(run, out=out / name.replace(" = ", "_").replace(", ", "_")) for name, run in variants.items()}
 
@@ -83,7 +84,7 @@ def demo(
     losses: dict[str, dict[str, float]] = {}
     for name, config in runs.items():
         folder = train(replace(config, device=device))
-        models[name] = load_split_vit(folder / ENCODER)
+        models[name] = load_split_vit(RunFolder(folder).encoder)
         losses[name] = _last_losses(folder)
     models = {"random": random_control(next(iter(models.values())), seed=seed), **models}
     records = {name: equivariance_errors(model, pictures) for name, model in models.items()}
@@ -98,7 +99,7 @@ def demo(
 
 def _last_losses(folder: Path) -> dict[str, float]:
     """The mean losses of the last tenth of a run."""
-    log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    log = RunFolder(folder).read_log()
     log = log[-max(1, len(log) // 10) :]
     return {name: fmean(step[name] for step in log) for name in ("invariance", "ser")}
 

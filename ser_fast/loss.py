@@ -12,7 +12,7 @@ from ser_fast.ops.group_action import group_action
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
 # Where the paper's text and the released scripts disagree. The temperatures are (paper, released).
-_TEMPERATURES = {"moco_v3": (0.3, 0.5), "barlow_twins": (0.3, 0.4), "dino": (0.5, 0.4)}
+TEMPERATURES = {"moco_v3": (0.3, 0.5), "barlow_twins": (0.3, 0.4), "dino": (0.5, 0.4)}
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"negatives": "both", "both_directions": False},
     "released": {"negatives": "other", "both_directions": True},
@@ -78,9 +78,9 @@ class SERLoss(nn.Module):
     ) -> None:
         super().__init__()
         _one_of("preset", preset, _PRESETS)
-        _one_of("objective", objective, _TEMPERATURES)
+        _one_of("objective", objective, TEMPERATURES)
         chosen = _PRESETS[preset]
-        self.temperature = _TEMPERATURES[objective][preset == "released"] if temperature is None else temperature
+        self.temperature = TEMPERATURES[objective][preset == "released"] if temperature is None else temperature
         self.negatives: str = chosen["negatives"] if negatives is None else negatives
         self.both_directions: bool = chosen["both_directions"] if both_directions is None else both_directions
         _one_of("negatives", self.negatives, ("both", "other"))

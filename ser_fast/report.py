@@ -23,7 +23,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ser_fast.io import write_atomically
-from ser_fast.training.trainer import LOG
+from ser_fast.training.run_folder import RunFolder
 
 _ROWS = 1000  # of a run's CSV file that are shown
 
@@ -89,9 +89,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
         tables = {path.name: _read_csv(path) for path in sorted(folder.glob("*.csv"))}
-        log = _read_log(folder / LOG)
+        log = _read_log(RunFolder(folder).log)
         if not tables and not log:
-            raise ValueError(f"runs: {folder} holds neither {LOG} nor a CSV file")
+            raise ValueError(f"runs: {folder} holds neither {RunFolder(folder).log.name} nor a CSV file")
         runs.append(
             Run(
                 name=name if names.count(name) == 1 else str(folder),

@@ -20,7 +20,7 @@ from ser_fast.evaluation.equivariance import random_control
 from ser_fast.evaluation.features import evaluating
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.sensitivity.factors import DEFAULT
-from ser_fast.training.checkpoint import find_encoder
+from ser_fast.training.run_folder import find_encoder
 from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT, load_split_vit
 

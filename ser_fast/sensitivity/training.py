@@ -17,8 +17,8 @@ from ser_fast.demo import demo_runs
 from ser_fast.evaluation.equivariance import equivariance_errors, random_control
 from ser_fast.evaluation.features import spread_images
 from ser_fast.io import write_atomically
-from ser_fast.training.checkpoint import ENCODER
-from ser_fast.training.config import TrainConfig
+from ser_fast.training.config import TrainConfig, with_options
+from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.trainer import train
 from ser_fast.vit import SplitViT, load_split_vit
 
@@ -84,8 +84,8 @@ def study_runs(
             "lambda = 1"
         ]
         for name in variants:
-            ser = replace(base.ser, **VARIANTS[name])  # type: ignore[arg-type]
-            runs[name, seed] = replace(base, ser=ser, out=out / f"{name}_seed{seed}")
+            options = {f"ser.{option}": value for option, value in VARIANTS[name].items()}
+            runs[name, seed] = with_options(base, {**options, "out": out / f"{name}_seed{seed}"})
     return runs
 
 
@@ -101,7 +101,7 @@ def train_and_score(runs: dict[tuple[str, int], TrainConfig], *, images: int, de
     held_out = spread_images(open_dataset(first.data, train=False, image_size=first.model.image_size), images)
     models: dict[tuple[str, int], SplitViT] = {}
     for key, config in runs.items():
-        models[key] = load_split_vit(train(replace(config, device=device)) / ENCODER)
+        models[key] = load_split_vit(RunFolder(train(replace(config, device=device))).encoder)
     model = next(iter(models.values()))
     controls = {("random", seed): random_control(model, seed=seed) for seed in {seed for _, seed in runs}}
     scores = []

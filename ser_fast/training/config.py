@@ -1,15 +1,19 @@
 """The trainer's options, as dataclasses that `ser-fast train` reads from the command line."""
 
-import dataclasses
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ser_fast.loss import SERLoss
-from ser_fast.objectives.moco_v3 import MoCoV3
+from ser_fast.addons import ADDONS
+from ser_fast.addons.base import AddOnConfig
+from ser_fast.addons.ser import SERConfig
+from ser_fast.objectives import OBJECTIVES
+from ser_fast.objectives.base import ObjectiveConfig
+from ser_fast.objectives.moco_v3 import MoCoV3Config
 from ser_fast.views.color import Color
 from ser_fast.views.recipe import MakeViews
 from ser_fast.views.samplers import SAMPLERS, Crop
@@ -27,10 +31,15 @@ class ModelConfig:
     image_size: int = 224
     """Side of the images and of the crops, in pixels."""
     patch_size: int | None = None
+    """Side of a patch in pixels; default the model's."""
     embed_dim: int | None = None
+    """Channels of a token; default the model's."""
     depth: int | None = None
+    """Number of blocks; default the model's."""
     num_heads: int | None = None
+    """Of every attention; default the model's."""
     drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; of the others in proportion."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass to save memory."""
 
@@ -56,56 +65,16 @@ class ViewsConfig:
     crop_turns: bool = True
     """With the sampler "crop": crops in all eight elements of D4. Equivariance to turns is learned from turns."""
     color_strength: Annotated[float, tyro.conf.arg(aliases=("--views.colour-strength",))] = 1.0
+    """Multiplies the color jitter; 0 leaves the colors as they are."""
     color_group: Annotated[int, tyro.conf.arg(aliases=("--views.colour-group",))] = 8
     """Images that share one draw of colors."""
 
     def build(self, patch_size: int, seed: int) -> MakeViews:
         crop = Crop(area=self.crop_area)
-        partial = dataclasses.replace(crop, turns=self.crop_turns)
+        partial = replace(crop, turns=self.crop_turns)
         sampler = partial if self.sampler == "crop" else SAMPLERS[self.sampler]()
         color = Color(self.color_strength, self.color_group)
         return MakeViews(sampler, crop, self.share, patch_size, color, seed)
-
-
-@dataclass(frozen=True)
-class SERConfig:
-    """The equivariance term; see SERLoss."""
-
-    weight: float = 1.0
-    """lambda. 0 shapes nothing: the term is computed on detached tokens, for comparison."""
-    preset: Literal["paper", "released"] = "paper"
-    temperature: float | None = None
-    negatives: Literal["both", "other"] | None = None
-    both_directions: bool | None = None
-    momentum_keys: bool = False
-    """Contrast with the momentum encoder's tokens instead of the encoder's own."""
-    hidden_dim: int = 512
-    out_dim: int = 512
-    interpolation: Literal["nearest", "bilinear", "bicubic", "catmull_rom", "mitchell", "lanczos3", "area"] = "bicubic"
-    padding: Literal["zeros", "border", "reflection"] = "border"
-    antialias: bool = False
-    max_tokens: int | None = None
-    gather: bool = True
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-
-    def build(self, dim: int) -> SERLoss:
-        options = dataclasses.asdict(self)
-        for name in ("weight", "momentum_keys"):
-            options.pop(name)
-        return SERLoss(dim, objective="moco_v3", **options)
-
-
-@dataclass(frozen=True)
-class MoCoV3Config:
-    """The invariance objective."""
-
-    dim: int = 256
-    mlp_dim: int = 4096
-    temperature: float = 0.2
-    momentum: float = 0.99
-
-    def build(self, encoder: SplitViT) -> MoCoV3:
-        return MoCoV3(encoder, **dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -119,7 +88,9 @@ class OptimConfig:
     lr: float = 3e-4
     """Peak learning rate for a batch of 256; scaled linearly with batch_size."""
     weight_decay: float = 0.1
+    """AdamW's, on all parameters."""
     epochs: int = 100
+    """Passes over the data set."""
     steps: int | None = None
     """Stop after this many steps; overrides epochs."""
     warmup: float = 0.1
@@ -130,7 +101,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Pretrain a vision transformer with MoCo-v3 and Soft Equivariance Regularization."""
+    """Pretrain a vision transformer with an invariance objective and equivariance terms."""
 
     out: Path = Path("runs/moco_v3_ser")
     """The run's folder: config, environment, log, checkpoints."""
@@ -138,8 +109,10 @@ class TrainConfig:
     """"photos" (in scikit-image's wheel), "folder:PATH" or "cifar10:PATH"."""
     model: ModelConfig = field(default_factory=ModelConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    ser: SERConfig = field(default_factory=SERConfig)
-    moco: MoCoV3Config = field(default_factory=MoCoV3Config)
+    objective: ObjectiveConfig = field(default_factory=MoCoV3Config)
+    """What makes the embedding invariant."""
+    addons: Mapping[str, AddOnConfig] = field(default_factory=lambda: {"ser": SERConfig()})
+    """Equivariance terms, by their names in ADDONS."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     resume: str = "none"
     """"auto" continues from the newest checkpoint in `out`, if there is one; a path, from that one."""
@@ -150,34 +123,112 @@ class TrainConfig:
     amp: Literal["auto", "bf16", "off"] = "auto"
     """bfloat16 autocast; "auto" uses it on CUDA."""
     device: str = "auto"
+    """"auto", "cpu" or "cuda"."""
     workers: int = 2
     """Processes that load images, on each rank."""
     seed: int = 0
+    """Of the weights, the order of the images and every draw."""
 
 
 # What may differ between a run and its continuation, since it changes no number.
 _FREE = ("out", "resume", "save_every", "keep_checkpoints", "device", "workers")
+_PARTS: dict[str, type[Any]] = {"model": ModelConfig, "views": ViewsConfig, "optim": OptimConfig}
+_RENAMED = {"colour_strength": "color_strength", "colour_group": "color_group"}  # in configs of version 0.1
+
+
+def objective_name(config: TrainConfig) -> str:
+    """The name in OBJECTIVES of a config's objective."""
+    return next(name for name, kind in OBJECTIVES.items() if kind is type(config.objective))
+
+
+def default_config(objective: str) -> TrainConfig:
+    """The config that trains with an objective as its recipe says.
+
+    Raises:
+        ValueError: there is no such objective.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: got {objective!r}, takes one of {', '.join(map(repr, OBJECTIVES))}")
+    kind = OBJECTIVES[objective]
+    return with_options(TrainConfig(objective=kind()), kind.recipe)
+
+
+def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
+    """The config with other options, named as on the command line.
+
+    Args:
+        options: by name, as {"seed": 1, "views.share": 0.5, "ser.weight": 0.3, "moco.dim": 128}. An add-on's options
+            bring the add-on in.
+
+    Raises:
+        ValueError: a name that is none of an option.
+    """
+    for name, value in options.items():
+        section, _, option = name.rpartition(".")
+        part: Any = config
+        if section == config.objective.section:
+            part = config.objective
+        elif section in ADDONS:
+            part = config.addons.get(section, ADDONS[section]())
+        elif section in _PARTS:
+            part = getattr(config, section)
+        elif section:
+            option = ""
+        if option not in {field.name for field in fields(part)} - {*_PARTS, "objective", "addons"}:
+            raise ValueError(f"options: got {name!r}, which is no option")
+        changed = replace(part, **{option: value})
+        if section == config.objective.section:
+            config = replace(config, objective=changed)
+        elif section in ADDONS:
+            config = replace(config, addons={**config.addons, section: changed})
+        else:
+            config = replace(config, **{section: changed}) if section else changed
+    return config
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config in JSON's types."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    """The config in JSON's types, by section as on the command line."""
+    content = {field.name: getattr(config, field.name) for field in fields(config)}
+    content |= {name: asdict(content[name]) for name in _PARTS}
+    content["objective"] = objective_name(config)
+    content[config.objective.section] = asdict(config.objective)
+    content |= {name: asdict(addon) for name, addon in content.pop("addons").items() if addon.layers != "off"}
+    return json.loads(json.dumps(content, default=str))
 
 
-def from_json(fields: dict[str, Any]) -> TrainConfig:
-    """The config that `to_json` made the fields of."""
-    parts = {"model": ModelConfig, "views": ViewsConfig, "ser": SERConfig, "moco": MoCoV3Config, "optim": OptimConfig}
-    fields = {name: parts[name](**value) if name in parts else value for name, value in fields.items()}
-    views = dataclasses.replace(fields["views"], crop_area=tuple(fields["views"].crop_area))
-    return TrainConfig(**{**fields, "views": views, "out": Path(fields["out"])})
+def from_json(content: dict[str, Any]) -> TrainConfig:
+    """The config that `to_json` made the content of, also that of version 0.1.
+
+    Raises:
+        ValueError: it is no such content.
+    """
+    content = dict(content)
+    name = content.pop("objective", "moco_v3")
+    if name not in OBJECTIVES:
+        raise ValueError(f"config: got objective {name!r}, takes one of {', '.join(map(repr, OBJECTIVES))}")
+    kind = OBJECTIVES[name]
+    objective = _section(kind, content.pop(kind.section, {}))
+    addons = {name: _section(addon, content.pop(name)) for name, addon in ADDONS.items() if name in content}
+    parts = {name: _section(part, content.pop(name, {})) for name, part in _PARTS.items()}
+    config = _section(TrainConfig, {**content, **parts, "objective": objective, "addons": addons})
+    return replace(config, out=Path(config.out))
+
+
+def _section(kind: type[Any], content: dict[str, Any]) -> Any:
+    """An instance of a dataclass from JSON's types."""
+    content = {_RENAMED.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+    if unknown := sorted(content.keys() - {field.name for field in fields(kind)}):
+        raise ValueError(f"config: {kind.__name__} has no {', '.join(unknown)}: written by another version?")
+    return kind(**content)
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     """The options, by dotted name, in which two configs (from `to_json`) would give different numbers."""
     names: list[str] = []
-    for name in ours:
-        if isinstance(ours[name], dict):
-            names += differences(ours[name], theirs.get(name, {}), f"{prefix}{name}.")
-        elif ours[name] != theirs.get(name) and prefix + name not in _FREE:
+    for name in {**ours, **theirs}:
+        one, other = ours.get(name), theirs.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += differences(one, other, f"{prefix}{name}.")
+        elif one != other and prefix + name not in _FREE:
             names.append(prefix + name)
     return names

@@ -1,6 +1,7 @@
 """The views of a batch, as the recipe partitions it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,16 +14,32 @@ from ser_fast.views.samplers import Crop, Sampler, draws
 
 
 @dataclass(frozen=True)
-class Views:
-    """Two views of one batch.
+class View:
+    """One view of a batch, cut into parts with one image size each.
 
-    The batch is cut into parts, each with one image size: `images[v][part]` is (B_part, 3, h, w). The samples that
-    equivariance is asked of are the first `len(g0)` of part 0; g0 and g1 are their maps, in pixels.
+    Attributes:
+        images: by part, (B_part, 3, h, w), normalized.
+        g: the maps from the images to this view, in pixels, of the samples that add-ons see.
+        color: (B, P) what was drawn for their colors; None where samples share draws.
+        role: "global" and "local" views are crops for the objective; "plain" (the image itself) and "turn" (one of
+            its quarter turns) are made for add-ons alone.
     """
 
-    images: tuple[list[Tensor], list[Tensor]]
-    g0: LatticeMap
-    g1: LatticeMap
+    images: list[Tensor]
+    g: LatticeMap
+    color: Tensor | None = None
+    role: Literal["global", "local", "plain", "turn"] = "global"
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one batch, all cut into the same parts.
+
+    The samples that add-ons see are the first `equivariant` ones of part 0, in every view.
+    """
+
+    views: list[View]
+    equivariant: int
 
 
 @dataclass(frozen=True)
@@ -63,15 +80,15 @@ class MakeViews:
             cuts = [(self.sampler, slice(chosen)), (self.crop, slice(chosen, None))]
         cuts = [(sampler, part) for sampler, part in cuts if len(samples[part])]
         size = images.shape[2], images.shape[3]
-        made: tuple[list[Tensor], list[Tensor]] = ([], [])
-        maps = []
+        views = []
         for view in (0, 1):
             u = draws(self.seed, epoch, samples, view)
+            parts, maps = [], []
             for sampler, part in cuts:
                 g = sampler(size, self.patch_size, u[part], view)
                 moved = transform_images(pixels[part], g).clamp(0, 1)
                 moved = self.color(moved, samples[part], seed=self.seed, epoch=epoch, view=view)
-                if not made[view]:
-                    maps.append(g[:chosen])
-                made[view].append(normalize(moved))
-        return Views(made, *maps)
+                maps.append(g)
+                parts.append(normalize(moved))
+            views.append(View(parts, maps[0][:chosen]))
+        return Views(views, chosen)

@@ -1,0 +1,55 @@
+"""The options of `ser-fast train`: TrainConfig with a section for each add-on, and for the chosen objective."""
+
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ser_fast.addons import ADDONS
+from ser_fast.objectives import OBJECTIVES
+from ser_fast.training.config import TrainConfig, default_config, objective_name
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The config that the arguments of `ser-fast train` ask for.
+
+    The options of an objective are there, with its recipe as defaults of the others, where --objective names it.
+
+    Example:
+        >>> parse(["--objective", "moco_v3", "--moco.dim", "128", "--ser.layers", "2", "4"]).addons["ser"].layers
+        (2, 4)
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--objective", default=objective_name(TrainConfig()))
+    known, _ = first.parse_known_args(arguments)
+    defaults = default_config(known.objective)
+    options = tyro.cli(_options(defaults), args=arguments, prog="ser-fast train", description=TrainConfig.__doc__)
+    given = {part.name: getattr(options, part.name) for part in fields(TrainConfig)}
+    given["objective"] = getattr(options, defaults.objective.section)
+    given["addons"] = {name: getattr(options, name) for name in ADDONS}
+    return TrainConfig(**given)
+
+
+def _options(defaults: TrainConfig) -> type[Any]:
+    """TrainConfig with `defaults`, whose objective is a name, and whose objective and add-ons are sections."""
+
+    def default(value: Any) -> Any:
+        return field(default_factory=lambda: value)
+
+    literal: Any = Literal
+    changed: list[tuple[str, Any, Any]] = [
+        (part.name, part.type, default(getattr(defaults, part.name)))
+        for part in fields(TrainConfig)
+        if part.name not in ("objective", "addons")
+    ]
+    help_text = "What makes the embedding invariant; its options and defaults are those that --help shows with it."
+    objective: Any = Annotated[literal[tuple(OBJECTIVES)], tyro.conf.arg(help=help_text)]
+    changed += [
+        ("objective", objective, default(objective_name(defaults))),
+        ("addons", tyro.conf.Suppress[Mapping[str, Any]], default({})),
+        (defaults.objective.section, type(defaults.objective), default(defaults.objective)),
+        *((name, kind, default(defaults.addons.get(name, kind()))) for name, kind in ADDONS.items()),
+    ]
+    return make_dataclass("TrainOptions", changed, bases=(TrainConfig,), frozen=True)

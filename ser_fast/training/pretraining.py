@@ -1,0 +1,159 @@
+"""Encoder, objective and add-ons as one module, which walks over every view once."""
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ser_fast.addons.base import AddOn, LayerView
+from ser_fast.objectives.base import Objective
+from ser_fast.views.recipe import View, Views
+from ser_fast.vit import Encoded, SplitViT
+
+
+class Teacher(nn.Module):
+    """The exponential moving average of an encoder and an objective's head, in which nothing is dropped.
+
+    Args:
+        encoder: the student, copied.
+        head: the objective's, copied.
+    """
+
+    def __init__(self, encoder: SplitViT, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = copy.deepcopy(encoder), copy.deepcopy(head)
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, DropPath):  # train() would drop paths in a teacher, too
+                module.drop_prob = 0.0
+
+
+class Pretraining(nn.Module):
+    """What is trained: one module, so that DistributedDataParallel sees one forward pass.
+
+    Args:
+        encoder: the model to pretrain; the objective may prepare it.
+        objective: gives the invariance loss; its teacher, where it has one, is made and moved here.
+        addons: by name, the weight and the term. Weight 0 computes a term on detached features: its heads learn, and
+            the encoder gets no gradient.
+
+    Raises:
+        ValueError: an add-on that reads what the encoder or the objective does not have.
+    """
+
+    def __init__(
+        self, encoder: SplitViT, objective: Objective, addons: Mapping[str, tuple[float, AddOn]] | None = None
+    ) -> None:
+        super().__init__()
+        objective.prepare(encoder)
+        self.encoder, self.objective = encoder, objective
+        self.teacher = None if objective.momentum is None else Teacher(encoder, objective.head)
+        self.addons = nn.ModuleDict({name: addon for name, (_, addon) in (addons or {}).items()})
+        self.weights = {name: weight for name, (weight, _) in (addons or {}).items()}
+        for name, addon in self._addons().items():
+            no_cls = getattr(encoder, "cls_token", None) is None or min(addon.layers) <= encoder.split
+            if addon.reads == "cls" and no_cls:
+                raise ValueError(
+                    f"{name}.layers: got {min(addon.layers)}, where there is no class token; it enters after "
+                    f"{encoder.split} blocks"
+                )
+            if "teacher" in addon.needs and self.teacher is None:
+                raise ValueError(f"{name}: needs a teacher, and the objective has none")
+
+    def forward(self, views: Views, progress: float) -> dict[str, Tensor]:
+        """The losses of one batch.
+
+        Args:
+            views: of the batch.
+            progress: in [0, 1) of the training.
+
+        Returns:
+            Scalars: "loss" to step on, "invariance", every add-on by its name (unweighted), and the parts of each.
+        """
+        addons = self._addons()
+        layers = sorted({layer for addon in addons.values() for layer in addon.layers})
+        seen = [_encode(self.encoder, view, layers) for view in views.views]
+        student = [self.objective.head(encoded.embedding) for encoded in seen if encoded.embedding is not None]
+        teacher, targets = self._teach(views, layers)
+        parts = self.objective(student, targets, progress)
+        losses = {"loss": parts["loss"], "invariance": parts["loss"]}
+        losses |= {name: value for name, value in parts.items() if name != "loss"}
+        for name, addon in addons.items():
+            parts = addon(
+                [
+                    self._layer_view(addon, view, encoded, known, views.equivariant, detach=self.weights[name] == 0)
+                    for view, encoded, known in zip(views.views, seen, teacher, strict=True)
+                ]
+            )
+            losses["loss"] = losses["loss"] + (self.weights[name] or 1.0) * parts["loss"]
+            losses[name] = parts["loss"]
+            losses |= {f"{name}_{part}": value for part, value in parts.items() if part != "loss"}
+        return losses
+
+    @torch.no_grad()
+    def move_teacher(self, progress: float) -> None:
+        """Move the teacher towards the student; progress in [0, 1] of the training."""
+        if self.teacher is None or self.objective.momentum is None:
+            return
+        rate = (1 - self.objective.momentum) * (1 + math.cos(math.pi * progress)) / 2
+        for slow, fast in ((self.teacher.encoder, self.encoder), (self.teacher.head, self.objective.head)):
+            for target, source in zip(slow.parameters(), fast.parameters(), strict=True):
+                target.lerp_(source, rate)
+
+    @property
+    def product(self) -> SplitViT:
+        """The encoder that the objective exports."""
+        if self.objective.exports == "teacher" and self.teacher is not None:
+            return self.teacher.encoder
+        return self.encoder
+
+    def _addons(self) -> dict[str, AddOn]:
+        return dict(self.addons.items())  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _teach(self, views: Views, layers: list[int]) -> tuple[list[Encoded | None], list[Tensor]]:
+        """What the teacher reads of each view (None of those that are not global), and its outputs of global views."""
+        if self.teacher is None:
+            return [None] * len(views.views), []
+        encoder, head = self.teacher.encoder, self.teacher.head
+        needed = layers if any("teacher" in addon.needs for addon in self._addons().values()) else []
+        seen = [_encode(encoder, view, needed) if view.role == "global" else None for view in views.views]
+        return seen, [head(encoded.embedding) for encoded in seen if encoded is not None]
+
+    def _layer_view(
+        self, addon: AddOn, view: View, student: Encoded, teacher: Encoded | None, count: int, *, detach: bool
+    ) -> LayerView:
+        features = _features(self.encoder, addon, student, count)
+        if detach:
+            features = {layer: feature.detach() for layer, feature in features.items()}
+        keys = None
+        if "teacher" in addon.needs and teacher is not None and self.teacher is not None:
+            keys = _features(self.teacher.encoder, addon, teacher, count)
+        return LayerView(features, keys, view.g, view.color if "color" in addon.needs else None, view.role)
+
+
+def _encode(encoder: SplitViT, view: View, layers: list[int]) -> Encoded:
+    """The embeddings (B, C) of all parts of a view, and the layers of the first one.
+
+    A view that is made for add-ons alone is walked to the highest layer and no further.
+    """
+    if view.role in ("plain", "turn"):
+        return encoder.encode(view.images[0], layers, until=max(layers, default=0))
+    first = encoder.encode(view.images[0], layers)
+    others = [encoder.encode(images).embedding for images in view.images[1:]]
+    embeddings = [embedding for embedding in (first.embedding, *others) if embedding is not None]
+    return first._replace(embedding=torch.cat(embeddings))
+
+
+def _features(encoder: SplitViT, addon: AddOn, encoded: Encoded, count: int) -> dict[int, Tensor]:
+    """What an add-on reads of the first `count` samples; the last layer's after the final norm."""
+    found = encoded.cls if addon.reads == "cls" else encoded.tokens
+    features = {layer: found[layer][:count] for layer in addon.layers}
+    if encoder.depth in features:
+        features[encoder.depth] = encoder.norm_final(features[encoder.depth])
+    if addon.reads == "mean":
+        features = {layer: tokens.mean((1, 2)) for layer, tokens in features.items()}
+    return features

@@ -1,0 +1,119 @@
+"""A run's folder: the name of every file in it, how it is written and how it is read."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ser_fast.io import write_atomically
+from ser_fast.training.config import TrainConfig, from_json, to_json
+from ser_fast.vit import SplitViT, save_split_vit
+
+
+class RunFolder:
+    """The files of a run.
+
+    Attributes:
+        path: the folder.
+        config: its options, JSON.
+        environment: the versions and the machine that it ran on, JSON.
+        log: a line of JSON a step.
+        tensorboard: a folder of TensorBoard's.
+        encoder: the weights of the product, for `ser_fast.vit.load_split_vit`.
+        checkpoints: a folder of step_N.pt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.environment = path / "environment.json"
+        self.log = path / "log.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.encoder = path / "encoder.safetensors"
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether a step was done here."""
+        return bool(self.list_checkpoints()) or (self.log.exists() and self.log.stat().st_size > 0)
+
+    def write_description(self, config: TrainConfig, environment: dict[str, Any]) -> None:
+        """Write config.json and environment.json."""
+        for path, content in ((self.config, to_json(config)), (self.environment, environment)):
+            write_atomically(path, partial(Path.write_text, data=json.dumps(content, indent=2) + "\n"))
+
+    def read_config(self) -> TrainConfig:
+        """The run's options.
+
+        Raises:
+            ValueError: config.json is none of a run.
+        """
+        try:
+            return from_json(json.loads(self.config.read_text()))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"config: {self.config} can't be read as that of a run: {error}") from error
+
+    def cut_log(self, step: int) -> None:
+        """Drop what was logged after a step, and a line cut short when the machine went down."""
+        if self.log.exists():
+            kept = [line for line in self.log.read_text().splitlines(True) if _step_of(line) <= step]
+            write_atomically(self.log, partial(Path.write_text, data="".join(kept)))
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """What each step logged, as far as it is whole."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+
+    def save_encoder(self, encoder: SplitViT, step: int) -> None:
+        """Write the encoder's weights."""
+        write_atomically(self.encoder, lambda path: save_split_vit(path, encoder, {"step": str(step)}))
+
+    def save_checkpoint(self, state: dict[str, Any], *, keep: int) -> Path:
+        """Write checkpoints/step_N.pt for state["step"] = N, and delete all but the newest `keep`."""
+        path = self.checkpoints / f"step_{state['step']:08d}.pt"
+        write_atomically(path, lambda partial: torch.save(state, partial))
+        for old in self.list_checkpoints()[:-keep]:
+            old.unlink()
+        return path
+
+    def list_checkpoints(self) -> list[Path]:
+        """The run's checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step_*.pt"))
+
+
+def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """What `RunFolder.save_checkpoint` wrote.
+
+    Raises:
+        ValueError: the file is no checkpoint of this trainer.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many types for a file that isn't its own
+        raise ValueError(f"resume: {path} can't be read as a checkpoint: {error}") from error
+    if not isinstance(state, dict) or not {"step", "config", "model", "optimizer"} <= state.keys():
+        raise ValueError(f"resume: {path} is no checkpoint of this trainer")
+    return state
+
+
+def find_encoder(path: Path) -> Path:
+    """The encoder's weights for a run's folder or a safetensors file.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = RunFolder(path).encoder if path.is_dir() else path
+    if not found.is_file() or found.suffix != ".safetensors":
+        raise ValueError(
+            f"checkpoint: {path} is neither a run's folder with {RunFolder(path).encoder.name} nor a .safetensors file"
+        )
+    return found
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
