@@ -422,12 +422,14 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
     images = uint8(10, 3, 32, 32)
     sampler = SAMPLERS[name]()
     views = make_views(sampler, share, strength=1.0, group=2)(images, samples, epoch=4)
-    for view, g in enumerate((views.g0, views.g1)):
-        assert [len(part) for part in views.images[view]] == sizes
+    assert views.equivariant == chosen
+    for view, viewed in enumerate(views.views):
+        g = viewed.g
+        assert [len(part) for part in viewed.images] == sizes
         assert len(g) == chosen
         # Each part is its sampler's map of its own samples, and g0 and g1 are the maps that made the pixels.
         u, start = draws(3, 4, samples, view), 0
-        for part, made in enumerate(views.images[view]):
+        for part, made in enumerate(viewed.images):
             own = slice(start, start + len(made))
             by = sampler if part == 0 and share > 0 else Crop()
             expected_g = by((32, 32), PATCH, u[own], view)
@@ -448,7 +450,7 @@ def test_views_show_no_pixel_beyond_black_and_white() -> None:
     black, white = (
         (torch.tensor(value) - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD) for value in (0, 1)
     )
-    for part in itertools.chain(*views.images):
+    for part in itertools.chain(*(view.images for view in views.views)):
         assert part.dtype == torch.float32
         assert (part >= black[:, None, None] - 1e-5).all()
         assert (part <= white[:, None, None] + 1e-5).all()
@@ -458,8 +460,9 @@ def test_views_have_colours_of_their_own() -> None:
     images = uint8(1, 3, 32, 32).expand(8, -1, -1, -1)
     still = Affine(degrees=0, shear=0, area=(1, 1), aspect=(1, 1), shift=0)
     views = make_views(still, 1.0, strength=1.0, group=1)(images, torch.arange(8), epoch=0)
-    assert len(views.images[0][0].flatten(1).unique(dim=0)) == 8
-    assert (views.images[0][0] != views.images[1][0]).flatten(1).any(1).all()
+    first, second = (view.images[0] for view in views.views)
+    assert len(first.flatten(1).unique(dim=0)) == 8
+    assert (first != second).flatten(1).any(1).all()
 
 
 def halves(make: MakeViews, images: Tensor, samples: Tensor) -> list[Views]:
@@ -473,20 +476,22 @@ def test_crops_do_not_depend_on_the_number_of_ranks(share: float, group: int) ->
     images, samples = uint8(16, 3, 32, 32), torch.randperm(1000)[:16]
     together, ranks = make(images, samples, epoch=1), halves(make, images, samples)
     for view in (0, 1):
-        separately = torch.cat([rank.images[view][0] for rank in ranks])
-        torch.testing.assert_close(together.images[view][0], separately, rtol=0, atol=1e-6)
+        separately = torch.cat([rank.views[view].images[0] for rank in ranks])
+        torch.testing.assert_close(together.views[view].images[0], separately, rtol=0, atol=1e-6)
     if share == 1:
-        assert torch.equal(together.g1.linear, torch.cat([rank.g1.linear for rank in ranks]))
+        assert torch.equal(together.views[1].g.linear, torch.cat([rank.views[1].g.linear for rank in ranks]))
 
 
 def test_elements_of_d4_do_not_depend_on_the_number_of_ranks() -> None:
     make = make_views(D4Scale(), 1.0)
     images, samples = uint8(16, 3, 32, 32), torch.randperm(1000)[:16]
     together, ranks = make(images, samples, epoch=1), halves(make, images, samples)
-    for g in ("g0", "g1"):
-        codes = [d4_codes(getattr(rank, g)) for rank in ranks]
-        assert torch.equal(d4_codes(getattr(together, g)), torch.cat(codes))
-    assert ranks[0].g0.size_out != ranks[1].g0.size_out  # each rank's own lattice, for SERLoss's ragged gather
+    for view in (0, 1):
+        codes = [d4_codes(rank.views[view].g) for rank in ranks]
+        assert torch.equal(d4_codes(together.views[view].g), torch.cat(codes))
+    assert (
+        ranks[0].views[0].g.size_out != ranks[1].views[0].g.size_out
+    )  # each rank's own lattice, for SERLoss's ragged gather
 
 
 def test_global_random_state_changes_no_view() -> None:
@@ -495,10 +500,10 @@ def test_global_random_state_changes_no_view() -> None:
     first = make(images, samples, epoch=0)
     torch.manual_seed(99)
     second = make(images, samples, epoch=0)
-    for one, other in zip(itertools.chain(*first.images), itertools.chain(*second.images), strict=True):
-        assert torch.equal(one, other)
+    for one, other in zip(first.views, second.views, strict=True):
+        assert all(torch.equal(*parts) for parts in zip(one.images, other.images, strict=True))
     third = make(images, samples, epoch=1)
-    assert not torch.equal(first.g0.linear, third.g0.linear)
+    assert not torch.equal(first.views[0].g.linear, third.views[0].g.linear)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])

@@ -227,8 +227,8 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
     names: list[str] = []
     for name in {**ours, **theirs}:
         one, other = ours.get(name), theirs.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):
-            names += differences(one, other, f"{prefix}{name}.")
+        if isinstance(one, dict) or isinstance(other, dict):
+            names += differences(one or {}, other or {}, f"{prefix}{name}.")
         elif one != other and prefix + name not in _FREE:
             names.append(prefix + name)
     return names
