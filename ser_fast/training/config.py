@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ser_fast.addons import ADDONS
-from ser_fast.addons.base import AddOnConfig
+from ser_fast.addons.base import AddOn, AddOnConfig, resolve_layers
 from ser_fast.addons.ser import SERConfig
 from ser_fast.objectives import OBJECTIVES
 from ser_fast.objectives.base import ObjectiveConfig
 from ser_fast.objectives.moco_v3 import MoCoV3Config
+from ser_fast.training.pretraining import Pretraining
 from ser_fast.views.color import Color
 from ser_fast.views.recipe import MakeViews
 from ser_fast.views.samplers import SAMPLERS, Crop
@@ -128,6 +129,55 @@ class TrainConfig:
     """Processes that load images, on each rank."""
     seed: int = 0
     """Of the weights, the order of the images and every draw."""
+
+    def build(self) -> Pretraining:
+        """The module to train, with weights drawn from torch's generator.
+
+        Raises:
+            ValueError: an option that doesn't fit the encoder.
+        """
+        encoder = self.model.build()
+        # The objective first: its initial weights don't depend on the add-ons' options.
+        objective = self.objective.build(encoder.embed_dim)
+        addons: dict[str, tuple[float, AddOn]] = {}
+        for name, options in self.addons.items():
+            try:
+                layers = resolve_layers(options.layers, split=encoder.split, depth=encoder.depth)
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
+            if layers and self.views.share:
+                addons[name] = options.weight, options.build(encoder.embed_dim, layers, objective_name(self))
+        return Pretraining(encoder, objective, addons)
+
+    def check(self, world_size: int) -> int:
+        """Check the options that need neither data nor model; returns the number of images a forward pass.
+
+        Raises:
+            ValueError: one that doesn't fit.
+        """
+        optim = self.optim
+        for name, count in (
+            ("optim.accumulate", optim.accumulate),
+            ("save_every", self.save_every),
+            ("keep_checkpoints", self.keep_checkpoints),
+        ):
+            if count < 1:
+                raise ValueError(f"{name}: got {count}, takes a positive number")
+        if not 0 <= optim.warmup <= 1:
+            raise ValueError(f"optim.warmup: got {optim.warmup}, takes a number in [0, 1]")
+        if optim.batch_size % (world_size * optim.accumulate):
+            raise ValueError(
+                f"optim.batch_size: {optim.batch_size} is no multiple of {world_size} ranks x "
+                f"optim.accumulate {optim.accumulate}"
+            )
+        part = optim.batch_size // (world_size * optim.accumulate)
+        ser = self.addons.get("ser")
+        contrasted = round(self.views.share * part) * (world_size if getattr(ser, "gather", True) else 1)
+        if self.views.share > 0 and contrasted < 2:
+            raise ValueError(
+                f"views.share: {self.views.share} of {part} images is {contrasted}; SER contrasts two or more"
+            )
+        return part
 
 
 # What may differ between a run and its continuation, since it changes no number.

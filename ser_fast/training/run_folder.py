@@ -3,9 +3,10 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from ser_fast.io import write_atomically
 from ser_fast.training.config import TrainConfig, from_json, to_json
@@ -55,11 +56,13 @@ class RunFolder:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"config: {self.config} can't be read as that of a run: {error}") from error
 
-    def cut_log(self, step: int) -> None:
-        """Drop what was logged after a step, and a line cut short when the machine went down."""
+    def open_log(self, start: int) -> "RunLog":
+        """The log, to go on after step `start`: what was logged after it, or cut short by a crash, is dropped."""
+        self.path.mkdir(parents=True, exist_ok=True)
         if self.log.exists():
-            kept = [line for line in self.log.read_text().splitlines(True) if _step_of(line) <= step]
+            kept = [line for line in self.log.read_text().splitlines(True) if _step_of(line) <= start]
             write_atomically(self.log, partial(Path.write_text, data="".join(kept)))
+        return RunLog(self.log.open("a", buffering=1), SummaryWriter(str(self.tensorboard), purge_step=start + 1))
 
     def read_log(self) -> list[dict[str, Any]]:
         """What each step logged, as far as it is whole."""
@@ -81,6 +84,24 @@ class RunFolder:
     def list_checkpoints(self) -> list[Path]:
         """The run's checkpoints, oldest first."""
         return sorted(self.checkpoints.glob("step_*.pt"))
+
+
+class RunLog:
+    """The run's log: a line of JSON a step, and TensorBoard's scalars."""
+
+    def __init__(self, lines: IO[str], board: SummaryWriter) -> None:
+        self.lines, self.board = lines, board
+
+    def write(self, step: int, epoch: int, record: dict[str, float]) -> None:
+        """Add what a step has to tell."""
+        self.lines.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
+        for name, value in record.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self.lines.close()
+        self.board.close()
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

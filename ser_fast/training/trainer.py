@@ -1,31 +1,24 @@
 """The training loop: one process, or several under torchrun."""
 
-import json
-import os
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
-from ser_fast.addons.base import AddOn, resolve_layers
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_dataset
-from ser_fast.device import choose_device
 from ser_fast.distributed import gather_counts, rank, world_size
-from ser_fast.training.config import TrainConfig, differences, objective_name, to_json
+from ser_fast.training.config import TrainConfig, differences, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
-from ser_fast.training.pretraining import Pretraining
+from ser_fast.training.processes import process_group, stop_signals
 from ser_fast.training.run_folder import RunFolder, load_checkpoint
 
 
@@ -43,7 +36,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: an option that doesn't fit, a folder that already holds a run, or a checkpoint of another config.
         NonFiniteLossError: the loss or its gradient is not finite; the optimizer did not take that step.
     """
-    with _process_group(config.device) as device:
+    with process_group(config.device) as device:
         return Trainer(config, device).train()
 
 
@@ -72,7 +65,7 @@ class Trainer:
         self.config, self.device, self.folder = config, device, RunFolder(config.out)
         self.console = Console(quiet=rank() != 0)
         optim = config.optim
-        self.part = _check(config)  # images a forward pass
+        self.part = config.check(world_size())  # images a forward pass
         self.loader = make_loader(
             open_dataset(config.data, train=True, image_size=config.model.image_size),
             batch_size=optim.batch_size,
@@ -86,7 +79,7 @@ class Trainer:
         if self.steps < 1:
             raise ValueError(f"optim.steps, optim.epochs: give at least one step, got {self.steps}")
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        self.model = build(config).to(device)
+        self.model = config.build().to(device)
         self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed)
         self.parallel: nn.Module = self.model
         if world_size() > 1:
@@ -146,13 +139,13 @@ class Trainer:
 
     def train(self) -> Path:
         """Run to the end; see `train`."""
-        config, log = self.config, _Log(self.folder, self.start) if rank() == 0 else None
+        config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None
         if log is not None:
             self.folder.write_description(config, describe_environment(self.device))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         skipped = self.loader.dataset.images.skipped
         reported = 0
-        with _stop_signals() as stop, Progress(*columns, console=self.console) as progress:
+        with stop_signals() as stop, Progress(*columns, console=self.console) as progress:
             task = progress.add_task(config.out.name, total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
@@ -253,98 +246,3 @@ class Trainer:
         model = [*self.model.encoder.parameters(), *self.model.objective.parameters()]
         groups = [model, *(list(addon.parameters()) for addon in self.model.addons.values())]
         return [float(nn.utils.clip_grad_norm_(group, limit)) for group in groups]
-
-
-def build(config: TrainConfig) -> Pretraining:
-    """The module that a config trains, with weights drawn from torch's generator.
-
-    Raises:
-        ValueError: an option that doesn't fit the encoder.
-    """
-    encoder = config.model.build()
-    # The objective first: its initial weights don't depend on the add-ons' options.
-    objective = config.objective.build(encoder.embed_dim)
-    addons: dict[str, tuple[float, AddOn]] = {}
-    for name, options in config.addons.items():
-        try:
-            layers = resolve_layers(options.layers, split=encoder.split, depth=encoder.depth)
-        except ValueError as error:
-            raise ValueError(f"{name}.{error}") from error
-        if layers and config.views.share:
-            addons[name] = options.weight, options.build(encoder.embed_dim, layers, objective_name(config))
-    return Pretraining(encoder, objective, addons)
-
-
-def _check(config: TrainConfig) -> int:
-    """Check the options that need neither data nor model; returns the number of images a forward pass."""
-    optim = config.optim
-    for name, count in (
-        ("optim.accumulate", optim.accumulate),
-        ("save_every", config.save_every),
-        ("keep_checkpoints", config.keep_checkpoints),
-    ):
-        if count < 1:
-            raise ValueError(f"{name}: got {count}, takes a positive number")
-    if not 0 <= optim.warmup <= 1:
-        raise ValueError(f"optim.warmup: got {optim.warmup}, takes a number in [0, 1]")
-    if optim.batch_size % (world_size() * optim.accumulate):
-        raise ValueError(
-            f"optim.batch_size: {optim.batch_size} is no multiple of {world_size()} ranks x "
-            f"optim.accumulate {optim.accumulate}"
-        )
-    part = optim.batch_size // (world_size() * optim.accumulate)
-    ser = config.addons.get("ser")
-    contrasted = round(config.views.share * part) * (world_size() if getattr(ser, "gather", True) else 1)
-    if config.views.share > 0 and contrasted < 2:
-        raise ValueError(
-            f"views.share: {config.views.share} of {part} images is {contrasted}; SER contrasts two or more"
-        )
-    return part
-
-
-class _Log:
-    """The run's log: a line of JSON a step, and TensorBoard's scalars."""
-
-    def __init__(self, folder: RunFolder, start: int) -> None:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.cut_log(start)
-        self.lines = folder.log.open("a", buffering=1)
-        self.board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
-
-    def write(self, step: int, epoch: int, record: dict[str, float]) -> None:
-        self.lines.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
-        for name, value in record.items():
-            self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.lines.close()
-        self.board.close()
-
-
-@contextmanager
-def _process_group(name: str) -> Iterator[torch.device]:
-    """The device of this process, in torchrun's process group if there is one."""
-    if "RANK" not in os.environ:
-        yield choose_device(name)
-        return
-    device = choose_device(name)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them."""
-    received: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
