@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from cases.runs import CPU, ENVIRONMENT, patterns, read_log, tiny_config
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -44,43 +43,16 @@ from ser_fast.views.recipe import View, Views
 from ser_fast.views.samplers import SAMPLERS, Crop
 from ser_fast.vit import SplitViT
 
-CPU = torch.device("cpu")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of other processes: as this one
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 blurred patterns, 3 batches of 8."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for number in range(24):
-        coarse = Image.fromarray(rng.integers(256, size=(6, 6, 3), dtype=np.uint8))
-        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{number:02}.png")
-    return f"folder:{folder}"
+    """24 images, 3 batches of 8."""
+    return patterns(tmp_path_factory.mktemp("images"), 24)
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, data: str) -> TrainConfig:
     return tiny_config(tmp_path / "run", data)
-
-
-def tiny_config(out: Path, data: str) -> TrainConfig:
-    return TrainConfig(
-        out=out,
-        data=data,
-        model=ModelConfig(
-            "vit_tiny_patch16_224", split=1, image_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3
-        ),
-        views=ViewsConfig(share=0.5),
-        objective=MoCoV3Config(dim=16, mlp_dim=32),
-        addons={"ser": SERConfig(hidden_dim=32, out_dim=16)},
-        optim=OptimConfig(batch_size=8, steps=2, warmup=0.25, lr=0.02),
-        device="cpu",
-        workers=0,
-    )
-
-
-def read_log(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def losses(out: Path) -> list[dict[str, float]]:

@@ -3,9 +3,11 @@
 Augmentation is not done here: ser_fast.views applies it to whole batches on the device.
 """
 
+import hashlib
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +62,9 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]: ...
+
+    def digest(self) -> str:
+        """A hash of what the data set lists, and in which order: another one, other data."""
 
 
 def open_dataset(source: str, *, train: bool, image_size: int) -> ImageDataset:
@@ -139,6 +144,9 @@ class PhotoTiles:
         label, top, left, size = self.tiles[index]
         return self.photographs[label][:, top : top + size, left : left + size].clone(), label, index
 
+    def digest(self) -> str:
+        return _hash(self.classes, self.tiles)
+
 
 def _tile_corners(height: int, width: int, *, train: bool, size: int) -> list[tuple[int, int]]:
     """The (top, left) of the tiles of one photograph; none where it has fewer than two cells in a row."""
@@ -193,6 +201,7 @@ class ImageFolder:
         parent, labels = folder, {name: label for label, name in enumerate(self.classes)}
         if not self.classes:
             parent, labels = folder.parent, {folder.name: -1}
+        self.folder = folder
         self.files = make_dataset(parent, labels, extensions=IMG_EXTENSIONS, allow_empty=True)  # (path, label) each
         if not any(self._is_readable(index) for index in range(len(self.files))):
             accepted = ", ".join(IMG_EXTENSIONS)
@@ -209,6 +218,10 @@ class ImageFolder:
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
             raise UnreadableImageError(path, f"{type(error).__name__}: {error}") from error
         return _square(transforms.pil_to_tensor(image), self.image_size), label, index
+
+    def digest(self) -> str:
+        sizes = ((str(Path(path).relative_to(self.folder)), Path(path).stat().st_size) for path, _ in self.files)
+        return _hash(self.classes, sizes)
 
     def _is_readable(self, index: int) -> bool:
         try:
@@ -244,6 +257,16 @@ class Cifar10:
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image = torch.from_numpy(self.cifar.data[index]).permute(2, 0, 1).contiguous()  # uint8 (3, 32, 32)
         return _square(image, self.image_size), self.cifar.targets[index], index
+
+    def digest(self) -> str:
+        return _hash(self.classes, [self.cifar.targets, hashlib.sha256(self.cifar.data.tobytes()).hexdigest()])
+
+
+def _hash(classes: list[str], entries: Iterable[Any]) -> str:
+    digest = hashlib.sha256(repr(classes).encode())
+    for entry in entries:
+        digest.update(repr(entry).encode())
+    return digest.hexdigest()
 
 
 def _decode_rgb(image: Image.Image) -> Image.Image:

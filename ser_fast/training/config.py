@@ -117,6 +117,10 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     resume: str = "none"
     """"auto" continues from the newest checkpoint in `out`, if there is one; a path, from that one."""
+    resume_changed: bool = False
+    """Continue although the images or the number of ranks are not those of the checkpoint."""
+    max_skipped: float = 0.1
+    """Share of the images that may be unreadable; with more, the run stops."""
     save_every: int = 500
     """Steps between checkpoints; one is written at the end in any case."""
     keep_checkpoints: int = 2
@@ -181,7 +185,7 @@ class TrainConfig:
 
 
 # What may differ between a run and its continuation, since it changes no number.
-_FREE = ("out", "resume", "save_every", "keep_checkpoints", "device", "workers")
+_FREE = ("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints", "device", "workers")
 _PARTS: dict[str, type[Any]] = {"model": ModelConfig, "views": ViewsConfig, "optim": OptimConfig}
 _RENAMED = {"colour_strength": "color_strength", "colour_group": "color_group"}  # in configs of version 0.1
 

@@ -1,6 +1,11 @@
 """A run's folder: the name of every file in it, how it is written and how it is read."""
 
 import json
+import os
+import socket
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -8,9 +13,20 @@ from typing import IO, Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from ser_fast.io import write_atomically
+from ser_fast.io import remove_partial_files, write_atomically
 from ser_fast.training.config import TrainConfig, from_json, to_json
 from ser_fast.vit import SplitViT, save_split_vit
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+CHECKPOINT_FORMAT = 2
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that can't be read, or whose checksums do not fit."""
 
 
 class RunFolder:
@@ -35,6 +51,28 @@ class RunFolder:
         self.encoder = path / "encoder.safetensors"
         self.checkpoints = path / "checkpoints"
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training into this folder; the lock ends with the process, however it ends.
+
+        Raises:
+            ValueError: one trains into it already.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    file.seek(0)
+                    raise ValueError(f"out: {self.path} is being trained into by {file.read() or 'another'}") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            for folder in (self.path, self.checkpoints):
+                remove_partial_files(folder)
+            yield
+
     @property
     def holds_a_run(self) -> bool:
         """Whether a step was done here."""
@@ -57,16 +95,29 @@ class RunFolder:
             raise ValueError(f"config: {self.config} can't be read as that of a run: {error}") from error
 
     def open_log(self, start: int) -> "RunLog":
-        """The log, to go on after step `start`: what was logged after it, or cut short by a crash, is dropped."""
+        """The log, to go on after step `start`: what was logged after it, or cut short by a crash, is dropped.
+
+        Checkpoints of later steps, of a branch that is abandoned, are set aside in a folder of their own.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        if later := [path for path in self.list_checkpoints() if int(path.stem.removeprefix("step_")) > start]:
+            aside = next(
+                folder
+                for number in range(1, 10**6)
+                if not (folder := self.checkpoints / f"set_aside_{number}").exists()
+            )
+            aside.mkdir()
+            for path in later:
+                path.rename(aside / path.name)
         if self.log.exists():
-            kept = [line for line in self.log.read_text().splitlines(True) if _step_of(line) <= start]
+            lines = self.log.read_text(errors="replace").splitlines(True)
+            kept = [line for line in lines if _step_of(line) <= start]
             write_atomically(self.log, partial(Path.write_text, data="".join(kept)))
         return RunLog(self.log.open("a", buffering=1), SummaryWriter(str(self.tensorboard), purge_step=start + 1))
 
     def read_log(self) -> list[dict[str, Any]]:
         """What each step logged, as far as it is whole."""
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
     def save_encoder(self, encoder: SplitViT, step: int) -> None:
@@ -76,6 +127,7 @@ class RunFolder:
     def save_checkpoint(self, state: dict[str, Any], *, keep: int) -> Path:
         """Write checkpoints/step_N.pt for state["step"] = N, and delete all but the newest `keep`."""
         path = self.checkpoints / f"step_{state['step']:08d}.pt"
+        state = {"format": CHECKPOINT_FORMAT, **state}
         write_atomically(path, lambda partial: torch.save(state, partial))
         for old in self.list_checkpoints()[:-keep]:
             old.unlink()
@@ -108,14 +160,24 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """What `RunFolder.save_checkpoint` wrote.
 
     Raises:
-        ValueError: the file is no checkpoint of this trainer.
+        DamagedCheckpointError: the file can't be read, or its checksums do not fit.
+        ValueError: it is no checkpoint of this trainer, or one of another version.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many types for a file that isn't its own
-        raise ValueError(f"resume: {path} can't be read as a checkpoint: {error}") from error
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # torch.load does not look at the checksums
+        state = torch.load(path, map_location=device, weights_only=True) if broken is None else None
+    except Exception as error:  # zipfile and torch.load raise many types for a file that isn't their own
+        raise DamagedCheckpointError(f"resume: {path} can't be read as a checkpoint: {error}") from error
+    if broken is not None:
+        raise DamagedCheckpointError(f"resume: {path} is damaged: the checksum of {broken} does not fit")
     if not isinstance(state, dict) or not {"step", "config", "model", "optimizer"} <= state.keys():
         raise ValueError(f"resume: {path} is no checkpoint of this trainer")
+    if state.get("format", 1) != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"resume: {path} has format {state.get('format', 1)}, this version reads {CHECKPOINT_FORMAT}; its "
+            "encoder.safetensors can still be evaluated"
+        )
     return state
 
 

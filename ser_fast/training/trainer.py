@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -16,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_dataset
 from ser_fast.distributed import gather_counts, rank, world_size
-from ser_fast.training.config import TrainConfig, differences, to_json
+from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
-from ser_fast.training.processes import process_group, stop_signals
-from ser_fast.training.run_folder import RunFolder, load_checkpoint
+from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, stop_signals
+from ser_fast.training.resume import Identity, find_beginning, require_agreement
+from ser_fast.training.run_folder import RunFolder
 
 
 class NonFiniteLossError(RuntimeError):
@@ -78,6 +81,9 @@ class Trainer:
         self.steps = optim.steps if optim.steps is not None else optim.epochs * self.loader.sampler.batches
         if self.steps < 1:
             raise ValueError(f"optim.steps, optim.epochs: give at least one step, got {self.steps}")
+        self.identity = Identity(to_json(config), self.loader.dataset.images.digest(), world_size())
+        require_agreement(self.identity)
+        self.beginning = find_beginning(config, self.identity)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = config.build().to(device)
         self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed)
@@ -100,37 +106,17 @@ class Trainer:
             t_in_epochs=False,
         )
         self.amp = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
-        self.last_checkpoint: Path | None = None
-        self.start = self._resume()
-
-    def _resume(self) -> int:
-        """Load a checkpoint if asked to; returns the number of steps done."""
-        config, found = self.config, self.folder.list_checkpoints()
-        if config.resume == "none":
-            if self.folder.holds_a_run:
-                raise ValueError(
-                    f"out: {config.out} already holds a run; continue it with --resume auto, or name another"
-                )
-            return 0
-        if config.resume == "auto" and not found:
-            return 0
-        path = found[-1] if config.resume == "auto" else Path(config.resume)
-        if not path.is_file():
-            raise ValueError(f"resume: {path} is no file; takes 'none', 'auto' or a checkpoint")
-        state = load_checkpoint(path, self.device)
-        changed = differences(to_json(config), state["config"])
-        if changed:
-            raise ValueError(f"resume: {path} was trained with another {', '.join(changed)}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.last_checkpoint = path
-        return state["step"]
+        if self.beginning.state is not None:
+            self.model.load_state_dict(self.beginning.state["model"])
+            self.optimizer.load_state_dict(self.beginning.state["optimizer"])
+        self.start, self.last_checkpoint = self.beginning.step, self.beginning.path
+        self.beginning = self.beginning._replace(state=None)
 
     def save(self, step: int) -> None:
         """Write the encoder and a checkpoint after a step."""
         state = {
             "step": step,
-            "config": to_json(self.config),
+            **self.identity._asdict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -139,14 +125,27 @@ class Trainer:
 
     def train(self) -> Path:
         """Run to the end; see `train`."""
+        with ExitStack() as stack:
+            on_rank_0(lambda: self._occupy(stack))
+            return self._train()
+
+    def _occupy(self, stack: ExitStack) -> None:
+        """Lock the run's folder until the stack is left."""
+        stack.enter_context(self.folder.lock())
+        if self.config.resume == "none" and self.folder.holds_a_run:
+            raise ValueError(f"out: {self.config.out} holds a run that began at the same time; name another")
+
+    def _train(self) -> Path:
         config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None
         if log is not None:
             self.folder.write_description(config, describe_environment(self.device))
+        for note in self.beginning.notes:
+            self.console.print(note, markup=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        skipped = self.loader.dataset.images.skipped
-        reported = 0
+        images = self.loader.dataset.images
+        reported, skipped = 0, set()
         with stop_signals() as stop, Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(config.out.name, total=self.steps, completed=self.start)
+            task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
                 record = self.step(step, epoch, batch.images, batch.indices)
@@ -155,17 +154,26 @@ class Trainer:
                 record["images_per_s"] = config.optim.batch_size / (now - begin)
                 record["peak_memory_mib"] = peak_memory(self.device)
                 begin = now
-                # All ranks leave at the same step, whichever was told to.
-                stopped = max(gather_counts(max(stop, default=0), self.device))
+                # All ranks leave at the same step, whichever was told to, and know of every file that one can't read.
+                new = images.skipped[reported:]
+                reported += len(new)
+                codes = gather_counts(max(stop, default=0) + 256 * len(new), self.device)
+                stopped = max(code % 256 for code in codes)
+                for path, reason in chain(*of_all_ranks(new)) if max(codes) >= 256 else ():
+                    skipped.add(path)
+                    message = f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)"
+                    progress.console.print(message, markup=False)
                 if log is not None:
                     log.write(step, epoch, record)
-                    for path, reason in skipped[reported:]:
-                        progress.console.print(f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)")
-                    reported = len(skipped)
                     if step % config.save_every == 0 or step == self.steps or stopped:
                         self.save(step)
                 losses = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", *self.model.weights))
-                progress.update(task, completed=step, description=f"{config.out.name}  {losses}")
+                progress.update(task, completed=step, description=f"{escape(config.out.name)}  {losses}")
+                if len(skipped) > config.max_skipped * len(images):
+                    raise ValueError(
+                        f"data: {len(skipped)} of {len(images)} images can't be read by step {step}, more than the "
+                        f"share max_skipped = {config.max_skipped}"
+                    )
                 if stopped or step == self.steps:
                     break
         if log is not None:

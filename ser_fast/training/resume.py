@@ -1,0 +1,115 @@
+"""Where a run begins: whether its ranks agree, and the checkpoint that it continues from."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ser_fast.training.config import TrainConfig, differences, from_json, to_json
+from ser_fast.training.processes import of_all_ranks, on_rank_0
+from ser_fast.training.run_folder import DamagedCheckpointError, RunFolder, load_checkpoint
+
+
+class Identity(NamedTuple):
+    """What decides a run's numbers.
+
+    Attributes:
+        config: from `to_json`.
+        data: the digest of the training images' listing.
+        world_size: the number of ranks.
+    """
+
+    config: dict[str, Any]
+    data: str
+    world_size: int
+
+
+class Beginning(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        state: of the checkpoint it continues from, on the CPU; None at step 0.
+        path: of that checkpoint.
+        notes: what the user should know about the choice.
+    """
+
+    state: dict[str, Any] | None
+    path: Path | None
+    notes: list[str]
+
+    @property
+    def step(self) -> int:
+        """The number of steps done."""
+        return 0 if self.state is None else self.state["step"]
+
+
+def require_agreement(identity: Identity) -> None:
+    """Raise ValueError, on every rank, unless all ranks have the same options and the same images."""
+    ranks = of_all_ranks(identity)
+    for number, other in enumerate(ranks):
+        changed = [name for name in differences(ranks[0].config, other.config) if name != "data"]
+        changed += ["data's files"] if other.data != ranks[0].data else []
+        if changed:
+            raise ValueError(f"ranks: rank {number} was started with another {', '.join(changed)} than rank 0")
+
+
+def find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
+    """The checkpoint that config.resume names, found and read by rank 0 for all of them.
+
+    Raises:
+        ValueError: a folder that already holds a run, a checkpoint that can't be read, or one of another run.
+    """
+    return on_rank_0(lambda: _find_beginning(config, identity))
+
+
+def _find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
+    folder = RunFolder(config.out)
+    if config.resume == "auto":
+        notes = []
+        for path in reversed(folder.list_checkpoints()):
+            try:
+                state = load_checkpoint(path, torch.device("cpu"))
+            except DamagedCheckpointError as error:
+                notes.append(f"{error}; going on from the one before")
+                continue
+            _require_same_run(config, identity, path, state)
+            return Beginning(state, path, notes)
+        if notes:
+            raise ValueError(f"resume: every checkpoint of {config.out} is damaged: {notes[0]}")
+        return Beginning(None, None, [])
+    path = Path(config.resume)
+    own = config.resume != "none" and path.resolve().parent == folder.checkpoints.resolve()
+    if folder.holds_a_run and not own:
+        raise ValueError(f"out: {config.out} already holds a run; continue it with --resume auto, or name another")
+    if config.resume == "none":
+        return Beginning(None, None, [])
+    if not path.is_file():
+        raise ValueError(f"resume: {path} is no file; takes 'none', 'auto' or a checkpoint")
+    state = load_checkpoint(path, torch.device("cpu"))
+    _require_same_run(config, identity, path, state)
+    return Beginning(state, path, [])
+
+
+def _require_same_run(config: TrainConfig, identity: Identity, path: Path, state: dict[str, Any]) -> None:
+    try:
+        theirs = to_json(from_json(state["config"]))  # options that there were not yet have their defaults
+    except ValueError as error:
+        raise ValueError(f"resume: {path}: {error}") from error
+    changed = [name for name in differences(identity.config, theirs) if name != "data"]  # its files are compared
+    if _is_longer(config, theirs):
+        changed = [name for name in changed if name not in ("optim.steps", "optim.epochs")]
+    if not config.resume_changed:
+        changed += ["data's files"] if state.get("data", identity.data) != identity.data else []
+        before = state.get("world_size", identity.world_size)
+        changed += [f"number of ranks ({before})"] if before != identity.world_size else []
+    if changed:
+        hint = "" if any("." in name for name in changed) else "; --resume-changed goes on all the same"
+        raise ValueError(f"resume: {path} was trained with another {', '.join(changed)}{hint}")
+
+
+def _is_longer(config: TrainConfig, theirs: dict[str, Any]) -> bool:
+    """Whether a run was asked for more steps than it had been."""
+    before = theirs["optim"]
+    if config.optim.steps is None or before["steps"] is None:
+        return config.optim.steps is None and before["steps"] is None and config.optim.epochs > before["epochs"]
+    return config.optim.steps > before["steps"]

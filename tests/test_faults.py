@@ -1,0 +1,336 @@
+"""What goes wrong around a run: damaged checkpoints, changed data, two runs in one folder, ranks that differ."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases.runs import CPU, ENVIRONMENT, patterns, read_log, tiny_config
+from safetensors.torch import load_file
+
+from ser_fast.io import write_atomically
+from ser_fast.training.config import TrainConfig, to_json, with_options
+from ser_fast.training.processes import stop_signals
+from ser_fast.training.run_folder import CHECKPOINT_FORMAT, RunFolder, load_checkpoint
+from ser_fast.training.trainer import Trainer, train
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """Of a run of 6 steps with a checkpoint every 2."""
+    data = patterns(tmp_path / "images", 24)
+    return with_options(tiny_config(tmp_path / "run", data), {"optim.steps": 6, "save_every": 2, "keep_checkpoints": 3})
+
+
+@pytest.fixture
+def done(config: TrainConfig) -> RunFolder:
+    return RunFolder(train(config))
+
+
+def flip_a_bit(path: Path, where: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 0x40
+    path.write_bytes(content)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_is_taken(
+    config: TrainConfig, done: RunFolder, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest, weights = done.list_checkpoints()[-1], load_file(done.encoder)
+    if damage == "bit":
+        flip_a_bit(newest, 0.5)
+    else:
+        newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2 if damage == "cut" else 0])
+    with pytest.raises(ValueError, match=f"resume: .*{newest.name}"):
+        load_checkpoint(newest, CPU)
+    train(replace(config, resume="auto"))
+    shown = "".join(capsys.readouterr().out.split())
+    assert newest.name in shown
+    assert "goingonfromtheonebefore" in shown
+    assert [line["step"] for line in read_log(done.path)] == [1, 2, 3, 4, 5, 6]
+    for name, value in load_file(done.encoder).items():
+        assert torch.equal(value, weights[name])
+
+
+def test_only_damaged_checkpoints_are_no_beginning(config: TrainConfig, done: RunFolder) -> None:
+    for path in done.list_checkpoints():
+        flip_a_bit(path, 0.5)
+    with pytest.raises(ValueError, match=r"resume: every checkpoint of .* is damaged"):
+        train(replace(config, resume="auto"))
+
+
+def test_a_checkpoint_of_another_format_says_so(config: TrainConfig, done: RunFolder) -> None:
+    path = done.list_checkpoints()[-1]
+    torch.save({**torch.load(path), "format": CHECKPOINT_FORMAT + 1}, path)
+    with pytest.raises(ValueError, match=f"has format {CHECKPOINT_FORMAT + 1}, this version reads {CHECKPOINT_FORMAT}"):
+        train(replace(config, resume="auto"))
+
+
+def test_a_checkpoint_without_a_newer_option_has_its_default(config: TrainConfig, done: RunFolder) -> None:
+    path = done.list_checkpoints()[0]
+    state = torch.load(path)
+    del state["config"]["ser"]["max_tokens"]
+    torch.save(state, path)
+    Trainer(replace(config, resume=str(path)), CPU)
+    with pytest.raises(ValueError, match=r"another ser\.max_tokens"):
+        Trainer(with_options(config, {"ser.max_tokens": 9, "resume": str(path)}), CPU)
+    state["config"]["ser"]["unheard_of"] = 1
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="SERConfig has no unheard_of"):
+        Trainer(replace(config, resume=str(path)), CPU)
+
+
+def test_going_back_keeps_the_new_branch_and_sets_the_old_one_aside(config: TrainConfig, done: RunFolder) -> None:
+    weights, back = load_file(done.encoder), done.checkpoints / "step_00000002.pt"
+    part = with_options(config, {"resume": str(back), "keep_checkpoints": 1})
+    trainer = Trainer(part, CPU)
+    assert trainer.start == 2
+    trainer.train()
+    assert [path.name for path in done.list_checkpoints()] == ["step_00000006.pt"]
+    aside = sorted(path.name for path in (done.checkpoints / "set_aside_1").iterdir())
+    assert aside == ["step_00000004.pt", "step_00000006.pt"]
+    for name, value in load_file(done.encoder).items():
+        assert torch.equal(value, weights[name])
+
+
+def test_a_checkpoint_is_not_continued_in_the_folder_of_another_run(config: TrainConfig, done: RunFolder) -> None:
+    other = with_options(config, {"seed": 1, "out": config.out.with_name("other")})
+    train(other)
+    log = read_log(other.out)
+    with pytest.raises(ValueError, match=r"out: .*other already holds a run"):
+        train(with_options(config, {"out": other.out, "resume": str(done.list_checkpoints()[0])}))
+    assert read_log(other.out) == log
+
+
+def test_a_run_can_be_made_longer_and_not_shorter(config: TrainConfig, done: RunFolder) -> None:
+    train(with_options(config, {"resume": "auto", "optim.steps": 8}))
+    assert [line["step"] for line in read_log(done.path)] == list(range(1, 9))
+    with pytest.raises(ValueError, match=r"another optim\.steps"):
+        train(with_options(config, {"resume": "auto", "optim.steps": 7}))
+
+
+# ---------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "replaced"])
+def test_other_data_is_another_run(config: TrainConfig, done: RunFolder, change: str) -> None:
+    folder = Path(config.data.removeprefix("folder:"))
+    if change == "removed":
+        (folder / "03.png").unlink()
+    else:
+        (folder / ("03.png" if change == "replaced" else "99.png")).write_bytes((folder / "04.png").read_bytes() + b" ")
+    again = with_options(config, {"resume": str(done.list_checkpoints()[0])})
+    with pytest.raises(ValueError, match="trained with another data's files; --resume-changed goes on all the same"):
+        Trainer(again, CPU)
+    assert Trainer(replace(again, resume_changed=True), CPU).start == 2
+
+
+def test_data_that_moved_are_the_same(config: TrainConfig, done: RunFolder) -> None:
+    folder = Path(config.data.removeprefix("folder:"))
+    folder.rename(folder.with_name("moved"))
+    moved = with_options(config, {"data": f"folder:{folder.with_name('moved')}", "resume": "auto"})
+    assert Trainer(moved, CPU).start == 6
+
+
+def test_another_number_of_ranks_is_another_run(config: TrainConfig, done: RunFolder) -> None:
+    path = done.list_checkpoints()[0]
+    torch.save({**torch.load(path), "world_size": 2}, path)
+    again = with_options(config, {"resume": str(path)})
+    with pytest.raises(ValueError, match=r"another number of ranks \(2\); --resume-changed"):
+        Trainer(again, CPU)
+    assert Trainer(replace(again, resume_changed=True), CPU).start == 2
+
+
+def test_too_many_unreadable_images_stop_the_run(config: TrainConfig) -> None:
+    folder = Path(config.data.removeprefix("folder:"))
+    for number in range(8, 16):
+        (folder / f"{number:02}.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"data: \d of 24 images can't be read by step \d.*max_skipped = 0.1"):
+        train(config)
+    train(with_options(config, {"out": config.out.with_name("tolerant"), "max_skipped": 0.5}))
+
+
+def test_names_are_printed_as_they_are(config: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "a[" / "red]"
+    patterns(folder, 24)
+    (folder / "00.png").write_bytes(b"damaged")
+    train(with_options(config, {"data": f"folder:{folder}", "out": tmp_path / "run[red]", "optim.steps": 3}))
+    shown = "".join(capsys.readouterr().out.split())
+    assert "a[/red]/00.png" in shown
+    assert "run[red]" in shown
+
+
+# ---------------------------------------------------------------- one run a folder
+
+
+def test_two_runs_do_not_share_a_folder(config: TrainConfig, done: RunFolder) -> None:
+    before = read_log(done.path)
+    again = Trainer(with_options(config, {"resume": "auto", "optim.steps": 8}), CPU)
+    with done.lock(), pytest.raises(ValueError, match=rf"out: .* is being trained into by process {os.getpid()} on "):
+        again.train()
+    assert read_log(done.path) == before
+    again.train()
+
+
+def test_runs_that_began_at_once_do_not_share_a_folder(config: TrainConfig) -> None:
+    one, other = Trainer(config, CPU), Trainer(config, CPU)
+    one.train()
+    with pytest.raises(ValueError, match=r"out: .* holds a run that began at the same time"):
+        other.train()
+
+
+def test_partial_files_of_a_killed_process_are_removed(config: TrainConfig, done: RunFolder) -> None:
+    left = [done.path / ".config.json.0123.partial", done.checkpoints / ".step_00000005.pt.4567.partial"]
+    for path in left:
+        path.write_text("")
+    train(replace(config, resume="auto"))
+    assert not any(path.exists() for path in left)
+
+
+def test_a_link_in_the_place_of_a_partial_file_is_not_followed(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("mine")
+    (tmp_path / ".file.partial").symlink_to(victim)
+    write_atomically(path, lambda partial: partial.write_text("content"))
+    assert (victim.read_text(), path.read_text()) == ("mine", "content")
+
+
+def test_files_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
+    def private(partial: Path) -> None:
+        partial.write_text("content")
+        partial.chmod(0o600)
+
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", private)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def full(partial: Path) -> None:
+        partial.write_text("half")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(tmp_path / "file", full)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_the_second_signal_is_not_held_back() -> None:
+    script = """
+import os, signal, time
+from ser_fast.training.processes import stop_signals
+with stop_signals() as received:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(len(received), flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=50)
+    assert ended.stdout == "1\n"
+    assert ended.returncode == -signal.SIGINT
+
+
+def test_training_works_outside_the_main_thread(config: TrainConfig) -> None:
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            train(with_options(config, {"optim.steps": 1}))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not failed
+    assert len(read_log(config.out)) == 1
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---------------------------------------------------------------- ranks
+
+
+RANKS = """
+import json, os, sys
+from pathlib import Path
+from ser_fast.training.config import from_json, with_options
+from ser_fast.training.trainer import train
+
+options, of_rank_1 = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+of_rank_1 |= {"out": Path(of_rank_1["out"])} if "out" in of_rank_1 else {}
+config = from_json(options)
+train(with_options(config, of_rank_1) if os.environ["RANK"] == "1" else config)
+"""
+
+
+def two_ranks(folder: Path, config: TrainConfig, of_rank_1: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    script = folder / "ranks.py"
+    script.write_text(RANKS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    arguments = [json.dumps(to_json(config)), json.dumps(of_rank_1)]
+    return subprocess.run([*launch, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_ranks_with_other_options_do_not_train(config: TrainConfig, tmp_path: Path) -> None:
+    ended = two_ranks(tmp_path, config, {"optim.lr": 0.5, "seed": 3})
+    assert ended.returncode != 0
+    assert ended.stderr.count("ranks: rank 1 was started with another optim.lr, seed than rank 0") >= 2
+    assert not config.out.exists()
+
+
+@pytest.mark.slow
+def test_ranks_with_other_files_do_not_train(config: TrainConfig, tmp_path: Path) -> None:
+    other = patterns(tmp_path / "other", 23)
+    ended = two_ranks(tmp_path, config, {"data": other})
+    assert ended.returncode != 0
+    assert "ranks: rank 1 was started with another data's files than rank 0" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_sees_no_checkpoint_gets_that_of_rank_0(config: TrainConfig, tmp_path: Path) -> None:
+    straight = two_ranks(tmp_path, config, {"out": str(tmp_path / "elsewhere")})
+    assert straight.returncode == 0, straight.stderr
+    expected, folder = load_file(RunFolder(config.out).encoder), RunFolder(config.out)
+    for path in folder.list_checkpoints()[1:]:
+        path.unlink()
+    again = two_ranks(tmp_path, replace(config, resume="auto"), {"out": str(tmp_path / "elsewhere")})
+    assert again.returncode == 0, again.stderr
+    assert [line["step"] for line in read_log(config.out)] == [1, 2, 3, 4, 5, 6]
+    for name, value in load_file(folder.encoder).items():
+        assert torch.equal(value, expected[name])
+
+
+@pytest.mark.slow
+def test_files_that_one_rank_alone_can_not_read_are_named(config: TrainConfig, tmp_path: Path) -> None:
+    order = np.random.default_rng((config.seed, 0)).permutation(24)
+    damaged = f"{order[4]:02}.png"  # of the first batch of 8, the second rank's half
+    (Path(config.data.removeprefix("folder:")) / damaged).write_bytes(b"damaged")
+    ended = two_ranks(tmp_path, with_options(config, {"optim.steps": 1}), {})
+    assert ended.returncode == 0, ended.stderr
+    assert damaged in "".join(ended.stdout.split())
