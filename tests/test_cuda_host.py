@@ -220,10 +220,10 @@ class Drive(NamedTuple):
 
 
 CSRC, HOST_CUDA = ROOT / "csrc", ROOT / "tests" / "host_cuda"
-TWIN = tuple(CSRC / "cpu" / name for name in ("group_action.cpp", "resampling.cpp", "rows.cpp"))
+CPU_KERNELS = tuple(CSRC / "cpu" / name for name in ("channel_vectors.cpp", "group_action.cpp", "taps.cpp"))
 DRIVES = [
-    Drive("group_action.cu", (*TWIN, HOST_CUDA / "drive.cpp"), ""),
-    Drive("nt_xent_tiles.cu", (HOST_CUDA / "drive_tiles.cpp",), "wait_copies<kStages - 2>();"),
+    Drive("group_action.cu", (*CPU_KERNELS, HOST_CUDA / "drive.cpp"), ""),
+    Drive("nt_xent_tiles.cu", (CSRC / "cuda" / "nt_xent_stationary.cu", HOST_CUDA / "drive_tiles.cpp"), "wait_copies<kStages - 2>();"),
     Drive("nt_xent_panels.cu", (CSRC / "cuda" / "nt_xent_rows.cu", HOST_CUDA / "drive_rows.cpp"), ""),
 ]
 

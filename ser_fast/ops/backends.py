@@ -55,12 +55,16 @@ def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
             missing["cpu"] = f"the native extension ser_fast._C does not load: {error}"
     if "cpu" in missing:
         missing["cuda"] = missing["cpu"]
-    elif not torch._C._dispatch_has_kernel_for_dispatch_key("ser_fast_native::group_action", "CUDA"):
-        missing["cuda"] = "the native extension ser_fast._C was built without CUDA"
+    elif importlib.util.find_spec("ser_fast._C_cuda") is None:
+        missing["cuda"] = "the native extension ser_fast._C_cuda was not built"
     elif torch.cuda.device_count() == 0:
         missing["cuda"] = "it runs on cuda tensors, and torch finds no GPU"
     else:
-        modules["cuda"] = importlib.import_module("ser_fast.ops.cuda")
+        try:
+            importlib.import_module("ser_fast._C_cuda")  # registers the kernels
+            modules["cuda"] = importlib.import_module("ser_fast.ops.cuda")
+        except (ImportError, OSError) as error:  # built for another torch or another CUDA
+            missing["cuda"] = f"the native extension ser_fast._C_cuda does not load: {error}"
     return modules, missing
 
 

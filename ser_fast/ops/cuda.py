@@ -27,12 +27,12 @@ class _Kernels:
     row_sums = _native.nt_xent_row_sums
     panel_row_sums = _native.nt_xent_panel_row_sums
     losses = _native.nt_xent_losses
-    coefficients = _native.nt_xent_coefficients
-    owner = _native.nt_xent_owner
-    panel = _native.nt_xent_panel
-    finish = _native.nt_xent_finish
-    detached = _native.nt_xent_detached
-    detached_finish = _native.nt_xent_detached_finish
+    coefficients = _native.nt_xent_gradient_weights
+    owner = _native.nt_xent_stationary_gradient
+    panel = _native.nt_xent_gradient_panel
+    finish = _native.nt_xent_finish_gradient
+    detached = _native.nt_xent_detached_sums
+    detached_finish = _native.nt_xent_finish_detached
 
     def row_block(self, device: torch.device) -> int:
         return 128

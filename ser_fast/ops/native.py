@@ -72,7 +72,7 @@ class _Rows:
         self.place = torch.empty_like(image).index_put_((self.index,), torch.arange(len(rows)))  # (N,), where valid
         self.u = torch.empty(len(rows), first.shape[1], dtype=torch.promote_types(first.dtype, torch.float32))  # (n, D)
         self.scales = self.u.new_empty(len(rows), 2)
-        _native.embed(first.contiguous(), second.contiguous(), self.index, normalize, self.u, self.scales)
+        _native.normalize_rows(first.contiguous(), second.contiguous(), self.index, normalize, self.u, self.scales)
 
     def gradient(
         self, first: Tensor, second: Tensor, d_u: Tensor, pull: Tensor, other: Tensor, partner: Tensor
@@ -83,7 +83,7 @@ class _Rows:
         """
         create = torch.empty_like if len(self.u) == len(first) + len(second) else torch.zeros_like
         d_x = [create(x, memory_format=torch.contiguous_format) for x in (first, second)]
-        _native.embed_backward(*d_x, self.index, d_u, self.u, self.scales, pull, other, partner)
+        _native.normalize_rows_backward(*d_x, self.index, d_u, self.u, self.scales, pull, other, partner)
         return d_x[0], d_x[1]
 
 
