@@ -1,6 +1,7 @@
 """Fixtures shared by the test files, and how much of the matrix the interpreter takes."""
 
 import os
+from collections.abc import Iterator
 from zlib import crc32
 
 import pytest
@@ -44,6 +45,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What torch allocates holds NaN, or the largest integer, until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[name for name in BACKENDS if reason_not(name, "cpu") is None])

@@ -5,6 +5,7 @@ import functools
 import importlib
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +19,14 @@ from tiled_cases import rows as rows_of_views
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from ser_fast.ops import backends, tiled
-from ser_fast.ops import nt_xent as operator
+from ser_fast.ops import gpu_losses
+from ser_fast.ops.backends import registered
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (f32, f64, bf16, f16)
 COLUMNS = (1, 33, 64, 200)
-TABLES = {  # of the operators' backends: the functions that go in
-    "_KEPT_BYTES": "kept_bytes",
-    "_NT_XENT": "nt_xent",
-    "_NT_XENT_BACKWARD": "nt_xent_backward",
-    "_INFO_NCE": "info_nce",
-    "_INFO_NCE_BACKWARD": "info_nce_backward",
-    "_INFO_NCE_DETACHED": "info_nce_detached",
-}
 NOTHING = torch.empty(0, dtype=torch.int64)
 TOP = 2.0**14  # as kernels have it
 
@@ -462,15 +456,10 @@ def test_a_row_that_is_too_long_says_so(operators):
 
 
 @pytest.fixture
-def backend(operators, monkeypatch) -> str:
+def backend(operators) -> Iterator[str]:
     """The backend `cuda`, on CPU tensors."""
-    cuda = importlib.import_module("ser_fast.ops.cuda")
-    monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
-    monkeypatch.delitem(backends._MISSING, "cuda", raising=False)
-    for table, name in TABLES.items():
-        monkeypatch.setitem(getattr(operator, table), "cuda", getattr(cuda, name))
-    monkeypatch.setitem(test_nt_xent.KEPT_BYTES, "cuda", cuda.kept_bytes)
-    return "cuda"
+    with registered("cuda", importlib.import_module("ser_fast.ops.cuda").CUDABackend(), "cpu"):
+        yield "cuda"
 
 
 # ---------------------------------------------------------------- tiles, paths, sizes
@@ -480,25 +469,25 @@ def backend(operators, monkeypatch) -> str:
 @pytest.mark.parametrize("function", [nt_xent, info_nce])
 def test_tiles_of_every_kind(function, kind, backend, monkeypatch):
     every_kind_of_tile(function, kind, 128, backend)
-    monkeypatch.setattr(tiled, "PANEL", 128)
-    monkeypatch.setattr(cuda_kernels(), "largest_owned", lambda self, device: 0)
+    monkeypatch.setattr(gpu_losses, "PANEL", 128)
+    monkeypatch.setattr(cuda_kernels(), "largest_stationary", lambda self, device: 0)
     every_kind_of_tile(function, kind, 128, backend)
 
 
 def cuda_kernels() -> Any:
-    return importlib.import_module("ser_fast.ops.cuda")._Kernels
+    return importlib.import_module("ser_fast.ops.cuda").CUDAKernels
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("path", ["owner", "panel", "kept", "detached"])
+@pytest.mark.parametrize("path", ["stationary", "panel", "kept", "detached"])
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 0.2])
 def test_paths(backend, temperature, path, splits, monkeypatch):
     """More than one tile each way, and shares of the keys of which some are empty."""
     if splits > 1 and path in ("panel", "kept"):
         pytest.skip("no walk over keys")
-    monkeypatch.setattr(tiled, "PANEL", 256)
-    monkeypatch.setattr(tiled, "_splits", lambda strips, tiles, x: splits)
-    monkeypatch.setattr(cuda_kernels(), "largest_owned", lambda self, device: 512 if path == "owner" else 0)
+    monkeypatch.setattr(gpu_losses, "PANEL", 256)
+    monkeypatch.setattr(gpu_losses, "_splits", lambda row_blocks, tiles, x: splits)
+    monkeypatch.setattr(cuda_kernels(), "largest_stationary", lambda self, device: 512 if path == "stationary" else 0)
     x, y = rows_of_views(150, 40)
     options = {"temperature": temperature, "image": torch.arange(150) // 7}
     if path == "kept":
