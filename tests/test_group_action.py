@@ -1,8 +1,6 @@
 """group_action on every backend that runs here: against torch, PIL, a loop over the formula, and as an operator."""
 
 import math
-from collections.abc import Callable
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -227,18 +225,6 @@ GOLDEN_BUDGET = {f32: 2e-5, f64: 1e-12}  # absolute, from the README of the case
 
 def golden(name: str) -> Tensor:
     return torch.from_numpy(GOLDEN[name])
-
-
-@pytest.fixture
-def squares(backend, monkeypatch) -> Callable[[int], None]:
-    """The interpreter takes its time by squares of tokens: one case in eight has those that are shipped, of 8 x 8."""
-
-    def of_case(number: int) -> None:
-        if backend == "triton":
-            kernels, language = import_module("ser_fast.kernels.group_action"), import_module("triton.language")
-            monkeypatch.setattr(kernels, "_EDGE", language.constexpr(8 if number % 8 == 0 else 32))
-
-    return of_case
 
 
 @pytest.mark.parametrize("dtype", [f32, f64])
