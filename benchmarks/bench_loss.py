@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ser_fast import LatticeMap, SERLoss, group_action, info_nce, nt_xent
-from ser_fast.ops.backends import implementations
+from ser_fast.ops.backends import implementation
 
 try:
     from lightly.loss import NTXentLoss as LightlyLoss
@@ -36,7 +36,6 @@ except ImportError:
     MemoryEfficientCLIPLoss = None
 
 Rival = Callable[[Tensor], Tensor]
-KEPT_BYTES = implementations("kept_bytes")
 TEMPERATURE, TOKENS = 0.3, 64  # tokens of an image
 DENSE, CUBIC = 20_000, 256  # rows up to which an n x n matrix, and pairs of pairs, are affordable
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -101,7 +100,7 @@ def _compare_nt_xent(compare, backends, device, rows: int, dim: int, dtype: torc
         if dense or backend != "reference"
     }
     for backend in backends:
-        if dense and KEPT_BYTES[backend](rows // 2, dtype, TEMPERATURE, True):
+        if dense and implementation(backend).kept_bytes(rows // 2, dtype, TEMPERATURE, True):
             rivals[f"{backend}, kept"] = lambda z, backend=backend: nt_xent(
                 *z.chunk(2), temperature=TEMPERATURE, image=image, memory_budget=2**40, backend=backend
             )

@@ -1,5 +1,7 @@
-// The extension ser_fast._C: torch tensors in, pointers to the kernels. The kernels include no torch header.
+// The extension ser_fast._C: the schemas of all operators, the CPU kernels, and the constants that Python shares with C++.
 //
+// Torch tensors come in, pointers go to the kernels, which include no torch header. The kernels for GPUs are an extension
+// of their own (bindings_cuda.cpp), so that this one loads with a torch that has no CUDA, or another one.
 // Everything is validated in Python (ser_fast/ops); outputs are allocated there and written here.
 
 #include <Python.h>
@@ -9,8 +11,9 @@
 #include <vector>
 
 #include "bindings.h"
-#include "cpu/embedding.h"
+#include "common/tiles.h"
 #include "cpu/group_action.h"
+#include "cpu/normalize_rows.h"
 #include "cpu/nt_xent.h"
 
 // libtorch's own BLAS (MKL or OpenBLAS), column-major.
@@ -26,7 +29,7 @@ int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));  // only where
 
 namespace {
 
-using ser_fast::data, ser_fast::output, ser_fast::resampling, ser_fast::Tensor, ser_fast::type_of;
+using ser_fast::data, ser_fast::make_resampling, ser_fast::output, ser_fast::Tensor, ser_fast::type_of;
 
 // Products stay on the thread that asks for them, also where a single part leaves the others idle: how MKL would split
 // one must not show in the bits.
@@ -54,43 +57,45 @@ void gemm(bool transpose_a, bool transpose_b, int64_t rows, int64_t columns, int
 // sizes: height_in, width_in, height_out, width_out.
 void group_action(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vector<int64_t> sizes, int64_t interpolation,
                   int64_t padding, bool antialias, bool transpose) {
-  const ser_fast::Resampling how = resampling(interpolation, padding, antialias);
-  ser_fast::group_action(x.const_data_ptr(), data<double>(linear), data<double>(offset), out.mutable_data_ptr(), type_of(x),
-                         x.size(0), x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]}, how, transpose, parallel);
+  ser_fast::group_action(x.const_data_ptr(), data<double>(linear), data<double>(offset), out.mutable_data_ptr(),
+                         type_of(x), x.size(0), x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]},
+                         make_resampling(interpolation, padding, antialias), transpose, parallel);
 }
 
 // first, second: (N, dim); second is empty for one set of rows. index: (n,).
-ser_fast::Selection selection(const Tensor& first, const Tensor& second, const Tensor& index) {
+ser_fast::IndexedRows indexed_rows(const Tensor& first, const Tensor& second, const Tensor& index) {
   return {first.const_data_ptr(), second.const_data_ptr(), first.size(0), type_of(first),
           data<int64_t>(index),   index.size(0),           first.size(1)};
 }
 
-void embed(Tensor first, Tensor second, Tensor index, bool normalize, Tensor u, Tensor scales) {
-  const ser_fast::Selection x = selection(first, second, index);
+void normalize_rows(Tensor first, Tensor second, Tensor index, bool normalize, Tensor u, Tensor scales) {
+  const ser_fast::IndexedRows x = indexed_rows(first, second, index);
   if (type_of(u) == ser_fast::Type::float64) {
-    ser_fast::embed(x, normalize, output<double>(u), output<double>(scales), parallel);
+    ser_fast::normalize_rows(x, normalize, output<double>(u), output<double>(scales), parallel);
   } else {
-    ser_fast::embed(x, normalize, output<float>(u), output<float>(scales), parallel);
+    ser_fast::normalize_rows(x, normalize, output<float>(u), output<float>(scales), parallel);
   }
 }
 
 template <typename Real>
-void embed_backward_of(const ser_fast::Selection& d_x, const Tensor& d_u, const Tensor& u, const Tensor& scales,
-                       const Tensor& coefficient, const Tensor& other, const Tensor& partner) {
-  ser_fast::embed_backward(d_x, data<Real>(d_u), data<Real>(u), data<Real>(scales),
-                           coefficient.numel() ? data<Real>(coefficient) : nullptr, data<Real>(other),
-                           data<int64_t>(partner), parallel);
+void normalize_rows_backward_of(const ser_fast::IndexedRows& d_x, const Tensor& d_u, const Tensor& u,
+                                const Tensor& scales, const Tensor& coefficient, const Tensor& other,
+                                const Tensor& positive) {
+  ser_fast::normalize_rows_backward(d_x, data<Real>(d_u), data<Real>(u), data<Real>(scales),
+                                    coefficient.numel() ? data<Real>(coefficient) : nullptr, data<Real>(other),
+                                    data<int64_t>(positive), parallel);
 }
 
 // Writes the rows of d_first and d_second that the index names. coefficient: (n,), or empty.
-void embed_backward(Tensor d_first, Tensor d_second, Tensor index, Tensor d_u, Tensor u, Tensor scales,
-                    Tensor coefficient, Tensor other, Tensor partner) {
-  const auto run = type_of(u) == ser_fast::Type::float64 ? embed_backward_of<double> : embed_backward_of<float>;
-  run(selection(d_first, d_second, index), d_u, u, scales, coefficient, other, partner);
+void normalize_rows_backward(Tensor d_first, Tensor d_second, Tensor index, Tensor d_u, Tensor u, Tensor scales,
+                             Tensor coefficient, Tensor other, Tensor positive) {
+  const auto run =
+      type_of(u) == ser_fast::Type::float64 ? normalize_rows_backward_of<double> : normalize_rows_backward_of<float>;
+  run(indexed_rows(d_first, d_second, index), d_u, u, scales, coefficient, other, positive);
 }
 
-void dot_rows(Tensor u, Tensor other, Tensor partner, Tensor out) {
-  const int64_t* rows = data<int64_t>(partner);
+void dot_rows(Tensor u, Tensor other, Tensor positive, Tensor out) {
+  const int64_t* rows = data<int64_t>(positive);
   if (type_of(u) == ser_fast::Type::float64) {
     ser_fast::dot_rows(data<double>(u), data<double>(other), rows, u.size(0), u.size(1), output<double>(out), parallel);
   } else {
@@ -99,7 +104,7 @@ void dot_rows(Tensor u, Tensor other, Tensor partner, Tensor out) {
 }
 
 template <typename Real>
-ser_fast::Rows<Real> rows_of(const Tensor& u, const Tensor& image) {
+ser_fast::Embeddings<Real> embeddings(const Tensor& u, const Tensor& image) {
   return {data<Real>(u), data<int64_t>(image), u.size(0)};
 }
 
@@ -108,14 +113,14 @@ int64_t kept_similarities(int64_t count) { return ser_fast::kept_similarities(co
 template <typename Real>
 void log_negatives_of(const Tensor& query, const Tensor& image, const Tensor& key, const Tensor& key_image,
                       const Tensor& out, const Tensor& kept, double temperature, bool bounded) {
-  ser_fast::log_negatives<Real>(rows_of<Real>(query, image), rows_of<Real>(key, key_image), query.size(1),
+  ser_fast::log_negatives<Real>(embeddings<Real>(query, image), embeddings<Real>(key, key_image), query.size(1),
                                 static_cast<Real>(temperature), bounded, output<double>(out), output<Real>(kept),
                                 gemm<Real>, parallel);
 }
 
 // kept: bytes, or empty.
-void log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor out, Tensor kept, double temperature,
-                   bool bounded) {
+void log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor out, Tensor kept,
+                   double temperature, bool bounded) {
   const auto run = type_of(query) == ser_fast::Type::float64 ? log_negatives_of<double> : log_negatives_of<float>;
   run(query, image, key, key_image, out, kept, temperature, bounded);
 }
@@ -123,8 +128,8 @@ void log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Ten
 template <typename Real>
 void log_and_mean_negatives_of(const Tensor& query, const Tensor& image, const Tensor& key, const Tensor& key_image,
                                const Tensor& out, const Tensor& mean, double temperature, bool bounded) {
-  ser_fast::log_and_mean_negatives<Real>(rows_of<Real>(query, image), rows_of<Real>(key, key_image), query.size(1),
-                                         static_cast<Real>(temperature), bounded, output<double>(out),
+  ser_fast::log_and_mean_negatives<Real>(embeddings<Real>(query, image), embeddings<Real>(key, key_image),
+                                         query.size(1), static_cast<Real>(temperature), bounded, output<double>(out),
                                          output<Real>(mean), gemm<Real>, parallel);
 }
 
@@ -139,16 +144,17 @@ template <typename Real>
 void negatives_gradient_of(const Tensor& query, const Tensor& image, const Tensor& key, const Tensor& key_image,
                            const Tensor& weight, const Tensor& lse, const Tensor& kept, const Tensor& d_query,
                            const Tensor& d_key, double temperature, bool bounded) {
-  ser_fast::negatives_gradient<Real>(rows_of<Real>(query, image), rows_of<Real>(key, key_image), query.size(1),
+  ser_fast::negatives_gradient<Real>(embeddings<Real>(query, image), embeddings<Real>(key, key_image), query.size(1),
                                      static_cast<Real>(temperature), bounded, data<Real>(weight), data<double>(lse),
                                      kept.numel() ? data<Real>(kept) : nullptr, output<Real>(d_query),
                                      output<Real>(d_key), gemm<Real>, parallel);
 }
 
 // d_query and d_key are added to; an empty one is not needed.
-void negatives_gradient(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor weight, Tensor lse, Tensor kept,
-                        Tensor d_query, Tensor d_key, double temperature, bool bounded) {
-  const auto run = type_of(query) == ser_fast::Type::float64 ? negatives_gradient_of<double> : negatives_gradient_of<float>;
+void negatives_gradient(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor weight, Tensor lse,
+                        Tensor kept, Tensor d_query, Tensor d_key, double temperature, bool bounded) {
+  const auto run =
+      type_of(query) == ser_fast::Type::float64 ? negatives_gradient_of<double> : negatives_gradient_of<float>;
   run(query, image, key, key_image, weight, lse, kept, d_query, d_key, temperature, bounded);
 }
 
@@ -158,11 +164,14 @@ STABLE_TORCH_LIBRARY(ser_fast_native, m) {
   m.def(
       "group_action(Tensor x, Tensor linear, Tensor offset, Tensor(a!) out, int[] sizes, int interpolation, "
       "int padding, bool antialias, bool transpose) -> ()");
-  m.def("embed(Tensor first, Tensor second, Tensor index, bool normalize, Tensor(a!) u, Tensor(b!) scales) -> ()");
   m.def(
-      "embed_backward(Tensor(a!) d_first, Tensor(b!) d_second, Tensor index, Tensor d_u, Tensor u, Tensor scales, "
-      "Tensor coefficient, Tensor other, Tensor partner) -> ()");
-  m.def("dot_rows(Tensor u, Tensor other, Tensor partner, Tensor(a!) out) -> ()");
+      "normalize_rows(Tensor first, Tensor second, Tensor index, bool normalize, Tensor(a!) u, Tensor(b!) scales) -> "
+      "()");
+  m.def(
+      "normalize_rows_backward(Tensor(a!) d_first, Tensor(b!) d_second, Tensor index, Tensor d_u, Tensor u, Tensor "
+      "scales, "
+      "Tensor coefficient, Tensor other, Tensor positive) -> ()");
+  m.def("dot_rows(Tensor u, Tensor other, Tensor positive, Tensor(a!) out) -> ()");
   m.def("kept_similarities(int count) -> int");
   m.def(
       "log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor(a!) out, Tensor(b!) kept, "
@@ -173,7 +182,7 @@ STABLE_TORCH_LIBRARY(ser_fast_native, m) {
   m.def(
       "negatives_gradient(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor weight, Tensor lse, "
       "Tensor kept, Tensor(a!) d_query, Tensor(b!) d_key, float temperature, bool bounded) -> ()");
-  // On GPUs only: what ser_fast/ops/tiled.py is made of.
+  // On GPUs only: the steps of the losses (csrc/cuda).
   m.def(
       "nt_xent_prepare(Tensor x0, Tensor x1, Tensor image, Tensor valid, Tensor(a!) u, Tensor(b!) table, "
       "bool normalize) -> ()");
@@ -189,32 +198,34 @@ STABLE_TORCH_LIBRARY(ser_fast_native, m) {
       "nt_xent_losses(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive, Tensor table, Tensor state, "
       "Tensor(a!) loss, float temperature, bool views, bool summed, bool normalize) -> ()");
   m.def(
-      "nt_xent_coefficients(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive, Tensor table, Tensor weight, "
+      "nt_xent_gradient_weights(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive, Tensor table, Tensor "
+      "weight, "
       "Tensor largest, Tensor loss, Tensor(a!) out, float temperature, bool views, bool bounded, bool library, "
       "bool normalize) -> ()");
   m.def(
-      "nt_xent_owner(Tensor q, Tensor q_table, Tensor q_coefficients, Tensor k, Tensor k_table, "
-      "Tensor k_coefficients, Tensor(a!) out, float scale, int keys, bool bounded, bool by_row, bool by_key) -> ()");
+      "nt_xent_stationary_gradient(Tensor q, Tensor q_table, Tensor q_weights, Tensor k, Tensor k_table, "
+      "Tensor k_weights, Tensor(a!) out, float scale, int keys, bool bounded, bool by_row, bool by_key) -> ()");
   m.def(
-      "nt_xent_panel(Tensor q, Tensor q_table, Tensor q_coefficients, Tensor k, Tensor k_table, "
-      "Tensor k_coefficients, Tensor kept, Tensor(a!) panel, float scale, int first_row, int first_key, int source, "
+      "nt_xent_gradient_panel(Tensor q, Tensor q_table, Tensor q_weights, Tensor k, Tensor k_table, "
+      "Tensor k_weights, Tensor kept, Tensor(a!) panel, float scale, int first_row, int first_key, int source, "
       "bool bounded, bool by_row, bool by_key) -> ()");
   m.def(
-      "nt_xent_finish(Tensor x0, Tensor x1, Tensor y0, Tensor y1, Tensor table, Tensor coefficients, Tensor positive, "
+      "nt_xent_finish_gradient(Tensor x0, Tensor x1, Tensor y0, Tensor y1, Tensor table, Tensor gradient_weights, "
+      "Tensor positive, "
       "Tensor order, Tensor first, Tensor accumulated, Tensor largest, Tensor(a!) d_x0, Tensor(b!) d_x1, "
       "float temperature, int side, bool library, bool normalize) -> ()");
   m.def(
-      "nt_xent_detached(Tensor q, Tensor q_table, Tensor k, Tensor k_table, Tensor(a!) state, Tensor(b!) out, "
+      "nt_xent_detached_sums(Tensor q, Tensor q_table, Tensor k, Tensor k_table, Tensor(a!) state, Tensor(b!) out, "
       "float scale, int keys, bool bounded) -> ()");
   m.def(
-      "nt_xent_detached_finish(Tensor query, Tensor key, Tensor positive, Tensor table, Tensor state, "
+      "nt_xent_finish_detached(Tensor query, Tensor key, Tensor positive, Tensor table, Tensor state, "
       "Tensor accumulated, Tensor(a!) loss, Tensor(b!) gradient, float temperature, bool normalize) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CPU, m) {
   m.impl("group_action", TORCH_BOX(&group_action));
-  m.impl("embed", TORCH_BOX(&embed));
-  m.impl("embed_backward", TORCH_BOX(&embed_backward));
+  m.impl("normalize_rows", TORCH_BOX(&normalize_rows));
+  m.impl("normalize_rows_backward", TORCH_BOX(&normalize_rows_backward));
   m.impl("dot_rows", TORCH_BOX(&dot_rows));
   m.impl("log_negatives", TORCH_BOX(&log_negatives));
   m.impl("log_and_mean_negatives", TORCH_BOX(&log_and_mean_negatives));
@@ -225,8 +236,54 @@ STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CompositeExplicitAutograd, m) {
   m.impl("kept_similarities", TORCH_BOX(&kept_similarities));
 }
 
-// `import ser_fast._C` loads the library; there is nothing else in the module.
+namespace {
+
+// Takes the reference `value`; null, as a constructor leaves it with an error set, is passed on.
+bool add(PyObject* module, const char* name, PyObject* value) {
+  if (value == nullptr) return false;
+  const bool added = PyModule_AddObjectRef(module, name, value) == 0;
+  Py_DECREF(value);
+  return added;
+}
+
+// The names of an enumeration, in the order of its numbers.
+template <size_t count>
+bool add(PyObject* module, const char* name, const char* const (&names)[count]) {
+  PyObject* tuple = PyTuple_New(count);
+  for (size_t i = 0; tuple != nullptr && i < count; ++i) PyTuple_SetItem(tuple, i, PyUnicode_FromString(names[i]));
+  return add(module, name, tuple);
+}
+
+// ((columns, rows, keys, shared memory), ...)
+bool add_stationary_blocks(PyObject* module) {
+  constexpr Py_ssize_t count = std::size(ser_fast::kStationaryBlocks);
+  PyObject* blocks = PyTuple_New(count);
+  for (Py_ssize_t i = 0; blocks != nullptr && i < count; ++i) {
+    const ser_fast::StationaryBlock& block = ser_fast::kStationaryBlocks[i];
+    PyTuple_SetItem(blocks, i, Py_BuildValue("iiii", block.columns, block.rows, block.keys, block.shared_memory));
+  }
+  return add(module, "STATIONARY_BLOCKS", blocks);
+}
+
+bool add_constants(PyObject* module) {
+  return PyModule_AddIntConstant(module, "SPAN", ser_fast::kSpan) == 0 &&
+         PyModule_AddIntConstant(module, "LIFT", ser_fast::kLift) == 0 &&
+         PyModule_AddIntConstant(module, "TILE", ser_fast::kTile) == 0 &&
+         add(module, "TOP", PyFloat_FromDouble(ser_fast::kLargestWeight)) && add_stationary_blocks(module) &&
+         add(module, "DTYPES", ser_fast::kTypeNames) && add(module, "INTERPOLATIONS", ser_fast::kInterpolationNames) &&
+         add(module, "PADDINGS", ser_fast::kPaddingNames) && add(module, "SOURCES", ser_fast::kSourceNames) &&
+         add(module, "SIDES", ser_fast::kSideNames);
+}
+
+}  // namespace
+
+// `import ser_fast._C` registers the operators; the module itself holds the constants.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module != nullptr && !add_constants(module)) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
 }

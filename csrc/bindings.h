@@ -1,12 +1,12 @@
-// What both files of bindings need: torch tensors as pointers.
+// What the bindings of all devices need: torch tensors as pointers.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu/resampling.h"
-#include "cpu/types.h"
+#include "common/resampling.h"
+#include "common/types.h"
 
 namespace ser_fast {
 
@@ -32,7 +32,7 @@ T* output(const Tensor& x) {
   return x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
 }
 
-inline Resampling resampling(int64_t interpolation, int64_t padding, bool antialias) {
+inline Resampling make_resampling(int64_t interpolation, int64_t padding, bool antialias) {
   return {static_cast<Interpolation>(interpolation), static_cast<Padding>(padding), antialias};
 }
 

@@ -1,25 +1,29 @@
-// The operators on tensors of a GPU; their schemas are in bindings.cpp.
+// The extension ser_fast._C_cuda: the operators on tensors of a GPU. Their schemas are those of ser_fast._C, which has to
+// be loaded first.
 //
 // With SER_FAST_HOST the kernels are those that a host runs (tests/host_cuda), and those of nt_xent are registered for
 // tensors of the CPU.
 
 #ifndef SER_FAST_HOST
+#include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
 #include "bindings.h"
+#include "common/tiles.h"
 #ifndef SER_FAST_HOST
 #include "cuda/group_action.h"
 #endif
 #include "cuda/nt_xent_panels.h"
 #include "cuda/nt_xent_rows.h"
+#include "cuda/nt_xent_stationary.h"
 #include "cuda/nt_xent_tiles.h"
 
 namespace {
 
 namespace cuda = ser_fast::cuda;
-using cuda::PanelSide, cuda::Positives, cuda::RowSet, cuda::Share, cuda::Side;
-using ser_fast::data, ser_fast::output, ser_fast::resampling, ser_fast::Tensor, ser_fast::type_of;
+using cuda::Operand, cuda::PanelOperand, cuda::Positives, cuda::RowSet;
+using ser_fast::data, ser_fast::make_resampling, ser_fast::output, ser_fast::Tensor, ser_fast::type_of;
 
 // launch(stream), on the device of x and on its current stream.
 template <typename Launch>
@@ -41,7 +45,7 @@ void group_action(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vecto
   on_device_of(x, "group_action", [&](void* stream) {
     return cuda::group_action(x.const_data_ptr(), data<double>(linear), data<double>(offset), out.mutable_data_ptr(),
                               type_of(x), x.size(0), x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]},
-                              resampling(interpolation, padding, antialias), transpose, stream);
+                              make_resampling(interpolation, padding, antialias), transpose, stream);
   });
 }
 #endif
@@ -51,15 +55,14 @@ RowSet rows_of(const Tensor& x0, const Tensor& x1) {
   return {x0.const_data_ptr(), x1.const_data_ptr(), x0.size(0), x0.size(0) + x1.size(0), x0.size(1)};
 }
 
-// The rows that a table is of: it has 2 + 3 / 32 numbers a row.
-int64_t padded_of(const Tensor& table) { return table.size(0) * 32 / 67; }
+int64_t padded_of(const Tensor& table) { return ser_fast::table_rows(table.size(0)); }
 
-Share share(const Tensor& u, const Tensor& table, const Tensor& coefficients, bool needed) {
-  return {data<int64_t>(table), needed ? data<float>(coefficients) : nullptr, u.const_data_ptr(), u.size(0)};
+Operand operand(const Tensor& u, const Tensor& table, const Tensor& weights, bool needed) {
+  return {data<int64_t>(table), needed ? data<float>(weights) : nullptr, u.const_data_ptr(), u.size(0)};
 }
 
-PanelSide panel_side(const Tensor& table, const Tensor& coefficients, bool needed) {
-  return {data<int64_t>(table), needed ? coefficients.const_data_ptr() : nullptr, padded_of(table)};
+PanelOperand panel_operand(const Tensor& table, const Tensor& weights, bool needed) {
+  return {data<int64_t>(table), needed ? weights.const_data_ptr() : nullptr, padded_of(table)};
 }
 
 void nt_xent_prepare(Tensor x0, Tensor x1, Tensor image, Tensor valid, Tensor u, Tensor table, bool normalize) {
@@ -94,15 +97,15 @@ void nt_xent_panel_row_sums(Tensor panel, Tensor q_table, Tensor k_table, Tensor
                             int64_t first_key) {
   on_device_of(panel, "nt_xent_panel_row_sums", [&](void* stream) {
     return cuda::panel_row_sums(panel_at(panel, first_row, first_key), type_of(panel),
-                                panel_side(q_table, state, false), panel_side(k_table, state, false),
+                                panel_operand(q_table, state, false), panel_operand(k_table, state, false),
                                 output<void>(state), stream);
   });
 }
 
 Positives positives(const Tensor& q0, const Tensor& q1, const Tensor& k0, const Tensor& k1, const Tensor& positive,
                     const Tensor& table, double temperature, bool views, bool normalize) {
-  return {rows_of(q0, q1),      rows_of(k0, k1),  type_of(q0), normalize, views, data<int64_t>(positive),
-          data<int64_t>(table), padded_of(table), temperature};
+  return {rows_of(q0, q1),         rows_of(k0, k1),      type_of(q0),      normalize,  views,
+          data<int64_t>(positive), data<int64_t>(table), padded_of(table), temperature};
 }
 
 // state: (4, padded) integers if `summed`, else (2, splits, padded).
@@ -114,74 +117,87 @@ void nt_xent_losses(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive,
   });
 }
 
-void nt_xent_coefficients(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive, Tensor table, Tensor weight,
-                          Tensor largest, Tensor loss, Tensor out, double temperature, bool views, bool bounded,
-                          bool library, bool normalize) {
-  on_device_of(q0, "nt_xent_coefficients", [&](void* stream) {
-    return cuda::coefficients(positives(q0, q1, k0, k1, positive, table, temperature, views, normalize),
-                              weight.const_data_ptr(), largest.const_data_ptr(), loss.const_data_ptr(), bounded,
-                              library, output<void>(out), stream);
+void nt_xent_gradient_weights(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive, Tensor table, Tensor weight,
+                              Tensor largest, Tensor loss, Tensor out, double temperature, bool views, bool bounded,
+                              bool library, bool normalize) {
+  on_device_of(q0, "nt_xent_gradient_weights", [&](void* stream) {
+    return cuda::gradient_weights(positives(q0, q1, k0, k1, positive, table, temperature, views, normalize),
+                                  weight.const_data_ptr(), largest.const_data_ptr(), loss.const_data_ptr(), bounded,
+                                  library, output<void>(out), stream);
   });
 }
 
 // out: (splits, q_padded, columns).
-void nt_xent_owner(Tensor q, Tensor q_table, Tensor q_coefficients, Tensor k, Tensor k_table, Tensor k_coefficients,
-                   Tensor out, double scale, int64_t keys, bool bounded, bool by_row, bool by_key) {
-  on_device_of(q, "nt_xent_owner", [&](void* stream) {
-    return cuda::owner(share(q, q_table, q_coefficients, by_row), share(k, k_table, k_coefficients, by_key), q.size(1),
-                       keys, output<float>(out), out.size(0), static_cast<float>(scale), bounded, stream);
+void nt_xent_stationary_gradient(Tensor q, Tensor q_table, Tensor q_weights, Tensor k, Tensor k_table, Tensor k_weights,
+                                 Tensor out, double scale, int64_t keys, bool bounded, bool by_row, bool by_key) {
+  on_device_of(q, "nt_xent_stationary_gradient", [&](void* stream) {
+    return cuda::stationary_gradient(operand(q, q_table, q_weights, by_row), operand(k, k_table, k_weights, by_key),
+                                     q.size(1), keys, output<float>(out), out.size(0), static_cast<float>(scale),
+                                     bounded, stream);
   });
 }
 
-// source: 0 the products of q and k, 1 similarities in the panel, 2 kept similarities, 3 those of a panel that reaches
-// above the diagonal.
-void nt_xent_panel(Tensor q, Tensor q_table, Tensor q_coefficients, Tensor k, Tensor k_table, Tensor k_coefficients,
-                   Tensor kept, Tensor panel, double scale, int64_t first_row, int64_t first_key, int64_t source,
-                   bool bounded, bool by_row, bool by_key) {
-  on_device_of(q, "nt_xent_panel", [&](void* stream) {
+void nt_xent_gradient_panel(Tensor q, Tensor q_table, Tensor q_weights, Tensor k, Tensor k_table, Tensor k_weights,
+                            Tensor kept, Tensor panel, double scale, int64_t first_row, int64_t first_key,
+                            int64_t source, bool bounded, bool by_row, bool by_key) {
+  on_device_of(q, "nt_xent_gradient_panel", [&](void* stream) {
     const cuda::Panel to = panel_at(panel, first_row, first_key);
-    const PanelSide rows = panel_side(q_table, q_coefficients, by_row);
-    const PanelSide keys = panel_side(k_table, k_coefficients, by_key);
-    if (source == 1) return cuda::weigh_panel(to, type_of(panel), rows, keys, stream);
-    if (source > 1) return cuda::weigh_kept(to, kept.const_data_ptr(), rows, keys, stream);
-    return cuda::panel(share(q, q_table, q_coefficients, by_row), share(k, k_table, k_coefficients, by_key), q.size(1),
-                       to.at, first_row, first_key, to.rows, to.width, static_cast<float>(scale), bounded, stream);
+    const PanelOperand rows = panel_operand(q_table, q_weights, by_row);
+    const PanelOperand keys = panel_operand(k_table, k_weights, by_key);
+    switch (static_cast<ser_fast::Source>(source)) {
+      case ser_fast::Source::product: break;
+      case ser_fast::Source::library: return cuda::gradient_panel_from_library(to, type_of(panel), rows, keys, stream);
+      case ser_fast::Source::kept:
+      case ser_fast::Source::kept_diagonal:
+        return cuda::gradient_panel_from_kept(to, kept.const_data_ptr(), rows, keys, stream);
+    }
+    return cuda::gradient_panel(operand(q, q_table, q_weights, by_row), operand(k, k_table, k_weights, by_key),
+                                q.size(1), to.at, first_row, first_key, to.rows, to.width, static_cast<float>(scale),
+                                bounded, stream);
   });
 }
 
-// accumulated: (splits, padded, dim). coefficients: (3, padded) of the rows whose losses they are.
-void nt_xent_finish(Tensor x0, Tensor x1, Tensor y0, Tensor y1, Tensor table, Tensor coefficients, Tensor positive,
-                    Tensor order, Tensor first, Tensor accumulated, Tensor largest, Tensor d_x0, Tensor d_x1,
-                    double temperature, int64_t side, bool library, bool normalize) {
-  on_device_of(x0, "nt_xent_finish", [&](void* stream) {
-    const cuda::Gradient of{static_cast<Side>(side),      coefficients.const_data_ptr(), coefficients.size(1),
-                            data<int64_t>(positive),      data<int64_t>(order),          data<int64_t>(first),
-                            accumulated.const_data_ptr(), accumulated.size(0),           accumulated.size(2),
-                            largest.const_data_ptr(),     library};
-    return cuda::finish(rows_of(x0, x1), rows_of(y0, y1), type_of(x0), normalize, data<int64_t>(table),
-                        padded_of(table), of, temperature, output<void>(d_x0), output<void>(d_x1), type_of(d_x0),
-                        stream);
+// accumulated: (splits, padded, dim). weights: (3, padded) of the rows whose losses they are.
+void nt_xent_finish_gradient(Tensor x0, Tensor x1, Tensor y0, Tensor y1, Tensor table, Tensor weights, Tensor positive,
+                             Tensor order, Tensor first, Tensor accumulated, Tensor largest, Tensor d_x0, Tensor d_x1,
+                             double temperature, int64_t side, bool library, bool normalize) {
+  on_device_of(x0, "nt_xent_finish_gradient", [&](void* stream) {
+    const cuda::Gradient of{static_cast<ser_fast::Side>(side),
+                            weights.const_data_ptr(),
+                            weights.size(1),
+                            data<int64_t>(positive),
+                            data<int64_t>(order),
+                            data<int64_t>(first),
+                            accumulated.const_data_ptr(),
+                            accumulated.size(0),
+                            accumulated.size(2),
+                            largest.const_data_ptr(),
+                            library};
+    return cuda::finish_gradient(rows_of(x0, x1), rows_of(y0, y1), type_of(x0), normalize, data<int64_t>(table),
+                                 padded_of(table), of, temperature, output<void>(d_x0), output<void>(d_x1),
+                                 type_of(d_x0), stream);
   });
 }
 
 // state: (2, splits, q_padded), out: (splits, q_padded, columns).
-void nt_xent_detached(Tensor q, Tensor q_table, Tensor k, Tensor k_table, Tensor state, Tensor out, double scale,
-                      int64_t keys, bool bounded) {
-  on_device_of(q, "nt_xent_detached", [&](void* stream) {
-    return cuda::detached(share(q, q_table, state, false), share(k, k_table, state, false), q.size(1), keys,
-                          output<float>(state), output<float>(out), out.size(0), static_cast<float>(scale), bounded,
-                          stream);
+void nt_xent_detached_sums(Tensor q, Tensor q_table, Tensor k, Tensor k_table, Tensor state, Tensor out, double scale,
+                           int64_t keys, bool bounded) {
+  on_device_of(q, "nt_xent_detached_sums", [&](void* stream) {
+    return cuda::detached_sums(operand(q, q_table, state, false), operand(k, k_table, state, false), q.size(1), keys,
+                               output<float>(state), output<float>(out), out.size(0), static_cast<float>(scale),
+                               bounded, stream);
   });
 }
 
-void nt_xent_detached_finish(Tensor query, Tensor key, Tensor positive, Tensor table, Tensor state, Tensor accumulated,
+void nt_xent_finish_detached(Tensor query, Tensor key, Tensor positive, Tensor table, Tensor state, Tensor accumulated,
                              Tensor loss, Tensor gradient, double temperature, bool normalize) {
-  on_device_of(query, "nt_xent_detached_finish", [&](void* stream) {
+  on_device_of(query, "nt_xent_finish_detached", [&](void* stream) {
     const RowSet queries{query.const_data_ptr(), nullptr, query.size(0), query.size(0), query.size(1)};
     const RowSet keys{key.const_data_ptr(), nullptr, key.size(0), key.size(0), key.size(1)};
-    const Positives of{queries,   keys, type_of(query), normalize, false, data<int64_t>(positive), data<int64_t>(table),
-                       padded_of(table), temperature};
-    return cuda::detached_finish(of, data<float>(state), data<float>(accumulated), accumulated.size(0),
+    const Positives of{
+        queries,          keys,       type_of(query), normalize, false, data<int64_t>(positive), data<int64_t>(table),
+        padded_of(table), temperature};
+    return cuda::finish_detached(of, data<float>(state), data<float>(accumulated), accumulated.size(0),
                                  accumulated.size(2), output<float>(loss), output<float>(gradient), stream);
   });
 }
@@ -199,10 +215,18 @@ STABLE_TORCH_LIBRARY_IMPL(ser_fast_native, CUDA, m) {
   m.impl("nt_xent_row_sums", TORCH_BOX(&nt_xent_row_sums));
   m.impl("nt_xent_panel_row_sums", TORCH_BOX(&nt_xent_panel_row_sums));
   m.impl("nt_xent_losses", TORCH_BOX(&nt_xent_losses));
-  m.impl("nt_xent_coefficients", TORCH_BOX(&nt_xent_coefficients));
-  m.impl("nt_xent_owner", TORCH_BOX(&nt_xent_owner));
-  m.impl("nt_xent_panel", TORCH_BOX(&nt_xent_panel));
-  m.impl("nt_xent_finish", TORCH_BOX(&nt_xent_finish));
-  m.impl("nt_xent_detached", TORCH_BOX(&nt_xent_detached));
-  m.impl("nt_xent_detached_finish", TORCH_BOX(&nt_xent_detached_finish));
+  m.impl("nt_xent_gradient_weights", TORCH_BOX(&nt_xent_gradient_weights));
+  m.impl("nt_xent_stationary_gradient", TORCH_BOX(&nt_xent_stationary_gradient));
+  m.impl("nt_xent_gradient_panel", TORCH_BOX(&nt_xent_gradient_panel));
+  m.impl("nt_xent_finish_gradient", TORCH_BOX(&nt_xent_finish_gradient));
+  m.impl("nt_xent_detached_sums", TORCH_BOX(&nt_xent_detached_sums));
+  m.impl("nt_xent_finish_detached", TORCH_BOX(&nt_xent_finish_detached));
 }
+
+#ifndef SER_FAST_HOST
+// `import ser_fast._C_cuda` registers the kernels; there is nothing else in the module.
+PyMODINIT_FUNC PyInit__C_cuda() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr};
+  return PyModule_Create(&definition);
+}
+#endif

@@ -1,22 +1,23 @@
-"""The backend `triton`: the operations as Triton kernels, behind the same signatures as `ser_fast.ops.reference`."""
+"""The backend `triton`: the operations as Triton kernels."""
 
-from ser_fast.kernels.group_action import group_action, group_action_transpose
-from ser_fast.kernels.nt_xent import (
-    info_nce,
-    info_nce_backward,
-    info_nce_detached,
-    kept_bytes,
-    nt_xent,
-    nt_xent_backward,
-)
+from torch import Tensor
 
-__all__ = [
-    "group_action",
-    "group_action_transpose",
-    "info_nce",
-    "info_nce_backward",
-    "info_nce_detached",
-    "kept_bytes",
-    "nt_xent",
-    "nt_xent_backward",
-]
+from ser_fast.kernels.group_action import resample
+from ser_fast.kernels.nt_xent import TritonKernels
+from ser_fast.ops.contract import GroupAction
+from ser_fast.ops.gpu_losses import GPULosses
+
+__all__ = ["TritonBackend"]
+
+
+class TritonBackend(GPULosses):
+    """Every operation of `ser_fast.ops.contract.Backend` by Triton kernels."""
+
+    def __init__(self) -> None:
+        super().__init__(TritonKernels())
+
+    def group_action(self, x: Tensor, action: GroupAction) -> Tensor:
+        return resample(x, action, transpose=False)
+
+    def group_action_transpose(self, x: Tensor, action: GroupAction) -> Tensor:
+        return resample(x, action, transpose=True)

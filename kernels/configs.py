@@ -1,17 +1,16 @@
-"""What the kernels are compiled to: launch configurations, and the builds that are compiled without a GPU."""
+"""How the kernels are launched: tile sizes, warps and stages, by compute capability."""
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 
-CAPABILITIES = (80, 90, 100)  # A100, H100, B200: what the builds are compiled for and held to
+CAPABILITIES = (80, 90, 100)  # A100, H100, B200: what tools/check_triton.py compiles for
 
 
 def capability_of(device: torch.device) -> int:
@@ -29,32 +28,6 @@ class Config:
     tiles: Mapping[str, int]
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True)
-class Build:
-    """One compilation of one kernel, as a launch would ask for it: what `benchmarks/static.py` compiles and checks.
-
-    Attributes:
-        name: unique among the builds of all modules, the same for every capability.
-        kernel: the function under @triton.jit.
-        arguments: the types of its other arguments by name, in any order: "*bf16", "i32", "fp32". Pointers are taken
-            to be 16-byte aligned, as torch allocates.
-        constants: the values of its tl.constexpr arguments by name.
-        config: tiles (added to the constants), warps and stages.
-        aligned: integer arguments that are multiples of 16; those in do_not_specialize never are.
-        product: the kernel has a tl.dot, so a matrix instruction must be there.
-        vector: it must load 16 bytes at a time from global memory.
-    """
-
-    name: str
-    kernel: Any
-    arguments: Mapping[str, str]
-    constants: Mapping[str, Any]
-    config: Config
-    aligned: tuple[str, ...] = field(default=())
-    product: bool = True
-    vector: bool = True
 
 
 # group_action, by capability and bytes an element: CHANNELS of a slab, at most. Wider slabs build W less often, but
@@ -83,15 +56,15 @@ _SIMILARITIES = {
     100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}, 8, 3),
 }
 
-# Strips of BLOCK_M rows that one program sums, with a running maximum.
-_RUNNING = {
+# Row blocks of BLOCK_M rows that one program sums, with a running maximum.
+_ROW_SUMS = {
     80: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3),
     90: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
     100: Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
 }
 
-# Strips of BLOCK_M rows whose gradient one program accumulates, by capability and columns.
-_OWNER = {
+# Row blocks of BLOCK_M rows whose gradient one program keeps, by capability and columns.
+_STATIONARY = {
     (80, 64): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3),
     (80, 128): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
     (80, 256): Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
@@ -106,9 +79,9 @@ _OWNER = {
     (100, 512): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
 }
 
-# The backward pass: up to so many columns by `_owner` (5 units of work with the forward pass), beyond by panels of G in
-# two bytes that the library multiplies (4 units). A panel's bytes pay from 263 columns on.
-LARGEST_OWNED = {80: 256, 90: 256, 100: 256}
+# The backward pass: up to so many columns by `stationary_gradient` (5 units of work with the forward pass), beyond by
+# panels of G in two bytes that the library multiplies (4 units). A panel's bytes pay from 263 columns on.
+LARGEST_STATIONARY = {80: 256, 90: 256, 100: 256}
 
 
 # ---------------------------------------------------------------- what was measured here (ser_fast.kernels.tune)
@@ -138,16 +111,16 @@ def similarity_config(capability: int) -> Config:
     return tuned().get(tuning_key("similarities", capability), _SIMILARITIES[capability])
 
 
-def running_config(capability: int) -> Config:
+def row_sums_config(capability: int) -> Config:
     if triton.knobs.runtime.interpret:
         return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 1)
-    return _RUNNING[capability]
+    return _ROW_SUMS[capability]
 
 
-def owner_config(capability: int, columns: int) -> Config:
+def stationary_config(capability: int, columns: int) -> Config:
     if triton.knobs.runtime.interpret:
         return Config({"BLOCK_M": 128, "BLOCK_N": 128}, 4, 1)
-    return tuned().get(tuning_key("owner", capability, columns), _OWNER[capability, columns])
+    return tuned().get(tuning_key("stationary_gradient", capability, columns), _STATIONARY[capability, columns])
 
 
 def prepare_config(columns: int) -> Config:

@@ -17,9 +17,7 @@ ones these are is found on the device, and where there are no others no product 
 Positions are float64 and, relative to their first tap, float32: good to 1e-7 of a token anywhere on the lattice.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import factorial, pi
 
 import torch
@@ -27,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ser_fast.kernels.configs import Build, capability_of, group_action_config
+from ser_fast.kernels.configs import capability_of, group_action_config
 from ser_fast.lattice import TOLERANCE
+from ser_fast.ops.contract import GroupAction
 
 _TOLERANCE = tl.constexpr(TOLERANCE)
 _EDGE = tl.constexpr(8)  # of a square of tokens
@@ -434,20 +433,9 @@ def _resample(
 # ---------------------------------------------------------------- launch
 
 
-def group_action(
-    x: Tensor,
-    linear: Tensor,
-    offset: Tensor,
-    size_in: Sequence[int],
-    size_out: Sequence[int],
-    interpolation: str,
-    padding: str,
-    antialias: bool,
-    *,
-    transpose: bool = False,
-) -> Tensor:
+def resample(x: Tensor, action: GroupAction, *, transpose: bool) -> Tensor:
     """(B, H*W, C) to (B, h*w, C):  out = W_g x; with `transpose` its W_g^T x, the other way."""
-    height, width = size_in if transpose else size_out
+    height, width = action.size_in if transpose else action.size_out
     batch, tokens, channels = x.shape
     out = x.new_empty(batch, height * width, channels)
     if out.numel() == 0 or tokens == 0:
@@ -458,52 +446,16 @@ def group_action(
     with torch.cuda.device_of(x):
         _resample[(batch * squares * triton.cdiv(channels, config.tiles["CHANNELS"]),)](
             x.contiguous(),
-            linear.contiguous(),
-            offset.contiguous(),
+            action.linear.contiguous(),
+            action.offset.contiguous(),
             out,
-            *size_in,
-            *size_out,
+            *action.size_in,
+            *action.size_out,
             channels,
-            HOW=Resampling.of(interpolation, padding, antialias, x.dtype),
+            HOW=Resampling.of(action.interpolation, action.padding, action.antialias, x.dtype),
             TRANSPOSE=transpose,
             **config.tiles,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
     return out
-
-
-# (B, h*w, C) to (B, H*W, C):  out = W_g^T x.
-group_action_transpose = partial(group_action, transpose=True)
-
-
-# ---------------------------------------------------------------- offline compilation
-
-
-def shipped(capability: int) -> list[Build]:
-    """The builds of SER's setting, projected tokens of 512 channels, and one of each other way through the kernel."""
-
-    def build(dtype: torch.dtype, transpose: bool, *options: str | bool) -> Build:
-        how = Resampling.of(*options, dtype)
-        element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-        sizes = dict.fromkeys(["height", "width", "height_out", "width_out", "channels"], "i32")
-        stretched = " antialias" if how.stretch else ""
-        return Build(
-            f"group_action{'_transpose' if transpose else ''} {how.kernel} {how.padding}{stretched} {element}",
-            _resample,
-            {"x": f"*{element}", "linear": "*fp64", "offset": "*fp64", "out": f"*{element}", **sizes},
-            {"HOW": how, "TRANSPOSE": transpose},
-            group_action_config(capability, 512, dtype),
-            aligned=("channels",),
-        )
-
-    return [
-        build(dtype, transpose, *options)
-        for transpose in (False, True)
-        for dtype, *options in [
-            (torch.bfloat16, "bicubic", "border", False),
-            (torch.float32, "bicubic", "border", False),
-            (torch.bfloat16, "lanczos3", "reflection", True),
-            (torch.bfloat16, "nearest", "zeros", False),
-        ]
-    ]

@@ -16,8 +16,8 @@ import triton
 from ser_fast.kernels.configs import (
     Config,
     capability_of,
-    owner_config,
     similarity_config,
+    stationary_config,
     tuned,
     tuned_file,
     tuning_key,
@@ -36,7 +36,7 @@ SIMILARITIES = [
         (256, 128, 64, 8, 4),
     ]
 ]
-OWNERS = [
+STATIONARY = [
     Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
     for m, n, warps, stages in [
         (64, 32, 4, 2),
@@ -87,7 +87,13 @@ def tune(rows: int, columns: int, measure: Callable[..., float] = milliseconds) 
     tried = {}
     jobs = [(tuning_key("similarities", capability), [similarity_config(capability), *SIMILARITIES], symmetric)]
     if columns in (64, 128, 256, 512):
-        jobs.append((tuning_key("owner", capability, columns), [owner_config(capability, columns), *OWNERS], detached))
+        jobs.append(
+            (
+                tuning_key("stationary_gradient", capability, columns),
+                [stationary_config(capability, columns), *STATIONARY],
+                detached,
+            )
+        )
     for key, candidates, step in jobs:
         tried[key] = choose_fastest(key, candidates, step, measure)
     path = tuned_file()

@@ -1,6 +1,8 @@
 """Fixtures shared by the test files, and how much of the matrix the interpreter takes."""
 
 import os
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from zlib import crc32
 
 import pytest
@@ -46,7 +48,27 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What torch allocates holds NaN, or the largest integer, until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=[name for name in BACKENDS if reason_not(name, "cpu") is None])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can run on CPU tensors in this installation; Triton's runs in its interpreter."""
     return request.param
+
+
+@pytest.fixture
+def squares(backend: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets group_action go by large squares of tokens in the interpreter, which are fewer; not in one case in eight."""
+
+    def of_case(number: int) -> None:
+        if backend == "triton":
+            kernels, language = import_module("ser_fast.kernels.group_action"), import_module("triton.language")
+            monkeypatch.setattr(kernels, "_EDGE", language.constexpr(8 if number % 8 == 0 else 32))
+
+    return of_case

@@ -3,30 +3,39 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ser_fast.ops import backends
-from ser_fast.ops.backends import BACKENDS, choose, reason_not
+from ser_fast.ops import reference
+from ser_fast.ops.backends import BACKENDS, PREFERRED, choose, implementations, reason_not, registered
 
 X = torch.zeros(1)
 
 
+DEVICES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
 @pytest.fixture
-def complete(monkeypatch: pytest.MonkeyPatch) -> None:
+def complete() -> Iterator[None]:
     """An installation that misses no part, with a GPU."""
-    monkeypatch.setattr(backends, "_MISSING", {})
-    monkeypatch.setitem(backends._DEVICES, "triton", "cuda")
+    with ExitStack() as stack:
+        for name, device in DEVICES.items():
+            stack.enter_context(registered(name, reference, device))
+        yield
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+def bare() -> Iterator[None]:
     """An installation of plain Python."""
-    monkeypatch.setattr(backends, "_MISSING", {name: f"no {name} in this box" for name in ("cpu", "triton", "cuda")})
+    with ExitStack() as stack:
+        for name, device in DEVICES.items():
+            stack.enter_context(registered(name, f"no {name} in this box", device))
+        yield
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
@@ -58,13 +67,13 @@ def test_auto_takes_the_native_kernels(complete):
     assert choose("op", "auto", X.to("meta")) == "reference"
 
 
-def test_auto_never_takes_the_interpreter(complete, monkeypatch):
-    monkeypatch.setitem(backends._DEVICES, "triton", "cpu")
-    assert reason_not("triton", "cpu") is None
-    assert choose("op", "triton", X) == "triton"
-    assert choose("op", "auto", X) == "cpu"
-    monkeypatch.setitem(backends._MISSING, "cpu", "not here")
-    assert choose("op", "auto", X) == "reference"
+def test_auto_never_takes_the_interpreter(complete):
+    with registered("triton", reference, "cpu"):
+        assert reason_not("triton", "cpu") is None
+        assert choose("op", "triton", X) == "triton"
+        assert choose("op", "auto", X) == "cpu"
+        with registered("cpu", "not here", "cpu"):
+            assert choose("op", "auto", X) == "reference"
 
 
 @pytest.mark.parametrize("interpreter", [None, "0", "1"])
@@ -116,18 +125,26 @@ def test_auto_takes_the_preferred_on_a_gpu(complete, gpu, op, takes):
 
 
 @pytest.mark.parametrize("capability", [7, 8, 9])
-@pytest.mark.parametrize("op", backends.PREFERRED)
-def test_auto_takes_the_other_where_the_preferred_is_missing(complete, gpu, monkeypatch, op, capability):
+@pytest.mark.parametrize("op", PREFERRED)
+def test_auto_takes_the_other_where_the_preferred_is_missing(complete, gpu, op, capability):
     tensor = gpu(capability)
     first = choose(op, "auto", tensor)
     (other,) = {"triton", "cuda"} - {first}
-    monkeypatch.setitem(backends._MISSING, first, "not here")
-    assert choose(op, "auto", tensor) == other
-    monkeypatch.setitem(backends._MISSING, other, "not here")
-    assert choose(op, "auto", tensor) == "reference"
+    with registered(first, "not here", "cuda"):
+        assert choose(op, "auto", tensor) == other
+        with registered(other, "not here", "cuda"):
+            assert choose(op, "auto", tensor) == "reference"
 
 
-@pytest.mark.parametrize("op", backends.PREFERRED)
+def test_what_is_registered_is_gone_afterwards():
+    before = implementations(), [reason_not(name, device) for name in BACKENDS for device in ("cpu", "cuda")]
+    with registered("cuda", reference, "cpu"):
+        assert implementations()["cuda"] is reference
+        assert reason_not("cuda", "cpu") is None
+    assert before == (implementations(), [reason_not(name, device) for name in BACKENDS for device in ("cpu", "cuda")])
+
+
+@pytest.mark.parametrize("op", PREFERRED)
 @pytest.mark.parametrize("capability", [7, 9])
 def test_an_explicit_request_is_not_a_preference(complete, gpu, op, capability):
     for name in ("triton", "cuda"):
@@ -135,7 +152,7 @@ def test_an_explicit_request_is_not_a_preference(complete, gpu, op, capability):
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
-def test_an_explicit_request_is_met(complete, name):
+def test_an_explicit_request_runs(complete, name):
     assert choose("op", name, X) == name
 
 

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from ser_fast import cli
-from ser_fast.ops import backends
-from ser_fast.ops.backends import BACKENDS, reason_not
+from ser_fast.ops import backends, reference
+from ser_fast.ops.backends import BACKENDS, reason_not, registered
 from ser_fast.training.checkpoint import ENCODER, list_checkpoints
 from ser_fast.training.trainer import NonFiniteLossError
 
@@ -390,9 +390,8 @@ def test_doctor_says_what_auto_takes_on_each_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8 + device.index))
-    monkeypatch.setattr(backends, "_MISSING", {})
-    monkeypatch.setitem(backends._DEVICES, "triton", "cuda")
-    _, _, takes = doctors_tables(capsys, monkeypatch)
+    with registered("triton", reference, "cuda"), registered("cuda", reference, "cuda"):
+        _, _, takes = doctors_tables(capsys, monkeypatch)
     assert takes == [
         ["cpu", "cpu", "cpu", "cpu"],
         ["cuda:0", "cuda", "cuda", "cuda"],

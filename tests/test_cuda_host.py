@@ -4,7 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap
-from ser_fast.ops import backends, reference
-from ser_fast.ops import group_action as operator
+from ser_fast.ops import reference
+from ser_fast.ops.backends import registered
+from ser_fast.ops.contract import GroupAction
 from ser_fast.ops.group_action import group_action
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -60,40 +61,31 @@ class Device(NamedTuple):
     def become(self, multiprocessors: int, shared: int) -> None:
         self.library.set_device(multiprocessors, shared)
 
-    def act(
-        self,
-        x: Tensor,
-        linear: Tensor,
-        offset: Tensor,
-        size_in: Sequence[int],
-        size_out: Sequence[int],
-        interpolation: str,
-        padding: str,
-        antialias: bool,
-        *,
-        transpose: bool = False,
-    ) -> Tensor:
+    def act(self, x: Tensor, action: GroupAction, *, transpose: bool = False) -> Tensor:
         """As the backends have it."""
-        tokens = size_in if transpose else size_out
-        x, linear, offset = x.contiguous(), linear.contiguous(), offset.contiguous()
+        tokens = action.size_in if transpose else action.size_out
+        x, linear, offset = x.contiguous(), action.linear.contiguous(), action.offset.contiguous()
         out = x.new_full((x.shape[0], tokens[0] * tokens[1], x.shape[2]), 7)
         error = self.library.group_action(
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, linear, offset, out)),
             TYPES.index(x.dtype),
             ctypes.c_int64(x.shape[0]),
             ctypes.c_int64(x.shape[2]),
-            (ctypes.c_int64 * 4)(*size_in, *size_out),
-            INTERPOLATIONS.index(interpolation),
-            PADDINGS.index(padding),
-            ctypes.c_bool(antialias),
+            (ctypes.c_int64 * 4)(*action.size_in, *action.size_out),
+            INTERPOLATIONS.index(action.interpolation),
+            PADDINGS.index(action.padding),
+            ctypes.c_bool(action.antialias),
             ctypes.c_bool(transpose),
         )
         if error is not None:
             raise RuntimeError(error.decode())
         return out
 
-    def act_transposed(self, *arguments: Any) -> Tensor:
-        return self.act(*arguments, transpose=True)
+    def group_action(self, x: Tensor, action: GroupAction) -> Tensor:
+        return self.act(x, action)
+
+    def group_action_transpose(self, x: Tensor, action: GroupAction) -> Tensor:
+        return self.act(x, action, transpose=True)
 
 
 @pytest.fixture
@@ -104,13 +96,10 @@ def device(library) -> Device:
 
 
 @pytest.fixture
-def backend(device, monkeypatch) -> str:
+def backend(device) -> Iterator[str]:
     """The backend `cuda`, on CPU tensors."""
-    monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
-    monkeypatch.delitem(backends._MISSING, "cuda", raising=False)
-    monkeypatch.setitem(operator._FORWARD, "cuda", device.act)
-    monkeypatch.setitem(operator._TRANSPOSE, "cuda", device.act_transposed)
-    return "cuda"
+    with registered("cuda", device, "cpu"):
+        yield "cuda"
 
 
 # ---------------------------------------------------------------- the operator's own tests
@@ -167,12 +156,12 @@ def test_every_way_gives_the_same(device, machine, g, options, dtype):
         for transpose in (False, True):
             size = g.size_out if transpose else g.size_in
             x = torch.randn(3, size[0] * size[1], channels).to(dtype)
-            arguments = (g.linear, g.offset, g.size_in, g.size_out, *options)
+            action = GroupAction(g.linear, g.offset, g.size_in, g.size_out, *options)
             oracle = reference.group_action_transpose if transpose else reference.group_action
-            actual = device.act(x, *arguments, transpose=transpose)
-            assert_within(actual, oracle(x.to(f64), *arguments), budget)
+            actual = device.act(x, action, transpose=transpose)
+            assert_within(actual, oracle(x.to(f64), action), budget)
             if g is MAPS["copy"]:
-                assert_same_bits(actual, oracle(x, *arguments))
+                assert_same_bits(actual, oracle(x, action))
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
@@ -180,8 +169,8 @@ def test_every_way_gives_the_same(device, machine, g, options, dtype):
 def test_memory_that_is_not_aligned(device, offset, dtype):
     g = MAPS["general"]
     x = torch.randn(3 * 42 * 16 + offset).to(dtype)[offset:].view(3, 42, 16)
-    arguments = (g.linear, g.offset, g.size_in, g.size_out, "bicubic", "border", False)
-    assert_within(device.act(x, *arguments), reference.group_action(x.to(f64), *arguments), 2**-8)
+    action = GroupAction(g.linear, g.offset, g.size_in, g.size_out, "bicubic", "border", False)
+    assert_within(device.act(x, action), reference.group_action(x.to(f64), action), 2**-8)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -191,9 +180,9 @@ def test_large_lattices(device, shared, g, transpose):
     device.become(108, shared)
     size = g.size_out if transpose else g.size_in
     x = torch.randn(1, size[0] * size[1], 8).to(bf16)
-    arguments = (g.linear, g.offset, g.size_in, g.size_out, "bicubic", "border", False)
+    action = GroupAction(g.linear, g.offset, g.size_in, g.size_out, "bicubic", "border", False)
     oracle = reference.group_action_transpose if transpose else reference.group_action
-    assert_within(device.act(x, *arguments, transpose=transpose), oracle(x.float(), *arguments), 2**-8)
+    assert_within(device.act(x, action, transpose=transpose), oracle(x.float(), action), 2**-8)
 
 
 @pytest.mark.parametrize("machine", DEVICES.values(), ids=DEVICES)
@@ -220,10 +209,10 @@ class Drive(NamedTuple):
 
 
 CSRC, HOST_CUDA = ROOT / "csrc", ROOT / "tests" / "host_cuda"
-TWIN = tuple(CSRC / "cpu" / name for name in ("group_action.cpp", "resampling.cpp", "rows.cpp"))
+CPU_KERNELS = tuple(CSRC / "cpu" / name for name in ("channel_vectors.cpp", "group_action.cpp", "taps.cpp"))
 DRIVES = [
-    Drive("group_action.cu", (*TWIN, HOST_CUDA / "drive.cpp"), ""),
-    Drive("nt_xent_tiles.cu", (HOST_CUDA / "drive_tiles.cpp",), "wait_copies<kStages - 2>();"),
+    Drive("group_action.cu", (*CPU_KERNELS, HOST_CUDA / "drive.cpp"), ""),
+    Drive("nt_xent_tiles.cu", (CSRC / "cuda" / "nt_xent_stationary.cu", HOST_CUDA / "drive_tiles.cpp"), "wait_copies<kStages - 2>();"),
     Drive("nt_xent_panels.cu", (CSRC / "cuda" / "nt_xent_rows.cu", HOST_CUDA / "drive_rows.cpp"), ""),
 ]
 

@@ -5,6 +5,7 @@ import functools
 import importlib
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,21 +19,14 @@ from tiled_cases import rows as rows_of_views
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from ser_fast.ops import backends, tiled
-from ser_fast.ops import nt_xent as operator
+from ser_fast.ops import gpu_losses
+from ser_fast.ops.backends import registered
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (f32, f64, bf16, f16)
 COLUMNS = (1, 33, 64, 200)
-TABLES = {  # of the operators' backends: the functions that go in
-    "_KEPT_BYTES": "kept_bytes",
-    "_NT_XENT": "nt_xent",
-    "_NT_XENT_BACKWARD": "nt_xent_backward",
-    "_INFO_NCE": "info_nce",
-    "_INFO_NCE_BACKWARD": "info_nce_backward",
-    "_INFO_NCE_DETACHED": "info_nce_detached",
-}
 NOTHING = torch.empty(0, dtype=torch.int64)
 TOP = 2.0**14  # as kernels have it
 
@@ -188,7 +182,7 @@ def similarities(queries: Rows, keys: Rows, partner: Tensor, temperature: float)
 @pytest.mark.parametrize(("views", "normalize"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operands(operators, dtype, columns, views, normalize):
+def test_prepare(operators, dtype, columns, views, normalize):
     x = rows(operators, dtype, columns, views=views, normalize=normalize)
     u = x.u[: x.count, :columns]
     assert_within(u, x.unit, x.unit.abs() + 1e-6 * normalize, budget(x.u.dtype) / 4)
@@ -268,7 +262,7 @@ def test_losses_from_integers(operators):
 @pytest.mark.parametrize("views", [True, False])
 @pytest.mark.parametrize("columns", [33, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_coefficients(operators, dtype, columns, views, temperature):
+def test_gradient_weights(operators, dtype, columns, views, temperature):
     """That a 2^(c s - shift) is what it should be, of which only the exponent of the shift is up to the kernel."""
     queries, keys, positive, partner = pairs(operators, dtype, columns, views, True)
     real, library, bounded = real_of(dtype), dtype.itemsize > 2, dtype.itemsize == 2 and temperature > 0.03
@@ -279,7 +273,7 @@ def test_coefficients(operators, dtype, columns, views, temperature):
     largest = torch.linalg.vector_norm(weight * torch.expm1(-loss), torch.inf).view(1)
     out = torch.full((3, queries.padded), 7, dtype=real)
     arguments = (queries.x0, queries.x1, keys.x0, keys.x1, positive, queries.table, weight, largest, loss)
-    operators.nt_xent_coefficients(*arguments, out, temperature, views, bounded, library, True)
+    operators.nt_xent_gradient_weights(*arguments, out, temperature, views, bounded, library, True)
     a, shift, pull = out.double()[:, : queries.count]
 
     s = similarities(queries, keys, partner, temperature)
@@ -311,7 +305,7 @@ def through_unit(x: Rows, g: Tensor) -> tuple[Tensor, Tensor]:
 )
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_finish(operators, dtype, columns, side, normalize):
+def test_finish_gradient(operators, dtype, columns, side, normalize):
     queries, keys, positive, partner = pairs(operators, dtype, columns, side == "views", normalize)
     real, library, temperature, splits = real_of(dtype), queries.u.dtype != f16, 0.2, 2
     x, y = (keys, queries) if side == "key" else (queries, keys)
@@ -339,7 +333,7 @@ def test_finish(operators, dtype, columns, side, normalize):
         d_x0, d_x1 = (torch.full(part.shape, 7, dtype=d_dtype) for part in (x.x0, x.x1))
         arguments = (x.x0, x.x1, y.x0, y.x1, x.table, coefficients, positive, order, first, accumulated, largest)
         number = ("views", "query", "key").index(side)
-        operators.nt_xent_finish(*arguments, d_x0, d_x1, temperature, number, library, normalize)
+        operators.nt_xent_finish_gradient(*arguments, d_x0, d_x1, temperature, number, library, normalize)
         actual = torch.cat([d_x0, d_x1])
         fits = expected.abs() <= torch.finfo(d_dtype).max  # else it becomes infinite
         assert_within(
@@ -350,14 +344,14 @@ def test_finish(operators, dtype, columns, side, normalize):
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
-def test_detached_finish(operators, dtype, columns, temperature):
+def test_finish_detached(operators, dtype, columns, temperature):
     queries, keys, positive, partner = pairs(operators, dtype, columns, False, True)
     state, negatives = running_state(f32, 3, queries.padded)
     generator = torch.Generator().manual_seed(7)
     means = torch.randn(3, queries.padded, queries.u.shape[1], generator=generator)
     accumulated = means * state[1][..., None]  # (splits, padded, DIM)
     loss, gradient = torch.full((queries.count,), 7.0), torch.full((queries.count, columns), 7.0)
-    operators.nt_xent_detached_finish(
+    operators.nt_xent_finish_detached(
         *(queries.x0, keys.x0, positive, queries.table, state, accumulated, loss, gradient, temperature, True)
     )
     s = similarities(queries, keys, partner, temperature)
@@ -420,7 +414,7 @@ def test_panels_of_similarities(operators, dtype, by_row, by_key):
     for row, columns in CORNERS:
         panel = s[row, columns].clone(memory_format=torch.contiguous_format)
         arguments = (x.u, x.table, of_x, y.u, y.table, of_y, panel.new_empty(0, dtype=f16), panel)
-        operators.nt_xent_panel(*arguments, 1.0, row.start, columns.start, 1, False, by_row, by_key)
+        operators.nt_xent_gradient_panel(*arguments, 1.0, row.start, columns.start, 1, False, by_row, by_key)
         assert_within(panel, expected[row, columns], 10.0, budget(dtype))
         assert panel[~negatives_of(x, y)[row, columns]].eq(0).all()
 
@@ -443,7 +437,7 @@ def test_panels_of_what_was_kept(operators):
     for (row, columns), source in zip(CORNERS, (3, 2, 3), strict=True):
         panel = torch.full(expected[row, columns].shape, 7, dtype=f16)
         arguments = (x.u, x.table, coefficients, x.u, x.table, coefficients, kept, panel)
-        operators.nt_xent_panel(*arguments, 1.0, row.start, columns.start, source, True, True, True)
+        operators.nt_xent_gradient_panel(*arguments, 1.0, row.start, columns.start, source, True, True, True)
         assert_within(panel, expected[row, columns], 2.0**-14, torch.finfo(f16).eps)
 
 
@@ -452,8 +446,8 @@ def test_a_row_that_is_too_long_says_so(operators):
     table = torch.ones(2 * 128 + 12, dtype=torch.int64)
     state, accumulated = torch.zeros(2, 1, 128), torch.zeros(1, 128, 64)
     outputs = torch.zeros(1), torch.zeros(1, 100_000)
-    with pytest.raises(RuntimeError, match="nt_xent_detached_finish on cuda: rows this long take more shared memory"):
-        operators.nt_xent_detached_finish(
+    with pytest.raises(RuntimeError, match="nt_xent_finish_detached on cuda: rows this long take more shared memory"):
+        operators.nt_xent_finish_detached(
             query, query, torch.zeros(1).long(), table, state, accumulated, *outputs, 1.0, True
         )
 
@@ -462,15 +456,10 @@ def test_a_row_that_is_too_long_says_so(operators):
 
 
 @pytest.fixture
-def backend(operators, monkeypatch) -> str:
+def backend(operators) -> Iterator[str]:
     """The backend `cuda`, on CPU tensors."""
-    cuda = importlib.import_module("ser_fast.ops.cuda")
-    monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
-    monkeypatch.delitem(backends._MISSING, "cuda", raising=False)
-    for table, name in TABLES.items():
-        monkeypatch.setitem(getattr(operator, table), "cuda", getattr(cuda, name))
-    monkeypatch.setitem(test_nt_xent.KEPT_BYTES, "cuda", cuda.kept_bytes)
-    return "cuda"
+    with registered("cuda", importlib.import_module("ser_fast.ops.cuda").CUDABackend(), "cpu"):
+        yield "cuda"
 
 
 # ---------------------------------------------------------------- tiles, paths, sizes
@@ -480,25 +469,25 @@ def backend(operators, monkeypatch) -> str:
 @pytest.mark.parametrize("function", [nt_xent, info_nce])
 def test_tiles_of_every_kind(function, kind, backend, monkeypatch):
     every_kind_of_tile(function, kind, 128, backend)
-    monkeypatch.setattr(tiled, "PANEL", 128)
-    monkeypatch.setattr(cuda_kernels(), "largest_owned", lambda self, device: 0)
+    monkeypatch.setattr(gpu_losses, "PANEL", 128)
+    monkeypatch.setattr(cuda_kernels(), "largest_stationary", lambda self, device: 0)
     every_kind_of_tile(function, kind, 128, backend)
 
 
 def cuda_kernels() -> Any:
-    return importlib.import_module("ser_fast.ops.cuda")._Kernels
+    return importlib.import_module("ser_fast.ops.cuda").CUDAKernels
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("path", ["owner", "panel", "kept", "detached"])
+@pytest.mark.parametrize("path", ["stationary", "panel", "kept", "detached"])
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 0.2])
 def test_paths(backend, temperature, path, splits, monkeypatch):
     """More than one tile each way, and shares of the keys of which some are empty."""
     if splits > 1 and path in ("panel", "kept"):
         pytest.skip("no walk over keys")
-    monkeypatch.setattr(tiled, "PANEL", 256)
-    monkeypatch.setattr(tiled, "_splits", lambda strips, tiles, x: splits)
-    monkeypatch.setattr(cuda_kernels(), "largest_owned", lambda self, device: 512 if path == "owner" else 0)
+    monkeypatch.setattr(gpu_losses, "PANEL", 256)
+    monkeypatch.setattr(gpu_losses, "_splits", lambda row_blocks, tiles, x: splits)
+    monkeypatch.setattr(cuda_kernels(), "largest_stationary", lambda self, device: 512 if path == "stationary" else 0)
     x, y = rows_of_views(150, 40)
     options = {"temperature": temperature, "image": torch.arange(150) // 7}
     if path == "kept":
@@ -544,7 +533,7 @@ def test_columns_that_have_no_kernel(operators):
     u, table = torch.zeros(128, 320, dtype=f16), torch.zeros(2 * 128 + 12, dtype=torch.int64)
     state, out = torch.zeros(2, 1, 128), torch.zeros(1, 128, 320)
     with pytest.raises(RuntimeError, match="64, 128, 256 or 512 columns"):
-        operators.nt_xent_detached(u, table, u, table, state, out, 1.0, 128, True)
+        operators.nt_xent_detached_sums(u, table, u, table, state, out, 1.0, 128, True)
 
 
 def test_too_little_shared_memory_says_so(twin, operators):

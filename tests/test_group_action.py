@@ -17,6 +17,7 @@ from ser_fast.lattice import LatticeMap, positions
 from ser_fast.ops.backends import BACKENDS, reason_not
 from ser_fast.ops.group_action import group_action
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 # Relative to the largest value: what a sum of a few taps in that precision may lose.
@@ -227,9 +228,10 @@ def golden(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [f32, f64])
-def test_golden_features(backend, dtype):
+def test_golden_features(backend, squares, dtype):
     x = golden("x")
     for case, (rows, columns, k_own, k_other, mode) in enumerate(GOLDEN["feat_params"].tolist()):
+        squares(case)
         undone = LatticeMap.rot90((11, 13), -k_own)
         resize = LatticeMap.resize(undone.size_out, (rows, columns))
         g = LatticeMap.rot90((rows, columns), k_other) @ resize @ LatticeMap.vflip(undone.size_out) @ undone
@@ -238,10 +240,11 @@ def test_golden_features(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [f32, f64])
-def test_golden_images_of_mixed_flips(backend, dtype):
+def test_golden_images_of_mixed_flips(backend, squares, dtype):
     x = golden("img_x")
     flips = LatticeMap.d4((20, 20), golden("img_flags") @ torch.tensor([2, 4]))
     for case, (rows, columns, k, mode) in enumerate(GOLDEN["img_params"].tolist()):
+        squares(case)
         g = LatticeMap.rot90((rows, columns), k) @ LatticeMap.resize((20, 20), (rows, columns)) @ flips
         actual = group_action(x.to(dtype), g, interpolation=MODES[mode], backend=backend)
         torch.testing.assert_close(actual.to(f64), golden(f"img_{case}"), rtol=0, atol=GOLDEN_BUDGET[dtype])

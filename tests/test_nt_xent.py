@@ -14,14 +14,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ser_fast.ops.backends import BACKENDS, implementations, reason_not
+from ser_fast.ops.backends import BACKENDS, implementation, reason_not
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES = {"nt_xent": nt_xent, "info_nce": info_nce}
-KEPT_BYTES = implementations("kept_bytes")
 
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(params=LOSSES.values(), ids=LOSSES)
@@ -560,7 +560,7 @@ def test_kept_similarities_change_nothing(setting: Any, dtype: torch.dtype, temp
 
 def test_keeps_no_more_than_the_budget(backend: str) -> None:
     x, y = pair(6, dtype=f32)
-    wanted = KEPT_BYTES[backend](6, f32, 0.2, True)
+    wanted = implementation(backend).kept_bytes(6, f32, 0.2, True)
     for budget in (0, wanted - 1, wanted, 2**40):
         with OpCalls() as recorded:
             nt_xent(x, y, temperature=0.2, memory_budget=max(budget, 0), backend=backend)
@@ -571,7 +571,8 @@ def test_keeps_no_more_than_the_budget(backend: str) -> None:
 
 
 def test_never_keeps_what_has_no_bound(backend: str) -> None:
-    assert KEPT_BYTES[backend](6, f32, 0.01, True) == KEPT_BYTES[backend](6, f32, 0.2, False) == 0
+    kept_bytes = implementation(backend).kept_bytes
+    assert kept_bytes(6, f32, 0.01, True) == kept_bytes(6, f32, 0.2, False) == 0
 
 
 @pytest.mark.parametrize("layout", ["transposed", "offset"])

@@ -10,11 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ser_fast.lattice import LatticeMap
-from ser_fast.ops.backends import reason_not
+from ser_fast.ops.backends import implementation, reason_not
+from ser_fast.ops.contract import GroupAction
 from ser_fast.ops.group_action import group_action
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(reason_not("triton", DEVICE) is not None, reason="triton can't run here")
+pytestmark = [
+    pytest.mark.skipif(reason_not("triton", DEVICE) is not None, reason="triton can't run here"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 
 class Recorder(TorchDispatchMode):
@@ -45,10 +49,10 @@ def test_the_action_is_one_kernel_and_one_tensor_each_way(monkeypatch, kernels):
     g = LatticeMap.resize((9, 6), (5, 7), batch=2).to(DEVICE)
     x = torch.randn(2, 54, 24, device=DEVICE)
     recorder = Recorder(monkeypatch, kernels._resample)
-    arguments = (g.linear, g.offset, g.size_in, g.size_out, "bicubic", "border", False)
+    action = GroupAction(g.linear, g.offset, g.size_in, g.size_out, "bicubic", "border", False)
     with recorder:
-        out = kernels.group_action(x, *arguments)
-        kernels.group_action_transpose(out, *arguments)
+        out = implementation("triton").group_action(x, action)
+        implementation("triton").group_action_transpose(out, action)
     assert len(recorder.launches) == 2
     assert recorder.allocated == [2 * 35 * 24 * 4, 2 * 54 * 24 * 4]  # the outputs; W would take 2 * 35 * 54 * 4
 

@@ -1,7 +1,5 @@
 """What is particular to the Triton kernels of nt_xent and info_nce: tiles, paths and launches."""
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +10,9 @@ from tiled_cases import DEVICE, KINDS, check, every_kind_of_tile, oracle, rows, 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ser_fast.ops import tiled
-from ser_fast.ops.backends import reason_not
+from ser_fast.ops import gpu_losses
+from ser_fast.ops.backends import implementation, reason_not
+from ser_fast.ops.contract import InfoNCE, LossGradient, NTXent
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
 if reason_not("triton", DEVICE) is not None:
@@ -21,13 +20,15 @@ if reason_not("triton", DEVICE) is not None:
 
 import triton
 import triton.language as tl
+from check_triton import nt_xent_builds
 
-from ser_fast.kernels import configs
+from ser_fast.kernels import configs, nt_xent_rows, nt_xent_tiles
+from ser_fast.kernels import nt_xent as launches
 
-kernels = importlib.import_module("ser_fast.kernels.nt_xent")  # the package gives its function nt_xent that name
 Config = configs.Config
 SMALL = Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 2}, 4, 1)
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 f16, f32, f64 = torch.float16, torch.float32, torch.float64
 COUNT = 80  # rows a view
 
@@ -35,12 +36,12 @@ COUNT = 80  # rows a view
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles and panels so small that few rows make many of each kind."""
-    monkeypatch.setattr(kernels, "similarity_config", lambda capability: SMALL)
+    monkeypatch.setattr(launches, "similarity_config", lambda capability: SMALL)
     running = {name: size for name, size in SMALL.tiles.items() if name != "GROUP"}
-    monkeypatch.setattr(kernels, "running_config", lambda capability: Config(running, 4, 1))
-    monkeypatch.setattr(kernels, "owner_config", lambda *_: Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1))
-    monkeypatch.setattr(kernels, "prepare_config", lambda columns: Config({"SPANS": 2}, 4, 1))
-    monkeypatch.setattr(tiled, "PANEL", 64)
+    monkeypatch.setattr(launches, "row_sums_config", lambda capability: Config(running, 4, 1))
+    monkeypatch.setattr(launches, "stationary_config", lambda *_: Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1))
+    monkeypatch.setattr(launches, "prepare_config", lambda columns: Config({"SPANS": 2}, 4, 1))
+    monkeypatch.setattr(gpu_losses, "PANEL", 64)
 
 
 # ---------------------------------------------------------------- tiles
@@ -57,9 +58,9 @@ def test_tiles_of_every_kind(function: Callable[..., Tensor], kind: str) -> None
 @pytest.mark.parametrize("capability", configs.CAPABILITIES)
 def test_shipped_tiles(columns: int, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each launch configuration once, with rows for more than one tile and a ragged last one."""
-    monkeypatch.setattr(kernels, "similarity_config", lambda _: configs._SIMILARITIES[capability])
-    monkeypatch.setattr(kernels, "running_config", lambda _: configs._RUNNING[capability])
-    monkeypatch.setattr(kernels, "owner_config", lambda _, dim: configs._OWNER[capability, dim])
+    monkeypatch.setattr(launches, "similarity_config", lambda _: configs._SIMILARITIES[capability])
+    monkeypatch.setattr(launches, "row_sums_config", lambda _: configs._ROW_SUMS[capability])
+    monkeypatch.setattr(launches, "stationary_config", lambda _, dim: configs._STATIONARY[capability, dim])
     x, y = rows(135, columns)
     options = {"temperature": 0.2, "image": torch.arange(135, device=DEVICE) // 9}
     check(with_gradients(nt_xent, x, y, backend="triton", **options), oracle(nt_xent, x, y, **options), 0.2)
@@ -71,17 +72,19 @@ def test_shipped_tiles(columns: int, capability: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("path", "splits"), [("owner", 1), ("owner", 3), ("panel", 1), ("kept", 1)])
+@pytest.mark.parametrize(("path", "splits"), [("stationary", 1), ("stationary", 3), ("panel", 1), ("kept", 1)])
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
 def test_backward_paths(temperature: float, path: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "LARGEST_OWNED", dict.fromkeys(configs.CAPABILITIES, 512 if path == "owner" else 0))
-    monkeypatch.setattr(tiled, "_splits", lambda strips, tiles, device: min(splits, tiles))
+    largest = dict.fromkeys(configs.CAPABILITIES, 512 if path == "stationary" else 0)
+    monkeypatch.setattr(launches, "LARGEST_STATIONARY", largest)
+    monkeypatch.setattr(gpu_losses, "_splits", lambda row_blocks, tiles, device: min(splits, tiles))
     x, y = rows(COUNT, 40)
     options = {"temperature": temperature, "image": torch.arange(COUNT, device=DEVICE) // 7}
     if path == "kept":
         options["memory_budget"] = 1 << 30
         tiles = 6  # squares of 64 on and below the diagonal
-        assert kernels.kept_bytes(COUNT, f16, temperature, True) == (2 * tiles * 64**2 if temperature >= 0.1 else 0)
+        kept = implementation("triton").kept_bytes(COUNT, f16, temperature, True)
+        assert kept == (2 * tiles * 64**2 if temperature >= 0.1 else 0)
     check(with_gradients(nt_xent, x, y, backend="triton", **options), oracle(nt_xent, x, y, **options), temperature)
     if path != "kept":
         actual = with_gradients(info_nce, x, y, backend="triton", **options)
@@ -91,7 +94,7 @@ def test_backward_paths(temperature: float, path: str, splits: int, monkeypatch:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("temperature", "splits"), [(0.01, 1), (0.05, 3), (0.3, 3)])
 def test_one_pass(temperature: float, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "_splits", lambda strips, tiles, device: min(splits, tiles))
+    monkeypatch.setattr(gpu_losses, "_splits", lambda row_blocks, tiles, device: min(splits, tiles))
     query, key = rows(COUNT, 40)
     image = torch.arange(COUNT, device=DEVICE) // 7
     query.requires_grad_()
@@ -150,7 +153,7 @@ def test_nan_in_half_precision(function: Callable[..., Tensor], poison: float, t
 @triton.jit
 def _triangle_of(t, out, N: tl.constexpr):
     n = tl.arange(0, N)
-    i, j = kernels._triangle(tl.load(t + n))
+    i, j = nt_xent_tiles._triangle(tl.load(t + n))
     tl.store(out + n, i)
     tl.store(out + N + n, j)
 
@@ -158,12 +161,12 @@ def _triangle_of(t, out, N: tl.constexpr):
 @triton.jit
 def _kept_of(r, c, out, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     n = tl.arange(0, N)
-    tl.store(out + n, kernels._kept_at(tl.load(r + n), tl.load(c + n), BLOCK_M, BLOCK_N))
+    tl.store(out + n, nt_xent_tiles._kept_at(tl.load(r + n), tl.load(c + n), BLOCK_M, BLOCK_N))
 
 
 @triton.jit
 def _add_all(values, out, N: tl.constexpr):
-    kernels._add(out, tl.zeros((N,), tl.int32), tl.load(values + tl.program_id(0) * N + tl.arange(0, N)), 1)
+    nt_xent_tiles._add(out, tl.zeros((N,), tl.int32), tl.load(values + tl.program_id(0) * N + tl.arange(0, N)), 1)
 
 
 def test_triangle() -> None:
@@ -227,25 +230,25 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """The kernels that are launched: their names and constants."""
-    launched: list[tuple[str, dict[str, Any]]] = []
-    kernel_type = type(kernels._prepare)
+    calls: list[tuple[str, dict[str, Any]]] = []
+    kernel_type = type(nt_xent_rows._prepare)
     run = kernel_type.run
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
         constants = {name: value for name, value in kwargs.items() if name not in ("grid", "warmup")}
-        launched.append((self.fn.__name__, constants))
+        calls.append((self.fn.__name__, constants))
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(kernel_type, "run", recorded)
-    return launched
+    return calls
 
 
 STEPS = {
     "nt_xent": ["_prepare", "_symmetric_sums", "_losses"],
-    "nt_xent_backward": ["_prepare", "_coefficients", "_owner", "_finish"],
-    "info_nce_detached": ["_prepare", "_prepare", "_detached", "_detached_finish"],
+    "nt_xent_backward": ["_prepare", "_gradient_weights", "_stationary_gradient", "_finish_gradient"],
+    "info_nce_detached": ["_prepare", "_prepare", "_detached_sums", "_finish_detached"],
 }
 
 
@@ -254,27 +257,30 @@ def step(name: str, count: int, dtype: torch.dtype = f16) -> Callable[[], Any]:
     x, y = rows(count, 64, dtype=dtype)
     image, valid = torch.arange(count, device=DEVICE), torch.ones(count, dtype=torch.bool, device=DEVICE)
     loss, kept = torch.ones(2 * count, device=DEVICE), torch.empty(0, dtype=torch.uint8, device=DEVICE)
-    calls = {
-        "nt_xent": lambda: kernels.nt_xent(x, y, image, valid, 0.3, True, kept),
-        "nt_xent_backward": lambda: kernels.nt_xent_backward(loss, x, y, image, valid, loss, kept, 0.3, True),
-        "info_nce_detached": lambda: kernels.info_nce_detached(x, y, image, image, valid, valid, image, 0.3, True),
+    views = NTXent(x, y, image, valid, 0.3, True)
+    keys = InfoNCE(x, y, image, image, valid, valid, positive=image, temperature=0.3, normalize=True)
+    backend = implementation("triton")
+    calls: dict[str, Callable[[], Any]] = {
+        "nt_xent": lambda: backend.nt_xent(views, kept),
+        "nt_xent_backward": lambda: backend.nt_xent_backward(views, LossGradient(loss, loss), kept),
+        "info_nce_detached": lambda: backend.info_nce_detached(keys),
     }
     return calls[name]
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_launches(name: str, launches: list[tuple[str, dict[str, Any]]]) -> None:
+def test_launches(name: str, launched: list[tuple[str, dict[str, Any]]]) -> None:
     """The kernels of a step, whose constants (what they are compiled for) the number of rows doesn't change."""
     step(name, 100)()
-    first = list(launches)
-    launches.clear()
+    first = list(launched)
+    launched.clear()
     step(name, 171)()
-    assert [kernel for kernel, _ in launches] == STEPS[name]
-    assert launches == first
+    assert [kernel for kernel, _ in launched] == STEPS[name]
+    assert launched == first
 
 
 def test_sizes_are_not_specialized() -> None:
-    for build in kernels.shipped(90):
+    for build in nt_xent_builds(90):
         kernel = build.kernel
         free = set(getattr(kernel, "kwargs", {}).get("do_not_specialize") or kernel.do_not_specialize)
         sizes = {name for name, kind in build.arguments.items() if kind == "i32"}
@@ -285,7 +291,7 @@ def test_sizes_are_not_specialized() -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_memory_is_linear(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has the size of the similarity matrix: the largest are the rows in float32, and a panel."""
-    monkeypatch.setattr(tiled, "PANEL", 128)
+    monkeypatch.setattr(gpu_losses, "PANEL", 128)
     count = 400
     call = step(name, count, dtype)
     with Allocations() as allocations:

@@ -1,4 +1,4 @@
-"""Every Triton kernel that is shipped, compiled for GPUs that need not be here: see benchmarks/static.py."""
+"""Every Triton kernel that is shipped, compiled for GPUs that need not be here: see tools/check_triton.py."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-STATIC = Path(__file__).parents[1] / "benchmarks" / "static.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "check_triton.py"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -17,6 +17,6 @@ def test_what_the_kernels_compile_to():
     # The interpreter takes the place of the compiler in a whole process, so this needs another.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(STATIC), "--check"], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, env=environment, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -41,12 +41,12 @@ def test_the_fastest_that_runs_is_kept():
 
 
 def test_launches_take_what_was_tuned_and_nothing_else(compiled):
-    key, chosen = tuning_key("owner", 90, 256), Config({"BLOCK_M": 64, "BLOCK_N": 16}, 4, 5)
-    table = configs.owner_config(90, 512)
+    key, chosen = tuning_key("stationary_gradient", 90, 256), Config({"BLOCK_M": 64, "BLOCK_N": 16}, 4, 5)
+    table = configs.stationary_config(90, 512)
     tuned_file().write_text(json.dumps({key: {"tiles": dict(chosen.tiles), "num_warps": 4, "num_stages": 5}}))
     tuned.cache_clear()
-    assert configs.owner_config(90, 256) == chosen
-    assert configs.owner_config(90, 512) == table
+    assert configs.stationary_config(90, 256) == chosen
+    assert configs.stationary_config(90, 512) == table
     assert configs.similarity_config(90) != chosen
 
 
@@ -55,13 +55,13 @@ def test_tuning_is_bounded_and_kept_for_the_next_process():
 
     def measure(step):
         steps.append(step)
-        return 5.0 - (len(steps) in (3, 10))  # the third similarity tile, and a strip
+        return 5.0 - (len(steps) in (3, 10))  # the third similarity tile, and a row block
 
     tried = tune.tune(8, 64, measure)
-    assert len(steps) == len(tune.SIMILARITIES) + len(tune.OWNERS) + 2
+    assert len(steps) == len(tune.SIMILARITIES) + len(tune.STATIONARY) + 2
     kept = dict(tuned())
     assert kept[tuning_key("similarities", 90)] == tune.SIMILARITIES[1]
-    assert kept[tuning_key("owner", 90, 64)] == tune.OWNERS[1]
-    assert [len(taken) for taken in tried.values()] == [len(tune.SIMILARITIES) + 1, len(tune.OWNERS) + 1]
+    assert kept[tuning_key("stationary_gradient", 90, 64)] == tune.STATIONARY[1]
+    assert [len(taken) for taken in tried.values()] == [len(tune.SIMILARITIES) + 1, len(tune.STATIONARY) + 1]
     tuned.cache_clear()
     assert tuned() == kept

@@ -10,20 +10,20 @@ namespace ser_fast {
 // Scratch memory: a vector whose new elements hold anything, and that starts with a cache line, because a vector register
 // that lies in two of them takes twice as long to load.
 template <typename T>
-struct Uninitialised {
+struct Uninitialized {
   using value_type = T;
-  Uninitialised() = default;
+  Uninitialized() = default;
   template <typename U>
-  Uninitialised(const Uninitialised<U>&) {}
+  Uninitialized(const Uninitialized<U>&) {}
   T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
   void deallocate(T* at, std::size_t) { ::operator delete(at, std::align_val_t(64)); }
   template <typename U, typename... Values>
   void construct(U* at, Values&&... values) {
     if constexpr (sizeof...(Values) > 0) ::new (at) U(std::forward<Values>(values)...);
   }
-  bool operator==(const Uninitialised&) const { return true; }
+  bool operator==(const Uninitialized&) const { return true; }
 };
 template <typename T>
-using Buffer = std::vector<T, Uninitialised<T>>;
+using Buffer = std::vector<T, Uninitialized<T>>;
 
 }  // namespace ser_fast

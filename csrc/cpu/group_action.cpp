@@ -8,7 +8,7 @@
 // The transpose (the gradient) runs the same loops over the transposed lists: no atomics, and the same sums in the same
 // order for any number of threads. Samples with the same map follow one another, and a thread makes its lists once.
 
-#include "group_action.h"
+#include "cpu/group_action.h"
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,8 @@
 #include <numeric>
 #include <vector>
 
-#include "rows.h"
+#include "cpu/channel_vectors.h"
+#include "cpu/taps.h"
 
 namespace ser_fast {
 namespace {
@@ -33,13 +34,14 @@ struct Plan {
 };
 
 template <typename Real>
-Plan<Real> make_plan(const double* linear, const double* offset, const Lattices& n, const Resampling& how, bool transpose) {
+Plan<Real> make_plan(const double* linear, const double* offset, const Lattices& n, const Resampling& resampling,
+                     bool transpose) {
   const int64_t size_in[2] = {n.height_in, n.width_in}, size_out[2] = {n.height_out, n.width_out};
   const double step[2] = {std::hypot(linear[0], linear[1]), std::hypot(linear[2], linear[3])};
   bool exact = step[0] == 1 && step[1] == 1;
   for (int i = 0; i < 4; ++i) exact = exact && (linear[i] == 0 || std::abs(linear[i]) == 1);
   const bool straight = linear[1] == 0 && linear[2] == 0, turned = linear[0] == 0 && linear[3] == 0;
-  Axis axes[2] = {{how, step[0], exact, size_in[0]}, {how, step[1], exact, size_in[1]}};
+  Axis axes[2] = {{resampling, step[0], exact, size_in[0]}, {resampling, step[1], exact, size_in[1]}};
 
   if (straight || turned) {
     // Input y follows output axis 0, or 1 after a quarter turn; input x the other one.
@@ -65,8 +67,12 @@ Plan<Real> make_plan(const double* linear, const double* offset, const Lattices&
       return along[first].index.size() * along[1 - first].columns + along[1 - first].index.size() * along[first].rows();
     };
     const int first = cost(1) <= cost(0), second = 1 - first;
-    Plan<Real> plan{Plan<Real>::Kind::separable, std::move(along[first]), std::move(along[second]),
-                    in[first],                   in[second],              out[first],
+    Plan<Real> plan{Plan<Real>::Kind::separable,
+                    std::move(along[first]),
+                    std::move(along[second]),
+                    in[first],
+                    in[second],
+                    out[first],
                     out[second]};
     if (!plan.first.copies() || !plan.second.copies()) return plan;
     // One list of whole rows to move.
@@ -78,30 +84,32 @@ Plan<Real> make_plan(const double* linear, const double* offset, const Lattices&
       }
     }
     plan.kind = Plan<Real>::Kind::copy;
-    plan.second.fill(source.size(), plan.first.columns * plan.second.columns, 1, [&](int64_t o, int32_t* index, Real* weight) {
-      *index = source[o];
-      *weight = 1;
-      return int64_t(source[o] >= 0);
-    });
+    plan.second.fill(source.size(), plan.first.columns * plan.second.columns, 1,
+                     [&](int64_t o, int32_t* index, Real* weight) {
+                       *index = source[o];
+                       *weight = 1;
+                       return int64_t(source[o] >= 0);
+                     });
     return plan;
   }
 
   Plan<Real> plan;
-  plan.second.fill(size_out[0] * size_out[1], size_in[0] * size_in[1], axes[0].most() * axes[1].most(),
-                   [&](int64_t o, int32_t* index, Real* weight) {
-    const double v[2] = {o / size_out[1] + 0.5 - size_out[0] / 2.0, o % size_out[1] + 0.5 - size_out[1] / 2.0};
-    const auto position = [&](int axis) {
-      return linear[2 * axis] * v[0] + linear[2 * axis + 1] * v[1] + offset[axis] + size_in[axis] / 2.0;
-    };
-    const Axis::Taps y = axes[0].at(position(0)), x = axes[1].at(position(1));
-    for (int64_t a = 0; a < y.count; ++a) {
-      for (int64_t b = 0; b < x.count; ++b) {
-        *index++ = static_cast<int32_t>(y.index[a] * size_in[1] + x.index[b]);
-        *weight++ = static_cast<Real>(y.weight[a] * x.weight[b]);
-      }
-    }
-    return y.count * x.count;
-  });
+  plan.second.fill(
+      size_out[0] * size_out[1], size_in[0] * size_in[1], axes[0].most() * axes[1].most(),
+      [&](int64_t o, int32_t* index, Real* weight) {
+        const double v[2] = {o / size_out[1] + 0.5 - size_out[0] / 2.0, o % size_out[1] + 0.5 - size_out[1] / 2.0};
+        const auto position = [&](int axis) {
+          return linear[2 * axis] * v[0] + linear[2 * axis + 1] * v[1] + offset[axis] + size_in[axis] / 2.0;
+        };
+        const Axis::Taps y = axes[0].at(position(0)), x = axes[1].at(position(1));
+        for (int64_t a = 0; a < y.count; ++a) {
+          for (int64_t b = 0; b < x.count; ++b) {
+            *index++ = static_cast<int32_t>(y.index[a] * size_in[1] + x.index[b]);
+            *weight++ = static_cast<Real>(y.weight[a] * x.weight[b]);
+          }
+        }
+        return y.count * x.count;
+      });
   if (transpose) plan.second.transpose();
   plan.kind = plan.second.copies() ? Plan<Real>::Kind::copy : Plan<Real>::Kind::general;
   return plan;
@@ -126,26 +134,29 @@ struct Traits<double> {
   using Real = double;
 };
 
-void widen(float* out, const bfloat16* in, int64_t count) { row_kernels().widen_bfloat16(out, in, count); }
-void widen(float* out, const float16* in, int64_t count) { row_kernels().widen_float16(out, in, count); }
+void widen(float* out, const bfloat16* in, int64_t count) { channel_kernels().widen_bfloat16(out, in, count); }
+void widen(float* out, const float16* in, int64_t count) { channel_kernels().widen_float16(out, in, count); }
 void blend(float* out, const Blend<float>& sum, int64_t count, bool stream) {
-  row_kernels().blend_float(out, sum, count, stream);
+  channel_kernels().blend_float(out, sum, count, stream);
 }
 void blend(double* out, const Blend<double>& sum, int64_t count, bool stream) {
-  row_kernels().blend_double(out, sum, count, stream);
+  channel_kernels().blend_double(out, sum, count, stream);
 }
 void blend(bfloat16* out, const Blend<float>& sum, int64_t count, bool stream) {
-  row_kernels().blend_bfloat16(out, sum, count, stream);
+  channel_kernels().blend_bfloat16(out, sum, count, stream);
 }
 void blend(float16* out, const Blend<float>& sum, int64_t count, bool stream) {
-  row_kernels().blend_float16(out, sum, count, stream);
+  channel_kernels().blend_float16(out, sum, count, stream);
 }
 
 // Brings the slab that a thread takes next into its cache, a part with each output token.
 class Prefetch {
  public:
   Prefetch(const void* from, int64_t rows, int64_t stride, size_t bytes, int64_t parts)
-      : at_(static_cast<const char*>(from)), rows_(from ? rows : 0), stride_(stride), bytes_(bytes),
+      : at_(static_cast<const char*>(from)),
+        rows_(from ? rows : 0),
+        stride_(stride),
+        bytes_(bytes),
         rows_a_part_((rows + parts - 1) / std::max<int64_t>(parts, 1)) {}
   void part() {
     for (int64_t r = 0; r < rows_a_part_ && rows_ > 0; ++r, --rows_, at_ += stride_) {
@@ -180,7 +191,7 @@ struct Mover {
     return {base, stride, matrix.index.data() + begin, matrix.weight.data() + begin, matrix.start[r + 1] - begin};
   }
 
-  void copy(T* to, const T* from, int64_t count) const { row_kernels().copy(to, from, count * sizeof(T), stream); }
+  void copy(T* to, const T* from, int64_t count) const { channel_kernels().copy(to, from, count * sizeof(T), stream); }
 
   // The output tokens [begin, end), whole.
   void move_rows(const Plan<Real>& plan, int64_t sample, int64_t begin, int64_t end) {
@@ -246,7 +257,7 @@ struct Mover {
 
 template <typename T>
 void run(const void* x, const double* linear, const double* offset, void* out, int64_t batch, int64_t channels,
-         const Lattices& lattices, const Resampling& how, bool transpose, const ParallelFor& parallel) {
+         const Lattices& lattices, const Resampling& resampling, bool transpose, const ParallelFor& parallel) {
   using Real = typename Traits<T>::Real;
   // Samples in an order in which those with the same map follow one another: a thread makes its plan once.
   const auto compare = [&](int64_t a, int64_t b) {
@@ -267,7 +278,7 @@ void run(const void* x, const double* linear, const double* offset, void* out, i
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = order[i / blocks], block = i % blocks;
       if (i == begin || (block == 0 && compare(sample, order[i / blocks - 1]))) {
-        plan = make_plan<Real>(linear + 4 * sample, offset + 2 * sample, lattices, how, transpose);
+        plan = make_plan<Real>(linear + 4 * sample, offset + 2 * sample, lattices, resampling, transpose);
       }
       if (plan.kind == Plan<Real>::Kind::copy) {  // there is no slab to keep: as many tokens as blocks of channels
         mover.move_rows(plan, sample, block * tokens_out / blocks, (block + 1) * tokens_out / blocks);
@@ -276,17 +287,17 @@ void run(const void* x, const double* linear, const double* offset, void* out, i
       const T* next = i + 1 < end ? mover.source(order[(i + 1) / blocks], (i + 1) % blocks * width) : nullptr;
       mover.move(plan, sample, block * width, std::min(width, channels - block * width), next);
     }
-    row_kernels().finish();
+    channel_kernels().finish();
   });
 }
 
 }  // namespace
 
 void group_action(const void* x, const double* linear, const double* offset, void* out, Type type, int64_t batch,
-                  int64_t channels, const Lattices& lattices, const Resampling& how, bool transpose,
+                  int64_t channels, const Lattices& lattices, const Resampling& resampling, bool transpose,
                   const ParallelFor& parallel) {
   const auto run_as = [&](auto run) {
-    run(x, linear, offset, out, batch, channels, lattices, how, transpose, parallel);
+    run(x, linear, offset, out, batch, channels, lattices, resampling, transpose, parallel);
   };
   switch (type) {
     case Type::float32: return run_as(run<float>);

@@ -1,6 +1,6 @@
-// The similarity matrix is made and used up in tiles of kBlock x kBlock that stay in the cache.
+// The similarity matrix is computed and consumed tile by tile; tiles of 256 or 512 rows and columns stay in the cache.
 //
-// Rows are sorted by image, so the columns that an anchor leaves out are one range: the mask costs a fill.
+// Embeddings are sorted by image, so the columns that an anchor leaves out are one range: the mask costs a fill.
 // With |s| <= 1/temperature a fixed shift replaces the running maximum: P = e^(s - 1/temperature) is one exp an entry,
 // and serves both sides of a tile. With Z against itself (nt_xent) only tiles on and above the diagonal are computed:
 // forward U = n^2 D flops where the full product takes 2U, backward U + 2U with G_ij = P_ij (a_i + a_j).
@@ -9,7 +9,7 @@
 // tournament, no two pairs of a round share a block, and rounds follow one another. No atomics; any number of threads
 // gives the same bits.
 
-#include "nt_xent.h"
+#include "cpu/nt_xent.h"
 
 #include <algorithm>
 #include <cmath>
@@ -17,8 +17,8 @@
 #include <limits>
 #include <vector>
 
-#include "buffer.h"
-#include "clones.h"
+#include "cpu/buffer.h"
+#include "cpu/clones.h"
 
 namespace ser_fast {
 namespace {
@@ -53,53 +53,53 @@ inline float exp2_of(float x) {
 inline double exp2_of(double x) { return std::exp2(x); }
 
 // The loops over a tile's rows, for one type. exp2_row: row[c] = 2^(row[c] - shift), also added to columns[c] where given;
-// returns the sum. weigh_row: row[c] = 2^(row[c] - shift) (a + b[c]), without b times a. weigh_kept: the same of a row
-// that is a power already. weigh_row_unbounded:
-// row[c] = a 2^(row[c] - shift) + b[c] 2^(row[c] - shifts[c]), without b the first term.
-#define SER_FAST_ROWS(REAL)                                                                                         \
-  SER_FAST_CLONES REAL exp2_row(REAL* row, REAL shift, int64_t count, REAL* columns) {                              \
-    constexpr int64_t lanes = 16;                                                                                   \
-    REAL sums[lanes] = {}, sum = 0;                                                                                 \
-    int64_t c = 0;                                                                                                  \
-    for (; c + lanes <= count; c += lanes) {                                                                        \
-      for (int64_t l = 0; l < lanes; ++l) {                                                                         \
-        const REAL e = exp2_of(row[c + l] - shift);                                                                 \
-        row[c + l] = e;                                                                                             \
-        sums[l] += e;                                                                                               \
-      }                                                                                                             \
-    }                                                                                                               \
-    for (; c < count; ++c) {                                                                                        \
-      row[c] = exp2_of(row[c] - shift);                                                                             \
-      sum += row[c];                                                                                                \
-    }                                                                                                               \
-    for (REAL part : sums) sum += part;                                                                             \
-    if (columns) {                                                                                                  \
-      for (c = 0; c < count; ++c) columns[c] += row[c];                                                             \
-    }                                                                                                               \
-    return sum;                                                                                                     \
-  }                                                                                                                 \
-  SER_FAST_CLONES void weigh_row(REAL* row, REAL shift, REAL a, const REAL* b, int64_t count) {                     \
-    if (b) {                                                                                                        \
-      for (int64_t c = 0; c < count; ++c) row[c] = exp2_of(row[c] - shift) * (a + b[c]);                            \
-    } else {                                                                                                        \
-      for (int64_t c = 0; c < count; ++c) row[c] = exp2_of(row[c] - shift) * a;                                     \
-    }                                                                                                               \
-  }                                                                                                                 \
-  SER_FAST_CLONES void weigh_kept(REAL* out, const REAL* row, REAL a, const REAL* b, int64_t count) {               \
-    for (int64_t c = 0; c < count; ++c) out[c] = row[c] * (a + b[c]);                                               \
-  }                                                                                                                 \
-  SER_FAST_CLONES void scale_row(REAL* row, REAL factor, int64_t count) {                                           \
-    for (int64_t c = 0; c < count; ++c) row[c] *= factor;                                                           \
-  }                                                                                                                 \
-  SER_FAST_CLONES void weigh_row_unbounded(REAL* row, REAL shift, REAL a, const REAL* shifts, const REAL* b,        \
-                                           int64_t count) {                                                         \
-    if (b) {                                                                                                        \
-      for (int64_t c = 0; c < count; ++c) {                                                                         \
-        row[c] = a * exp2_of(row[c] - shift) + b[c] * exp2_of(row[c] - shifts[c]);                                  \
-      }                                                                                                             \
-    } else {                                                                                                        \
-      for (int64_t c = 0; c < count; ++c) row[c] = a * exp2_of(row[c] - shift);                                     \
-    }                                                                                                               \
+// returns the sum. gradient_row: row[c] = 2^(row[c] - shift) (a + b[c]), without b times a. gradient_row_from_kept: the
+// same of a row that holds the powers already. gradient_row_unbounded: row[c] = a 2^(row[c] - shift) +
+// b[c] 2^(row[c] - shifts[c]), without b the first term.
+#define SER_FAST_ROWS(REAL)                                                                                       \
+  SER_FAST_CLONES REAL exp2_row(REAL* row, REAL shift, int64_t count, REAL* columns) {                            \
+    constexpr int64_t lanes = 16;                                                                                 \
+    REAL sums[lanes] = {}, sum = 0;                                                                               \
+    int64_t c = 0;                                                                                                \
+    for (; c + lanes <= count; c += lanes) {                                                                      \
+      for (int64_t l = 0; l < lanes; ++l) {                                                                       \
+        const REAL e = exp2_of(row[c + l] - shift);                                                               \
+        row[c + l] = e;                                                                                           \
+        sums[l] += e;                                                                                             \
+      }                                                                                                           \
+    }                                                                                                             \
+    for (; c < count; ++c) {                                                                                      \
+      row[c] = exp2_of(row[c] - shift);                                                                           \
+      sum += row[c];                                                                                              \
+    }                                                                                                             \
+    for (REAL part : sums) sum += part;                                                                           \
+    if (columns) {                                                                                                \
+      for (c = 0; c < count; ++c) columns[c] += row[c];                                                           \
+    }                                                                                                             \
+    return sum;                                                                                                   \
+  }                                                                                                               \
+  SER_FAST_CLONES void gradient_row(REAL* row, REAL shift, REAL a, const REAL* b, int64_t count) {                \
+    if (b) {                                                                                                      \
+      for (int64_t c = 0; c < count; ++c) row[c] = exp2_of(row[c] - shift) * (a + b[c]);                          \
+    } else {                                                                                                      \
+      for (int64_t c = 0; c < count; ++c) row[c] = exp2_of(row[c] - shift) * a;                                   \
+    }                                                                                                             \
+  }                                                                                                               \
+  SER_FAST_CLONES void gradient_row_from_kept(REAL* out, const REAL* row, REAL a, const REAL* b, int64_t count) { \
+    for (int64_t c = 0; c < count; ++c) out[c] = row[c] * (a + b[c]);                                             \
+  }                                                                                                               \
+  SER_FAST_CLONES void scale_row(REAL* row, REAL factor, int64_t count) {                                         \
+    for (int64_t c = 0; c < count; ++c) row[c] *= factor;                                                         \
+  }                                                                                                               \
+  SER_FAST_CLONES void gradient_row_unbounded(REAL* row, REAL shift, REAL a, const REAL* shifts, const REAL* b,   \
+                                              int64_t count) {                                                    \
+    if (b) {                                                                                                      \
+      for (int64_t c = 0; c < count; ++c) {                                                                       \
+        row[c] = a * exp2_of(row[c] - shift) + b[c] * exp2_of(row[c] - shifts[c]);                                \
+      }                                                                                                           \
+    } else {                                                                                                      \
+      for (int64_t c = 0; c < count; ++c) row[c] = a * exp2_of(row[c] - shift);                                   \
+    }                                                                                                             \
   }
 SER_FAST_ROWS(float)
 SER_FAST_ROWS(double)
@@ -109,7 +109,7 @@ SER_FAST_ROWS(double)
 struct Excluded {
   std::vector<int64_t> first, last;
   template <typename Real>
-  Excluded(const Rows<Real>& query, const Rows<Real>& key) : first(query.count), last(query.count) {
+  Excluded(const Embeddings<Real>& query, const Embeddings<Real>& key) : first(query.count), last(query.count) {
     for (int64_t i = 0; i < query.count; ++i) {
       const auto range = std::equal_range(key.image, key.image + key.count, query.image[i]);
       first[i] = range.first - key.image;
@@ -118,10 +118,11 @@ struct Excluded {
   }
 };
 
-// Calls use(begin, end) for the columns of a tile row outside [first, last), and zeroes those inside.
+// Calls use(begin, end) for the columns of a tile row for_negatives [first, last), and zeroes those inside.
 template <typename Real, typename Use>
-void outside(Real* row, int64_t begin, int64_t count, int64_t first, int64_t last, const Use& use) {
-  const int64_t from = std::clamp<int64_t>(first - begin, 0, count), to = std::clamp<int64_t>(last - begin, from, count);
+void for_negatives(Real* row, int64_t begin, int64_t count, int64_t first, int64_t last, const Use& use) {
+  const int64_t from = std::clamp<int64_t>(first - begin, 0, count),
+                to = std::clamp<int64_t>(last - begin, from, count);
   if (from > 0) use(0, from);
   std::fill(row + from, row + to, Real(0));
   if (to < count) use(to, count);
@@ -179,9 +180,10 @@ int64_t kept_similarities(int64_t count) {
 }
 
 template <typename Real>
-void log_negatives(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, Real temperature, bool bounded,
-                   double* result, Real* kept, Gemm<Real> gemm, const ParallelFor& parallel) {
-  if (!bounded) return log_and_mean_negatives<Real>(query, key, dim, temperature, false, result, nullptr, gemm, parallel);
+void log_negatives(const Embeddings<Real>& query, const Embeddings<Real>& key, int64_t dim, Real temperature,
+                   bool bounded, double* result, Real* kept, Gemm<Real> gemm, const ParallelFor& parallel) {
+  if (!bounded)
+    return log_and_mean_negatives<Real>(query, key, dim, temperature, false, result, nullptr, gemm, parallel);
   const bool same = query.u == key.u;
   const int64_t block = block_of(std::max(query.count, key.count));
   const int64_t rows = divide_up(query.count, block), columns = divide_up(key.count, block);
@@ -205,10 +207,10 @@ void log_negatives(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, 
       for (int64_t r = 0; r < i.count; ++r) {
         Real* row = tile + r * j.count;
         Real sum = 0;
-        outside(row, j.begin, j.count, excluded.first[i.begin + r], excluded.last[i.begin + r],
-                [&](int64_t from, int64_t to) {
-                  sum += exp2_row(row + from, scale, to - from, mirrored ? sums.data() + from : nullptr);
-                });
+        for_negatives(row, j.begin, j.count, excluded.first[i.begin + r], excluded.last[i.begin + r],
+                      [&](int64_t from, int64_t to) {
+                        sum += exp2_row(row + from, scale, to - from, mirrored ? sums.data() + from : nullptr);
+                      });
         partial[tiles[t].j * query.count + i.begin + r] = sum;
       }
       if (mirrored) std::copy_n(sums.data(), j.count, partial.data() + tiles[t].i * query.count + j.begin);
@@ -226,8 +228,8 @@ void log_negatives(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, 
 // Every tile is computed for its rows, so that a block of rows can be finished on its own: the shift of a row may be its
 // running maximum, and its mean is at hand with its sum.
 template <typename Real>
-void log_and_mean_negatives(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, Real temperature, bool bounded,
-                            double* result, Real* mean, Gemm<Real> gemm, const ParallelFor& parallel) {
+void log_and_mean_negatives(const Embeddings<Real>& query, const Embeddings<Real>& key, int64_t dim, Real temperature,
+                            bool bounded, double* result, Real* mean, Gemm<Real> gemm, const ParallelFor& parallel) {
   const int64_t row_block = query.count <= 4096 ? 128 : 256, block = block_of(key.count);  // as many parts as threads
   const int64_t rows = divide_up(query.count, row_block), columns = divide_up(key.count, block);
   const Real scale = static_cast<Real>(kLog2e / temperature), lowest = -std::numeric_limits<Real>::infinity();
@@ -239,29 +241,30 @@ void log_and_mean_negatives(const Rows<Real>& query, const Rows<Real>& key, int6
     for (int64_t b = begin; b < end; ++b) {
       const Span i(b, row_block, query.count);
       Real* means = mean ? mean + i.begin * dim : nullptr;
-      std::vector<Real> top(i.count, bounded ? scale : lowest);
+      std::vector<Real> row_max(i.count, bounded ? scale : lowest);
       std::vector<double> sum(i.count, 0.0);
       for (int64_t c = 0; c < columns; ++c) {
         const Span j(c, block, key.count);
         const Real* k = key.u + j.begin * dim;
-        gemm(false, true, i.count, j.count, dim, scale, query.u + i.begin * dim, dim, k, dim, Real(0), tile.data(), j.count);
+        gemm(false, true, i.count, j.count, dim, scale, query.u + i.begin * dim, dim, k, dim, Real(0), tile.data(),
+             j.count);
         for (int64_t r = 0; r < i.count; ++r) {
           Real* row = tile.data() + r * j.count;
           const int64_t first = excluded.first[i.begin + r], last = excluded.last[i.begin + r];
           if (!bounded) {
-            Real highest = top[r];
-            outside(row, j.begin, j.count, first, last, [&](int64_t from, int64_t to) {
+            Real highest = row_max[r];
+            for_negatives(row, j.begin, j.count, first, last, [&](int64_t from, int64_t to) {
               for (int64_t k = from; k < to; ++k) highest = row[k] > highest || row[k] != row[k] ? row[k] : highest;
             });
-            if (highest != top[r]) {
-              const Real factor = std::exp2(top[r] - highest);
+            if (highest != row_max[r]) {
+              const Real factor = std::exp2(row_max[r] - highest);
               sum[r] *= factor;
               if (means && c > 0) scale_row(means + r * dim, factor, dim);
-              top[r] = highest;
+              row_max[r] = highest;
             }
           }
-          outside(row, j.begin, j.count, first, last, [&](int64_t from, int64_t to) {
-            sum[r] += exp2_row(row + from, top[r], to - from, nullptr);
+          for_negatives(row, j.begin, j.count, first, last, [&](int64_t from, int64_t to) {
+            sum[r] += exp2_row(row + from, row_max[r], to - from, nullptr);
           });
         }
         if (means) {
@@ -269,8 +272,8 @@ void log_and_mean_negatives(const Rows<Real>& query, const Rows<Real>& key, int6
         }
       }
       for (int64_t r = 0; r < i.count; ++r) {
-        result[i.begin + r] = sum[r] == 0 ? -std::numeric_limits<double>::infinity()
-                                          : std::log(sum[r]) + top[r] / kLog2e;
+        result[i.begin + r] =
+            sum[r] == 0 ? -std::numeric_limits<double>::infinity() : std::log(sum[r]) + row_max[r] / kLog2e;
         if (means) scale_row(means + r * dim, sum[r] == 0 ? Real(0) : static_cast<Real>(1 / sum[r]), dim);
       }
     }
@@ -278,9 +281,9 @@ void log_and_mean_negatives(const Rows<Real>& query, const Rows<Real>& key, int6
 }
 
 template <typename Real>
-void negatives_gradient(const Rows<Real>& query, const Rows<Real>& key, int64_t dim, Real temperature, bool bounded,
-                        const Real* weight, const double* lse, const Real* kept, Real* d_query, Real* d_key,
-                        Gemm<Real> gemm, const ParallelFor& parallel) {
+void negatives_gradient(const Embeddings<Real>& query, const Embeddings<Real>& key, int64_t dim, Real temperature,
+                        bool bounded, const Real* weight, const double* lse, const Real* kept, Real* d_query,
+                        Real* d_key, Gemm<Real> gemm, const ParallelFor& parallel) {
   const bool same = query.u == key.u;
   const int64_t block = block_of(std::max(query.count, key.count));
   const int64_t rows = divide_up(query.count, block), columns = divide_up(key.count, block);
@@ -292,7 +295,8 @@ void negatives_gradient(const Rows<Real>& query, const Rows<Real>& key, int64_t 
   for (int64_t t = 0; t < query.count; ++t) {
     shift[t] = static_cast<Real>(lse[t] * kLog2e);
     // What rounding took from the shift goes into the factor: at a low temperature it is not small.
-    a[t] = static_cast<Real>(weight[t] * (bounded ? std::exp(1.0 / temperature - lse[t]) : std::exp2(shift[t] - lse[t] * kLog2e)));
+    a[t] = static_cast<Real>(weight[t] *
+                             (bounded ? std::exp(1.0 / temperature - lse[t]) : std::exp2(shift[t] - lse[t] * kLog2e)));
   }
 
   const auto accumulate = [&](const Tile& at, Buffer<Real>& tile) {
@@ -306,23 +310,28 @@ void negatives_gradient(const Rows<Real>& query, const Rows<Real>& key, int64_t 
       Real* row = tile.data() + r * j.count;
       const int64_t t = i.begin + r;
       if (kept) {
-        weigh_kept(row, powers + r * j.count, a[t], a.data() + j.begin, j.count);
+        gradient_row_from_kept(row, powers + r * j.count, a[t], a.data() + j.begin, j.count);
         continue;
       }
-      outside(row, j.begin, j.count, excluded.first[t], excluded.last[t], [&](int64_t from, int64_t to) {
+      for_negatives(row, j.begin, j.count, excluded.first[t], excluded.last[t], [&](int64_t from, int64_t to) {
         const Real* other = same ? a.data() + j.begin + from : nullptr;
         if (bounded) {
-          weigh_row(row + from, scale, a[t], other, to - from);
+          gradient_row(row + from, scale, a[t], other, to - from);
         } else {
-          weigh_row_unbounded(row + from, shift[t], a[t], same ? shift.data() + j.begin + from : nullptr, other, to - from);
+          gradient_row_unbounded(row + from, shift[t], a[t], same ? shift.data() + j.begin + from : nullptr, other,
+                                 to - from);
         }
       });
     }
     const Real factor = 1 / temperature;
-    if (d_query) gemm(false, false, i.count, dim, j.count, factor, tile.data(), j.count, k, dim, Real(1), d_query + i.begin * dim, dim);
+    if (d_query)
+      gemm(false, false, i.count, dim, j.count, factor, tile.data(), j.count, k, dim, Real(1), d_query + i.begin * dim,
+           dim);
     // Within one set of rows a tile below the diagonal is the mirror image of one above.
     Real* other = same ? (at.i == at.j ? nullptr : d_query) : d_key;
-    if (other) gemm(true, false, j.count, dim, i.count, factor, tile.data(), j.count, q, dim, Real(1), other + j.begin * dim, dim);
+    if (other)
+      gemm(true, false, j.count, dim, i.count, factor, tile.data(), j.count, q, dim, Real(1), other + j.begin * dim,
+           dim);
   };
 
   for (const std::vector<Tile>& round : tournament(rows, columns, same)) {
@@ -333,17 +342,18 @@ void negatives_gradient(const Rows<Real>& query, const Rows<Real>& key, int64_t 
   }
 }
 
-template void log_negatives(const Rows<float>&, const Rows<float>&, int64_t, float, bool, double*, float*, Gemm<float>,
-                            const ParallelFor&);
-template void log_negatives(const Rows<double>&, const Rows<double>&, int64_t, double, bool, double*, double*,
-                            Gemm<double>, const ParallelFor&);
-template void log_and_mean_negatives(const Rows<float>&, const Rows<float>&, int64_t, float, bool, double*, float*,
-                                     Gemm<float>, const ParallelFor&);
-template void log_and_mean_negatives(const Rows<double>&, const Rows<double>&, int64_t, double, bool, double*, double*,
-                                     Gemm<double>, const ParallelFor&);
-template void negatives_gradient(const Rows<float>&, const Rows<float>&, int64_t, float, bool, const float*, const double*,
-                                 const float*, float*, float*, Gemm<float>, const ParallelFor&);
-template void negatives_gradient(const Rows<double>&, const Rows<double>&, int64_t, double, bool, const double*,
-                                 const double*, const double*, double*, double*, Gemm<double>, const ParallelFor&);
+template void log_negatives(const Embeddings<float>&, const Embeddings<float>&, int64_t, float, bool, double*, float*,
+                            Gemm<float>, const ParallelFor&);
+template void log_negatives(const Embeddings<double>&, const Embeddings<double>&, int64_t, double, bool, double*,
+                            double*, Gemm<double>, const ParallelFor&);
+template void log_and_mean_negatives(const Embeddings<float>&, const Embeddings<float>&, int64_t, float, bool, double*,
+                                     float*, Gemm<float>, const ParallelFor&);
+template void log_and_mean_negatives(const Embeddings<double>&, const Embeddings<double>&, int64_t, double, bool,
+                                     double*, double*, Gemm<double>, const ParallelFor&);
+template void negatives_gradient(const Embeddings<float>&, const Embeddings<float>&, int64_t, float, bool, const float*,
+                                 const double*, const float*, float*, float*, Gemm<float>, const ParallelFor&);
+template void negatives_gradient(const Embeddings<double>&, const Embeddings<double>&, int64_t, double, bool,
+                                 const double*, const double*, const double*, double*, double*, Gemm<double>,
+                                 const ParallelFor&);
 
 }  // namespace ser_fast

@@ -1,12 +1,12 @@
 // What a kernel needs of CUDA beyond the language: launches, and one-line wrappers of the instructions.
 //
-// A compiler that is not nvcc finds the twins of all this in tests/host_cuda and runs the kernels on the host.
+// A compiler that is not nvcc finds all this for the host in tests/host_cuda, and the kernels run there.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/types.h"
+#include "common/types.h"
 
 #ifdef __CUDACC__
 
@@ -14,8 +14,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define LAUNCH(kernel, blocks, threads, shared, stream, ...) \
-  kernel<<<blocks, threads, shared, stream>>>(__VA_ARGS__)
+#define LAUNCH(kernel, blocks, threads, shared, stream, ...) kernel<<<blocks, threads, shared, stream>>>(__VA_ARGS__)
 
 namespace ser_fast::cuda {
 
@@ -27,8 +26,9 @@ __device__ inline unsigned char* shared_memory() {
 
 // 16 bytes from global to shared memory, past the first-level cache; there after the wait for its group.
 __device__ inline void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global));
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global));
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;"); }
 // All but the last `pending` groups of this thread are there.
@@ -60,10 +60,11 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
 }
 // sum += a b by the warp: (16, 8) float32, (16, 16) and (16, 8) float16.
 __device__ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // Two float16 in a word.
 __device__ inline uint32_t pack(float low, float high) {

@@ -8,7 +8,7 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
-#include "cuda/nt_xent_table.h"
+#include "cuda/nt_xent_operands.h"
 #include "cuda/warp.h"
 
 namespace ser_fast::cuda {
@@ -17,27 +17,26 @@ namespace {
 constexpr int kWarps = 4;               // of a block
 constexpr int kPrepareWarps = 8;        // of a block that has a span
 constexpr double kLeastLength = 1e-12;  // as in torch.nn.functional.normalize
-constexpr double kTop = 1 << 14;        // the largest weight, as float16 sees it in G
 constexpr double kLn2 = 0.693147180559945309417232121458;
 
 __device__ int lane() { return threadIdx.x % 32; }
 
 template <typename T>
-struct Row;
+struct InputRow;
 
 template <typename T>
-struct Rows {
+struct InputRows {
   const T *x0, *x1;
   int64_t split, count;
   int columns;
   bool normalize, wide;  // wide: every row begins at a multiple of 16 bytes, and is one
 
-  __device__ Row<T> operator[](int64_t r) const;
+  __device__ InputRow<T> operator[](int64_t r) const;
 };
 
 // x = u / (inverse factor). Numbers are scaled by a power of two before they are squared, and that is exact.
 template <typename T>
-struct Row {
+struct InputRow {
   using Real = Accumulator<T>;
   static constexpr int N = kChunk<T>;
 
@@ -85,15 +84,15 @@ struct Row {
 };
 
 template <typename T>
-__device__ Row<T> Rows<T>::operator[](int64_t r) const {
-  Row<T> row{r < split ? x0 + r * columns : x1 + (r - split) * columns, columns, wide};
+__device__ InputRow<T> InputRows<T>::operator[](int64_t r) const {
+  InputRow<T> row{r < split ? x0 + r * columns : x1 + (r - split) * columns, columns, wide};
   if (normalize) row.measure();
   return row;
 }
 
 // <u, v>
 template <typename T>
-__device__ double dot(const Row<T>& u, const Row<T>& v) {
+__device__ double dot(const InputRow<T>& u, const InputRow<T>& v) {
   double sum = 0;
   u.for_each_chunk([&](int c) {
     Accumulator<T> a[kChunk<T>], b[kChunk<T>];
@@ -106,7 +105,7 @@ __device__ double dot(const Row<T>& u, const Row<T>& v) {
 
 template <typename T>
 struct Pairs {
-  Rows<T> queries, keys;
+  InputRows<T> queries, keys;
   bool views;
   const int64_t *of, *table;
   int64_t padded;
@@ -114,7 +113,7 @@ struct Pairs {
   float scale;     // the same in base 2, as tiles have it
 
   __device__ bool take(int64_t r) const { return r < queries.count && table[padded + r] != 0; }
-  __device__ Row<T> positive(int64_t r) const {
+  __device__ InputRow<T> positive(int64_t r) const {
     if (views) return keys[r < queries.split ? r + queries.split : r - queries.split];
     return keys[of[r]];
   }
@@ -123,30 +122,30 @@ struct Pairs {
 __device__ double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }  // 0 at -inf, NaN at NaN
 
 // The logarithm, to base 2, of a row's sum over the negatives.
-__device__ double log2_of(double total, double top) { return total == 0 ? -INFINITY : log2(total) + top; }
+__device__ double log2_of(double total, double row_max) { return total == 0 ? -INFINITY : log2(total) + row_max; }
 
-__device__ double log2_sum(const int64_t* sums, int64_t r, int64_t padded, double top) {
+__device__ double log2_sum(const int64_t* sums, int64_t r, int64_t padded, double row_max) {
   if (sums[3 * padded + r] != 0) return NAN;
-  return log2_of(sums[r] * 0x1p-42 + sums[padded + r] * 0x1p-70 + sums[2 * padded + r] * 0x1p-98, top);
+  return log2_of(sums[r] * 0x1p-42 + sums[padded + r] * 0x1p-70 + sums[2 * padded + r] * 0x1p-98, row_max);
 }
 
 template <typename Real>
 __device__ double log2_sum(const Real* state, int64_t r, int64_t padded, int splits) {
-  double top = -INFINITY, total = 0;
+  double row_max = -INFINITY, total = 0;
   for (int split = 0; split < splits; ++split) {
     const double part = state[split * padded + r], sums = state[(splits + split) * padded + r];
-    const double higher = fmax(top, part), shift = higher == -INFINITY ? 0 : higher;
-    total = total * exp2(top - shift) + sums * exp2(part - shift);
-    top = higher;
+    const double higher = fmax(row_max, part), shift = higher == -INFINITY ? 0 : higher;
+    total = total * exp2(row_max - shift) + sums * exp2(part - shift);
+    row_max = higher;
   }
-  return log2_of(total, top);
+  return log2_of(total, row_max);
 }
 
 // ------------------------------------------------------------------------------------------------ operands
 
 template <typename T, typename U>
 __global__ void __launch_bounds__(kPrepareWarps * 32)
-    write_operands(Rows<T> rows, const int64_t* image, const bool* valid, U* u, int64_t padded, int dim,
+    prepare_kernel(InputRows<T> rows, const int64_t* image, const bool* valid, U* u, int64_t padded, int dim,
                    int64_t* table) {
   constexpr int N = kChunk<T>;
   const auto take = [&](int64_t r) { return r < rows.count && valid[r < rows.split ? r : r - rows.split]; };
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(kPrepareWarps * 32)
   }
   for (int64_t r = span * kSpan + threadIdx.x / 32; r < (span + 1) * kSpan; r += kPrepareWarps) {
     const bool taken = take(r);
-    Row<T> row{};
+    InputRow<T> row{};
     if (taken) row = rows[r];
     for (int c = lane() * N; c < dim; c += 32 * N) {
       Accumulator<T> values[N] = {};
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(kPrepareWarps * 32)
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32, 8)
-    write_losses(Pairs<T> pairs, const void* state, bool summed, int splits, Accumulator<T>* loss) {
+    losses_kernel(Pairs<T> pairs, const void* state, bool summed, int splits, Accumulator<T>* loss) {
   const int64_t r = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (r >= pairs.queries.count) return;
   double result = 0;
@@ -196,29 +195,29 @@ __global__ void __launch_bounds__(kWarps * 32, 8)
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32)
-    write_coefficients(Pairs<T> pairs, const Accumulator<T>* weight, const Accumulator<T>* largest,
-                       const Accumulator<T>* loss, bool bounded, bool library, Accumulator<T>* out) {
+    gradient_weights_kernel(Pairs<T> pairs, const Accumulator<T>* weight, const Accumulator<T>* largest,
+                            const Accumulator<T>* loss, bool bounded, bool library, Accumulator<T>* out) {
   using Real = Accumulator<T>;
   const int64_t r = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (r >= pairs.padded) return;
-  double a = 0, shift = 0, pull = 0;
+  double a = 0, shift = 0, positive_gradient = 0;
   if (pairs.take(r)) {
     const double s = dot(pairs.queries[r], pairs.positive(r)) * pairs.inverse;
-    const double value = loss[r], w = weight[r], most = library ? kTop : *largest, exact = (s + value) / kLn2;
-    pull = w * expm1(-value) * pairs.inverse;
+    const double value = loss[r], w = weight[r], most = library ? kLargestWeight : *largest, exact = (s + value) / kLn2;
+    positive_gradient = w * expm1(-value) * pairs.inverse;
     shift = bounded ? pairs.scale : static_cast<Real>(exact);
-    a = w / (most == 0 ? 1 : most) * kTop * exp2(shift - exact);  // with what rounding took from the shift
+    a = w / (most == 0 ? 1 : most) * kLargestWeight * exp2(shift - exact);  // with what rounding took from the shift
   }
   if (lane() == 0) {
     out[r] = static_cast<Real>(a);
     out[pairs.padded + r] = static_cast<Real>(shift);
-    out[2 * pairs.padded + r] = static_cast<Real>(pull);
+    out[2 * pairs.padded + r] = static_cast<Real>(positive_gradient);
   }
 }
 
 // ------------------------------------------------------------------------------------------------ gradients
 
-// Room for a row's gradient in its unit row, of which each lane has its own columns.
+// Shared memory for a row's gradient in its unit row, of which each lane has its own columns.
 template <typename T>
 struct UnitGradient {
   static constexpr int N = kChunk<T>;
@@ -239,7 +238,7 @@ struct UnitGradient {
       for (int i = 0; i < N; ++i) g[c + i] += factor * values[i];
     }
   }
-  __device__ void add(Real factor, const Row<T>& row) {
+  __device__ void add(Real factor, const InputRow<T>& row) {
     row.for_each_chunk([&](int c) {
       Real values[N];
       row.load_unit(c, values);
@@ -248,7 +247,7 @@ struct UnitGradient {
   }
   // The gradient in `row` itself: what points along u is lost.
   template <typename Out>
-  __device__ void store_in(const Row<T>& row, Out* to, bool wide) const {
+  __device__ void store_in(const InputRow<T>& row, Out* to, bool wide) const {
     Real along = 0;
     if (row.radial) {
       row.for_each_chunk([&](int c) {
@@ -280,8 +279,8 @@ __device__ void store_nothing(Out* to, int columns, bool wide) {
 
 template <typename T, typename Out>
 __global__ void __launch_bounds__(kWarps * 32, 6)
-    write_gradients(Rows<T> x, Rows<T> y, const int64_t* table, int64_t padded, Gradient of, double inverse, Out* d_x0,
-                    Out* d_x1, bool wide) {
+    finish_gradient_kernel(InputRows<T> x, InputRows<T> y, const int64_t* table, int64_t padded, Gradient of,
+                           double inverse, Out* d_x0, Out* d_x1, bool wide) {
   using Real = Accumulator<T>;
   const int64_t r = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
   if (r >= x.count) return;
@@ -290,28 +289,28 @@ __global__ void __launch_bounds__(kWarps * 32, 6)
     store_nothing<T>(to, x.columns, wide);
     return;
   }
-  const Real* pull = static_cast<const Real*>(of.coefficients) + 2 * of.coefficients_padded;
+  const Real* positive_gradient = static_cast<const Real*>(of.weights) + 2 * of.weights_padded;
   const Real unit =
-      static_cast<Real>(of.library ? inverse : inverse * (*static_cast<const Real*>(of.largest) / kTop));
+      static_cast<Real>(of.library ? inverse : inverse * (*static_cast<const Real*>(of.largest) / kLargestWeight));
   UnitGradient<T> g(x.columns);
   for (int64_t split = 0; split < of.splits; ++split) {
     g.add(unit, static_cast<const Real*>(of.accumulated) + (split * padded + r) * of.dim, x.columns);
   }
   if (of.side == Side::key) {
-    for (int64_t k = of.first[r]; k < of.first[r + 1]; ++k) g.add(pull[of.order[k]], y[of.order[k]]);
+    for (int64_t k = of.first[r]; k < of.first[r + 1]; ++k) g.add(positive_gradient[of.order[k]], y[of.order[k]]);
   } else if (of.side == Side::query) {
-    g.add(pull[r], y[of.positive[r]]);
+    g.add(positive_gradient[r], y[of.positive[r]]);
   } else {
     const int64_t p = r < x.split ? r + x.split : r - x.split;
-    g.add(pull[r] + pull[p], y[p]);
+    g.add(positive_gradient[r] + positive_gradient[p], y[p]);
   }
   g.store_in(x[r], to, wide);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32)
-    write_detached(Pairs<T> pairs, const float* state, const float* accumulated, int splits, int dim, float* loss,
-                   float* gradient, bool wide) {
+    finish_detached_kernel(Pairs<T> pairs, const float* state, const float* accumulated, int splits, int dim,
+                           float* loss, float* gradient, bool wide) {
   const int64_t r = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
   const int columns = pairs.queries.columns;
   if (r >= pairs.queries.count) return;
@@ -321,18 +320,18 @@ __global__ void __launch_bounds__(kWarps * 32)
     store_nothing<T>(to, columns, wide);
     return;
   }
-  const Row<T> query = pairs.queries[r], positive = pairs.positive(r);
+  const InputRow<T> query = pairs.queries[r], positive = pairs.positive(r);
   const double negatives = log2_sum(state, r, pairs.padded, splits);
   const double value = softplus(negatives * kLn2 - dot(query, positive) * pairs.inverse);
-  const double pull = expm1(-value) * pairs.inverse;
+  const double positive_gradient = expm1(-value) * pairs.inverse;
   if (lane() == 0) loss[r] = static_cast<float>(value);
 
   UnitGradient<T> g(columns);
   for (int split = 0; split < splits; ++split) {
     const double share = negatives == -INFINITY ? 0 : exp2(state[split * pairs.padded + r] - negatives);
-    g.add(static_cast<float>(-pull * share), accumulated + (split * pairs.padded + r) * dim, columns);
+    g.add(static_cast<float>(-positive_gradient * share), accumulated + (split * pairs.padded + r) * dim, columns);
   }
-  g.add(static_cast<float>(pull), positive);
+  g.add(static_cast<float>(positive_gradient), positive);
   g.store_in(query, to, wide);
 }
 
@@ -341,16 +340,27 @@ __global__ void __launch_bounds__(kWarps * 32)
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename T>
-Rows<T> rows_of(const RowSet& rows, bool normalize) {
+InputRows<T> rows_of(const RowSet& rows, bool normalize) {
   const bool wide = aligned(rows.x0) && aligned(rows.x1) && rows.columns % kChunk<T> == 0;
-  return {static_cast<const T*>(rows.x0), static_cast<const T*>(rows.x1), rows.split, rows.count,
-          static_cast<int>(rows.columns), normalize,                     wide};
+  return {static_cast<const T*>(rows.x0),
+          static_cast<const T*>(rows.x1),
+          rows.split,
+          rows.count,
+          static_cast<int>(rows.columns),
+          normalize,
+          wide};
 }
 
 template <typename T>
 Pairs<T> pairs_of(const Positives& p) {
-  return {rows_of<T>(p.queries, p.normalize), rows_of<T>(p.keys, p.normalize), p.views, p.of, p.table, p.padded,
-          1 / p.temperature, static_cast<float>(1 / (p.temperature * kLn2))};
+  return {rows_of<T>(p.queries, p.normalize),
+          rows_of<T>(p.keys, p.normalize),
+          p.views,
+          p.of,
+          p.table,
+          p.padded,
+          1 / p.temperature,
+          static_cast<float>(1 / (p.temperature * kLn2))};
 }
 
 // A warp a row.
@@ -359,13 +369,13 @@ const char* launch_rows(Kernel kernel, int64_t rows, void* stream, Arguments... 
   return launch(kernel, (rows + kWarps - 1) / kWarps, kWarps * 32, 0, stream, arguments...);
 }
 
-// The same with room for a row of T's accumulators for each warp.
+// The same with shared memory for a row of T's accumulators for each warp.
 template <typename T, typename Kernel, typename... Arguments>
-const char* launch_with_room(Kernel kernel, int64_t rows, int64_t columns, void* stream, Arguments... arguments) {
-  constexpr int64_t kRoom = 48 << 10;  // bytes of shared memory that every device has
+const char* launch_with_shared(Kernel kernel, int64_t rows, int64_t columns, void* stream, Arguments... arguments) {
+  constexpr int64_t kBytes = 48 << 10;  // bytes of shared memory that every device has
   const int64_t chunks = (columns + kChunk<T> - 1) / kChunk<T>;
   const int64_t bytes = chunks * kChunk<T> * static_cast<int64_t>(sizeof(Accumulator<T>));
-  const int64_t warps = std::clamp<int64_t>(kRoom / std::max<int64_t>(bytes, 1), 1, kWarps);
+  const int64_t warps = std::clamp<int64_t>(kBytes / std::max<int64_t>(bytes, 1), 1, kWarps);
   return launch(kernel, (rows + warps - 1) / warps, static_cast<int>(warps * 32), warps * bytes, stream, arguments...);
 }
 
@@ -376,7 +386,7 @@ const char* prepare(const RowSet& rows, Type type, bool normalize, const int64_t
   return with_type(type, [&](auto of) {
     using T = decltype(of);
     const auto run = [&](auto* to) {
-      return launch(write_operands<T, std::remove_pointer_t<decltype(to)>>, padded / kSpan, kPrepareWarps * 32, 0,
+      return launch(prepare_kernel<T, std::remove_pointer_t<decltype(to)>>, padded / kSpan, kPrepareWarps * 32, 0,
                     stream, rows_of<T>(rows, normalize), image, valid, to, padded, static_cast<int>(dim), table);
     };
     if constexpr (sizeof(T) == 2) {
@@ -389,46 +399,48 @@ const char* prepare(const RowSet& rows, Type type, bool normalize, const int64_t
 const char* losses(const Positives& p, const void* state, bool summed, int64_t splits, void* loss, void* stream) {
   return with_type(p.type, [&](auto of) {
     using T = decltype(of);
-    return launch_rows(write_losses<T>, p.queries.count, stream, pairs_of<T>(p), state, summed,
+    return launch_rows(losses_kernel<T>, p.queries.count, stream, pairs_of<T>(p), state, summed,
                        static_cast<int>(splits), static_cast<Accumulator<T>*>(loss));
   });
 }
 
-const char* coefficients(const Positives& p, const void* weight, const void* largest, const void* loss, bool bounded,
-                         bool library, void* out, void* stream) {
+const char* gradient_weights(const Positives& p, const void* weight, const void* largest, const void* loss,
+                             bool bounded, bool library, void* out, void* stream) {
   return with_type(p.type, [&](auto of) {
     using T = decltype(of);
     using Real = Accumulator<T>;
-    return launch_rows(write_coefficients<T>, p.padded, stream, pairs_of<T>(p), static_cast<const Real*>(weight),
+    return launch_rows(gradient_weights_kernel<T>, p.padded, stream, pairs_of<T>(p), static_cast<const Real*>(weight),
                        static_cast<const Real*>(largest), static_cast<const Real*>(loss), bounded, library,
                        static_cast<Real*>(out));
   });
 }
 
-const char* finish(const RowSet& x, const RowSet& y, Type type, bool normalize, const int64_t* table, int64_t padded,
-                   const Gradient& of, double temperature, void* d_x0, void* d_x1, Type d_type, void* stream) {
+const char* finish_gradient(const RowSet& x, const RowSet& y, Type type, bool normalize, const int64_t* table,
+                            int64_t padded, const Gradient& of, double temperature, void* d_x0, void* d_x1, Type d_type,
+                            void* stream) {
   return with_type(type, [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto* to) {
       using Out = std::remove_pointer_t<decltype(to)>;
       const bool wide = aligned(d_x0) && aligned(d_x1) && x.columns % kChunk<T> == 0;
-      return launch_with_room<T>(write_gradients<T, Out>, x.count, x.columns, stream, rows_of<T>(x, normalize),
-                                 rows_of<T>(y, normalize), table, padded, of, 1 / temperature, to,
-                                 static_cast<Out*>(d_x1), wide);
+      return launch_with_shared<T>(finish_gradient_kernel<T, Out>, x.count, x.columns, stream, rows_of<T>(x, normalize),
+                                   rows_of<T>(y, normalize), table, padded, of, 1 / temperature, to,
+                                   static_cast<Out*>(d_x1), wide);
     };
     if (d_type == type) return run(static_cast<T*>(d_x0));
     return run(static_cast<Accumulator<T>*>(d_x0));
   });
 }
 
-const char* detached_finish(const Positives& p, const float* state, const float* accumulated, int64_t splits,
+const char* finish_detached(const Positives& p, const float* state, const float* accumulated, int64_t splits,
                             int64_t dim, float* loss, float* gradient, void* stream) {
   return with_type(p.type, [&](auto of) {
     using T = decltype(of);
     if constexpr (sizeof(T) == 2) {
       const bool wide = aligned(gradient) && p.queries.columns % kChunk<T> == 0;
-      return launch_with_room<T>(write_detached<T>, p.queries.count, p.queries.columns, stream, pairs_of<T>(p), state,
-                                 accumulated, static_cast<int>(splits), static_cast<int>(dim), loss, gradient, wide);
+      return launch_with_shared<T>(finish_detached_kernel<T>, p.queries.count, p.queries.columns, stream,
+                                   pairs_of<T>(p), state, accumulated, static_cast<int>(splits), static_cast<int>(dim),
+                                   loss, gradient, wide);
     } else {
       return "a type without a kernel";
     }

@@ -1,12 +1,13 @@
-// What nt_xent and info_nce do to rows one by one (ser_fast/ops/tiled.py has the mathematics).
+// What nt_xent and info_nce do to rows one by one (ser_fast/ops has the mathematics).
 //
-// Real is double for float64 rows and float for others: the type of losses, states, coefficients and of what is
+// Real is double for float64 rows and float for others: the type of losses, states, weights and of what is
 // accumulated. Pointers of the current device. All return what went wrong, or null; none waits for the device.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/types.h"
+#include "common/tiles.h"
+#include "common/types.h"
 
 namespace ser_fast::cuda {
 
@@ -40,16 +41,14 @@ const char* losses(const Positives& p, const void* state, bool summed, int64_t s
 
 // out (3, padded): a and its shift, G_ij = a_i 2^(c s_ij - shift_i), and the weight of the positive. Unless `library`,
 // a is in units that make `largest`, the most that a row of G sums to, 2^14.
-const char* coefficients(const Positives& p, const void* weight, const void* largest, const void* loss, bool bounded,
-                         bool library, void* out, void* stream);
+const char* gradient_weights(const Positives& p, const void* weight, const void* largest, const void* loss,
+                             bool bounded, bool library, void* out, void* stream);
 
-enum class Side { views, query, key };
-
-// What `finish` turns into a gradient.
+// What `finish_gradient` turns into a gradient.
 struct Gradient {
   Side side;
-  const void* coefficients;  // (3, coefficients_padded), of the rows whose losses they are
-  int64_t coefficients_padded;
+  const void* weights;  // (3, weights_padded), of the rows whose losses they are
+  int64_t weights_padded;
   const int64_t* positive;       // side query: the positive of x's row r is y's row positive[r]
   const int64_t *order, *first;  // side key: x's row r is that of y's rows order[first[r]] to order[first[r + 1] - 1]
   const void* accumulated;       // (splits, padded, dim), G k
@@ -59,13 +58,14 @@ struct Gradient {
 };
 
 // d_x0 and d_x1, shaped like x. d_type: the rows' type, or Real. table, padded: of the rows x.
-const char* finish(const RowSet& x, const RowSet& y, Type type, bool normalize, const int64_t* table, int64_t padded,
-                   const Gradient& of, double temperature, void* d_x0, void* d_x1, Type d_type, void* stream);
+const char* finish_gradient(const RowSet& x, const RowSet& y, Type type, bool normalize, const int64_t* table,
+                            int64_t padded, const Gradient& of, double temperature, void* d_x0, void* d_x1, Type d_type,
+                            void* stream);
 
 // loss (count,), and its gradient (count, columns) in each query, both float: (1 - e^-loss) (mean of the negatives -
-// positive) / temperature. accumulated (splits, padded, dim), state (2, splits, padded): as cuda::detached writes them,
+// positive) / temperature. accumulated (splits, padded, dim), state (2, splits, padded): as detached_sums writes them,
 // for rows of 16 bits.
-const char* detached_finish(const Positives& p, const float* state, const float* accumulated, int64_t splits,
+const char* finish_detached(const Positives& p, const float* state, const float* accumulated, int64_t splits,
                             int64_t dim, float* loss, float* gradient, void* stream);
 
 }  // namespace ser_fast::cuda

@@ -1,4 +1,4 @@
-// The tiles of the similarity matrix of nt_xent and info_nce: what takes a product of rows (ser_fast/ops/tiled.py).
+// Steps of nt_xent and info_nce that take products of rows in tiles of 128 x 128 (ser_fast/ops has the mathematics).
 //
 // Pointers of the current device. All return what went wrong, or null; none waits for the device.
 #pragma once
@@ -7,12 +7,12 @@
 
 namespace ser_fast::cuda {
 
-// The rows of one side.
-struct Share {
-  const int64_t* table;       // images and valid bits, and of each 32 rows their range and whether all are valid
-  const float* coefficients;  // (3, padded): a, its shift and what is not used here; null where a is 0
-  const void* u;              // (padded, columns) float16, of unit length; columns is a multiple of 64
-  int64_t padded;             // a multiple of 128
+// The rows of one side of the similarity matrix.
+struct Operand {
+  const int64_t* table;  // images and valid bits, and of each 32 rows their range and whether all are valid
+  const float* weights;  // (3, padded), as `gradient_weights` writes them; null where a is 0
+  const void* u;         // (padded, columns) float16, of unit length; columns is a multiple of 64
+  int64_t padded;        // a multiple of 128
 };
 
 // sums (4, padded): the negatives of each row among all rows, from the pairs i > j alone, in integers. kept: 2^15 P by
@@ -29,17 +29,8 @@ const char* row_sums(const void* q, const int64_t* q_table, int64_t q_padded, co
                      int64_t k_padded, int64_t columns, int64_t keys, float* state, int64_t splits, float scale,
                      void* stream);
 
-// out (splits, q.padded, columns) = G k, over shares of the keys. columns: 64, 128 or 256.
-const char* owner(Share q, Share k, int64_t columns, int64_t keys, float* out, int64_t splits, float scale,
-                  bool bounded, void* stream);
-
 // panel (rows, width) float16 = G from the corner (first_row, first_key); all four are multiples of 128.
-const char* panel(Share q, Share k, int64_t columns, void* panel, int64_t first_row, int64_t first_key, int64_t rows,
-                  int64_t width, float scale, bool bounded, void* stream);
-
-// out (splits, q.padded, columns) = sum_j 2^(s_ij - top_i) k_j, and state (2, splits, q.padded): top, and the sums.
-// columns: 64, 128, 256 or 512.
-const char* detached(Share q, Share k, int64_t columns, int64_t keys, float* state, float* out, int64_t splits,
-                     float scale, bool bounded, void* stream);
+const char* gradient_panel(const Operand& q, const Operand& k, int64_t columns, void* panel, int64_t first_row,
+                           int64_t first_key, int64_t rows, int64_t width, float scale, bool bounded, void* stream);
 
 }  // namespace ser_fast::cuda

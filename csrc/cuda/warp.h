@@ -38,7 +38,9 @@ __device__ T warp_max(T value) {
 template <int N, typename T, typename Real>
 __device__ void load(Real (&to)[N], const T* from, int count, bool wide) {
   if (wide) {
-    struct alignas(16) Words { T of[kChunk<T>]; };
+    struct alignas(16) Words {
+      T of[kChunk<T>];
+    };
 #pragma unroll
     for (int i = 0; i < N; i += kChunk<T>) {
       const Words words = *reinterpret_cast<const Words*>(from + i);

@@ -9,12 +9,14 @@ of them.
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from ser_fast.ops import reference
+from ser_fast.ops.contract import Backend
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -33,51 +35,82 @@ PREFERRED = {
 }
 
 
-def _load() -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """The modules of the backends that are here, and for the others what is missing."""
-    modules = {"reference": importlib.import_module("ser_fast.ops.reference")}
-    missing = {}
+def _load() -> dict[str, Backend | str]:
+    """Each backend that is here, and for the others what is missing."""
+    found: dict[str, Backend | str] = {"reference": reference}
     if importlib.util.find_spec("triton") is None:
-        missing["triton"] = "triton is not installed"
+        found["triton"] = "triton is not installed"
     elif not _INTERPRETED and torch.cuda.device_count() == 0:  # unlike is_available, leaves CUDA to forked processes
-        missing["triton"] = "it runs on cuda tensors, and torch finds no GPU (TRITON_INTERPRET=1 runs it on the CPU)"
+        found["triton"] = "it runs on cuda tensors, and torch finds no GPU (TRITON_INTERPRET=1 runs it on the CPU)"
     else:
         try:
-            modules["triton"] = importlib.import_module("ser_fast.kernels")
+            from ser_fast.kernels import TritonBackend
+
+            found["triton"] = TritonBackend()
         except ImportError as error:
-            missing["triton"] = f"triton does not load: {error}"
+            found["triton"] = f"triton does not load: {error}"
     if importlib.util.find_spec("ser_fast._C") is None:
-        missing["cpu"] = "the native extension ser_fast._C was not built"
+        found["cpu"] = "the native extension ser_fast._C was not built"
     else:
         try:
-            modules["cpu"] = importlib.import_module("ser_fast.ops.native")
+            from ser_fast.ops import cpu
+
+            found["cpu"] = cpu
         except (ImportError, OSError) as error:  # built for another torch or Python, or a library is missing
-            missing["cpu"] = f"the native extension ser_fast._C does not load: {error}"
-    if "cpu" in missing:
-        missing["cuda"] = missing["cpu"]
-    elif not torch._C._dispatch_has_kernel_for_dispatch_key("ser_fast_native::group_action", "CUDA"):
-        missing["cuda"] = "the native extension ser_fast._C was built without CUDA"
+            found["cpu"] = f"the native extension ser_fast._C does not load: {error}"
+    if isinstance(found["cpu"], str):
+        found["cuda"] = found["cpu"]
+    elif importlib.util.find_spec("ser_fast._C_cuda") is None:
+        found["cuda"] = "the native extension ser_fast._C_cuda was not built"
     elif torch.cuda.device_count() == 0:
-        missing["cuda"] = "it runs on cuda tensors, and torch finds no GPU"
+        found["cuda"] = "it runs on cuda tensors, and torch finds no GPU"
     else:
-        modules["cuda"] = importlib.import_module("ser_fast.ops.cuda")
-    return modules, missing
+        try:
+            importlib.import_module("ser_fast._C_cuda")  # registers the kernels
+            from ser_fast.ops.cuda import CUDABackend
+
+            found["cuda"] = CUDABackend()
+        except (ImportError, OSError) as error:  # built for another torch or another CUDA
+            found["cuda"] = f"the native extension ser_fast._C_cuda does not load: {error}"
+    return found
 
 
-_MODULES, _MISSING = _load()
+_FOUND = _load()
 
 
-def implementations(name: str) -> dict[str, Callable[..., Any]]:
-    """The function `name` of every backend that is here and has it, by backend."""
-    return {backend: getattr(module, name) for backend, module in _MODULES.items() if hasattr(module, name)}
+def implementations() -> dict[str, Backend]:
+    """Every backend that is here, by name."""
+    return {name: found for name, found in _FOUND.items() if not isinstance(found, str)}
+
+
+def implementation(name: str) -> Backend:
+    """The backend of that name, which `choose` has found to be here."""
+    found = _FOUND[name]
+    assert not isinstance(found, str)
+    return found
+
+
+@contextmanager
+def registered(name: str, backend: Backend | str, device: str) -> Iterator[None]:
+    """Have `backend` run as `name` on tensors of `device`, in place of what is there; for tests.
+
+    A string takes the backend away, and is the reason that is given.
+    """
+    before = _FOUND[name], _DEVICES[name]
+    _FOUND[name], _DEVICES[name] = backend, device
+    try:
+        yield
+    finally:
+        _FOUND[name], _DEVICES[name] = before
 
 
 def reason_not(backend: str, device: str) -> str | None:
     """Why `backend` can't run on tensors of `device` ("cpu", "cuda", ...); None if it can."""
     if backend == "reference":
         return None
-    if backend in _MISSING:
-        return _MISSING[backend]
+    found = _FOUND[backend]
+    if isinstance(found, str):
+        return found
     if _DEVICES[backend] != device:
         return f"it runs on {_DEVICES[backend]} tensors, not on {device}"
     return None
@@ -101,7 +134,7 @@ def fastest(op: str, device: torch.device) -> str:
 def choose(op: str, backend: str, tensor: Tensor) -> str:
     """The name of the backend that runs `op` on `tensor`.
 
-    "auto" takes the fastest one that can run, never the interpreter; an explicit request is met or raises, and never
+    "auto" takes the fastest one that can run, never the interpreter; an explicit request runs or raises, and never
     falls back.
 
     Raises:

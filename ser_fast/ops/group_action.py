@@ -1,80 +1,96 @@
 """`group_action`: carry a map of tokens along a map of the plane."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap
-from ser_fast.ops.backends import choose, implementations
+from ser_fast.ops.backends import choose, implementation
+from ser_fast.ops.contract import GroupAction
+from ser_fast.ops.operator import Operator, save_arguments, saved_arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_FORWARD = implementations("group_action")
-_TRANSPOSE = implementations("group_action_transpose")
+
+def _group_action(x: Tensor, action: GroupAction, backend: str) -> Tensor:
+    return implementation(backend).group_action(x, action)
 
 
-@torch.library.custom_op("ser_fast::group_action", mutates_args=())
-def _group_action(
-    x: Tensor,
-    linear: Tensor,
-    offset: Tensor,
-    size_in: Sequence[int],
-    size_out: Sequence[int],
-    interpolation: str,
-    padding: str,
-    antialias: bool,
-    backend: str,
-) -> Tensor:
-    # Autocast would round the products of the oracle to half precision.
-    with torch.autocast(x.device.type, enabled=False):
-        return _FORWARD[backend](x, linear, offset, size_in, size_out, interpolation, padding, antialias)
+def _group_action_transpose(x: Tensor, action: GroupAction, backend: str) -> Tensor:
+    return implementation(backend).group_action_transpose(x, action)
 
 
-@torch.library.custom_op("ser_fast::group_action_transpose", mutates_args=())
-def _group_action_transpose(
-    x: Tensor,
-    linear: Tensor,
-    offset: Tensor,
-    size_in: Sequence[int],
-    size_out: Sequence[int],
-    interpolation: str,
-    padding: str,
-    antialias: bool,
-    backend: str,
-) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return _TRANSPOSE[backend](x, linear, offset, size_in, size_out, interpolation, padding, antialias)
+def _like_output(x: Tensor, action: GroupAction, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], action.size_out[0] * action.size_out[1], x.shape[2])
 
 
-@_group_action.register_fake
-def _(x: Tensor, linear: Tensor, offset: Tensor, size_in: Any, size_out: Any, *options: Any) -> Tensor:
-    return x.new_empty(x.shape[0], size_out[0] * size_out[1], x.shape[2])
+def _like_input(x: Tensor, action: GroupAction, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], action.size_in[0] * action.size_in[1], x.shape[2])
 
 
-@_group_action_transpose.register_fake
-def _(x: Tensor, linear: Tensor, offset: Tensor, size_in: Any, size_out: Any, *options: Any) -> Tensor:
-    return x.new_empty(x.shape[0], size_in[0] * size_in[1], x.shape[2])
+_act = Operator(_group_action, _like_output)
+_act_transposed = Operator(_group_action_transpose, _like_input)
 
 
-def _save_map(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, linear, offset, *ctx.options = inputs
-    ctx.save_for_backward(linear, offset)
+def _save_action(ctx: Any, output: Tensor, x: Tensor, action: GroupAction, backend: str) -> None:
+    ctx.backend = backend
+    save_arguments(ctx, action)
 
 
 # The action is linear in x: the gradient of W x is W^T, and that of W^T x is W.
-def _transpose_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (_group_action_transpose(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 8)
+def _gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor]:
+    (action,) = saved_arguments(ctx)
+    return (_act_transposed(d_out, action, ctx.backend),)
 
 
-def _forward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (_group_action(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 8)
+def _gradient_of_transpose(ctx: Any, d_out: Tensor) -> tuple[Tensor]:
+    (action,) = saved_arguments(ctx)
+    return (_act(d_out, action, ctx.backend),)
 
 
-_group_action.register_autograd(_transpose_gradient, setup_context=_save_map)
-_group_action_transpose.register_autograd(_forward_gradient, setup_context=_save_map)
+_act.differentiable(_save_action, _gradient)
+_act_transposed.differentiable(_save_action, _gradient_of_transpose)
+
+
+@overload
+def group_action(
+    x: Tensor,
+    g: LatticeMap,
+    *,
+    interpolation: str = ...,
+    padding: str = ...,
+    antialias: bool = ...,
+    return_valid: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def group_action(
+    x: Tensor,
+    g: LatticeMap,
+    *,
+    interpolation: str = ...,
+    padding: str = ...,
+    antialias: bool = ...,
+    return_valid: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def group_action(
+    x: Tensor,
+    g: LatticeMap,
+    *,
+    interpolation: str = ...,
+    padding: str = ...,
+    antialias: bool = ...,
+    return_valid: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def group_action(
@@ -118,8 +134,7 @@ def group_action(
     """
     _check(x, g, interpolation, padding)
     batch, channels = x.shape[0], x.shape[-1]
-    out = _group_action(
-        x.reshape(batch, g.size_in[0] * g.size_in[1], channels),
+    action = GroupAction(
         g.linear.expand(batch, 2, 2),
         g.offset.expand(batch, 2),
         g.size_in,
@@ -127,8 +142,9 @@ def group_action(
         interpolation,
         padding,
         antialias,
-        choose("group_action", backend, x),
     )
+    tokens = x.reshape(batch, g.size_in[0] * g.size_in[1], channels)
+    out = _act(tokens, action, choose("group_action", backend, x))
     if x.ndim == 4:
         out = out.reshape(batch, *g.size_out, channels)
     return (out, g.valid().expand(batch, -1)) if return_valid else out

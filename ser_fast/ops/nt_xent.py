@@ -2,7 +2,7 @@
 
 Each loss is an op that returns one value per anchor, and an op for its gradient that takes one weight per anchor:
 reductions are plain PyTorch around them. Optional arguments are made explicit before the op, so that every backend
-meets one rule: key b is a negative of anchor t where both take part and their images differ.
+follows one rule: key b is a negative of anchor t where both take part and their images differ.
 """
 
 from typing import Any
@@ -10,191 +10,123 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ser_fast.ops.backends import choose, implementations
+from ser_fast.ops.backends import choose, implementation
+from ser_fast.ops.contract import InfoNCE, LossGradient, NTXent
+from ser_fast.ops.operator import Operator, save_arguments, saved_arguments
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _REDUCTIONS = ("mean", "sum", "none")
 
-_KEPT_BYTES = implementations("kept_bytes")
-_NT_XENT = implementations("nt_xent")
-_NT_XENT_BACKWARD = implementations("nt_xent_backward")
-_INFO_NCE = implementations("info_nce")
-_INFO_NCE_BACKWARD = implementations("info_nce_backward")
-_INFO_NCE_DETACHED = implementations("info_nce_detached")
+
+# ---------------------------------------------------------------- the operators
 
 
-@torch.library.custom_op("ser_fast::nt_xent", mutates_args=())
-def _nt_xent(
-    z0: Tensor, z1: Tensor, image: Tensor, valid: Tensor, temperature: float, normalize: bool, kept: int, backend: str
-) -> tuple[Tensor, Tensor]:
+def _nt_xent(inputs: NTXent, kept: int, backend: str) -> tuple[Tensor, Tensor]:
     """The losses, and `kept` bytes of similarities for the backward pass: a backend's own layout, or none."""
-    # Autocast would round the products of the oracle to half precision.
-    with torch.autocast(z0.device.type, enabled=False):
-        similarities = torch.empty(kept, dtype=torch.uint8, device=z0.device)
-        return _NT_XENT[backend](z0, z1, image, valid, temperature, normalize, similarities), similarities
+    similarities = torch.empty(kept, dtype=torch.uint8, device=inputs.z0.device)
+    return implementation(backend).nt_xent(inputs, similarities), similarities
 
 
-@torch.library.custom_op("ser_fast::nt_xent_backward", mutates_args=())
 def _nt_xent_backward(
-    weight: Tensor,
-    z0: Tensor,
-    z1: Tensor,
-    image: Tensor,
-    valid: Tensor,
-    loss: Tensor,
-    similarities: Tensor,
-    temperature: float,
-    normalize: bool,
-    backend: str,
+    inputs: NTXent, gradient: LossGradient, similarities: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(z0.device.type, enabled=False):
-        return _NT_XENT_BACKWARD[backend](weight, z0, z1, image, valid, loss, similarities, temperature, normalize)
+    return implementation(backend).nt_xent_backward(inputs, gradient, similarities)
 
 
-@torch.library.custom_op("ser_fast::info_nce", mutates_args=())
-def _info_nce(
-    query: Tensor,
-    key: Tensor,
-    image: Tensor,
-    key_image: Tensor,
-    valid: Tensor,
-    key_valid: Tensor,
-    positive: Tensor,
-    temperature: float,
-    normalize: bool,
-    backend: str,
-) -> Tensor:
-    with torch.autocast(query.device.type, enabled=False):
-        return _INFO_NCE[backend](query, key, image, key_image, valid, key_valid, positive, temperature, normalize)
+def _info_nce(inputs: InfoNCE, backend: str) -> Tensor:
+    return implementation(backend).info_nce(inputs)
 
 
-@torch.library.custom_op("ser_fast::info_nce_backward", mutates_args=())
 def _info_nce_backward(
-    weight: Tensor,
-    query: Tensor,
-    key: Tensor,
-    image: Tensor,
-    key_image: Tensor,
-    valid: Tensor,
-    key_valid: Tensor,
-    positive: Tensor,
-    loss: Tensor,
-    temperature: float,
-    normalize: bool,
-    need_query: bool,
-    need_key: bool,
-    backend: str,
+    inputs: InfoNCE, gradient: LossGradient, need_query: bool, need_key: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(query.device.type, enabled=False):
-        return _INFO_NCE_BACKWARD[backend](
-            weight,
-            query,
-            key,
-            image,
-            key_image,
-            valid,
-            key_valid,
-            positive,
-            loss,
-            temperature,
-            normalize,
-            need_query,
-            need_key,
-        )
+    return implementation(backend).info_nce_backward(inputs, gradient, need_query, need_key)
 
 
-@torch.library.custom_op("ser_fast::info_nce_detached", mutates_args=())
-def _info_nce_detached(
-    query: Tensor,
-    key: Tensor,
-    image: Tensor,
-    key_image: Tensor,
-    valid: Tensor,
-    key_valid: Tensor,
-    positive: Tensor,
-    temperature: float,
-    normalize: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _info_nce_detached(inputs: InfoNCE, backend: str) -> tuple[Tensor, Tensor]:
     """The losses (T,), and (T, D) the gradient of each in its own query, the only one it has."""
-    with torch.autocast(query.device.type, enabled=False):
-        return _INFO_NCE_DETACHED[backend](
-            query, key, image, key_image, valid, key_valid, positive, temperature, normalize
-        )
+    return implementation(backend).info_nce_detached(inputs)
 
 
-@_nt_xent.register_fake
-def _(z0: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, kept, _ = rest
-    loss = z0.new_empty(2 * z0.shape[0], dtype=torch.promote_types(z0.dtype, torch.float32))
-    return loss, z0.new_empty(kept, dtype=torch.uint8)
+def _like_losses(x: Tensor, anchors: int) -> Tensor:
+    return x.new_empty(anchors, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@_nt_xent_backward.register_fake
-def _(weight: Tensor, z0: Tensor, z1: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return z0.new_empty(z0.shape), z1.new_empty(z1.shape)
+def _like_nt_xent(inputs: NTXent, kept: int, backend: str) -> tuple[Tensor, Tensor]:
+    z0 = inputs.z0
+    return _like_losses(z0, 2 * z0.shape[0]), z0.new_empty(kept, dtype=torch.uint8)
 
 
-@_info_nce.register_fake
-def _(query: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(query.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
+def _like_nt_xent_backward(inputs: NTXent, *rest: Any) -> tuple[Tensor, Tensor]:
+    return inputs.z0.new_empty(inputs.z0.shape), inputs.z1.new_empty(inputs.z1.shape)
 
 
-@_info_nce_backward.register_fake
-def _(weight: Tensor, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, need_query, need_key, _ = rest
+def _like_info_nce(inputs: InfoNCE, backend: str) -> Tensor:
+    return _like_losses(inputs.query, inputs.query.shape[0])
+
+
+def _like_info_nce_backward(
+    inputs: InfoNCE, gradient: LossGradient, need_query: bool, need_key: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    query, key = inputs.query, inputs.key
     return query.new_empty(query.shape if need_query else 0), key.new_empty(key.shape if need_key else 0)
 
 
-@_info_nce_detached.register_fake
-def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape[0], dtype=accumulate), query.new_empty(query.shape, dtype=accumulate)
+def _like_info_nce_detached(inputs: InfoNCE, backend: str) -> tuple[Tensor, Tensor]:
+    loss = _like_losses(inputs.query, inputs.query.shape[0])
+    return loss, loss.new_empty(inputs.query.shape)
 
 
-def _save_nt_xent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # the similarities have none, and zeros would take as much memory again
-    *tensors, ctx.temperature, ctx.normalize, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+_nt_xent_op = Operator(_nt_xent, _like_nt_xent)
+_nt_xent_backward_op = Operator(_nt_xent_backward, _like_nt_xent_backward)
+_info_nce_op = Operator(_info_nce, _like_info_nce)
+_info_nce_backward_op = Operator(_info_nce_backward, _like_info_nce_backward)
+_info_nce_detached_op = Operator(_info_nce_detached, _like_info_nce_detached)
 
 
-def _nt_xent_gradient(ctx: Any, weight: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if weight is None:
-        return (None,) * 8
-    d_z0, d_z1 = _nt_xent_backward(weight, *ctx.saved_tensors, ctx.temperature, ctx.normalize, ctx.backend)
-    return d_z0, d_z1, *(None,) * 6
+# ---------------------------------------------------------------- their gradients
 
 
-def _save_info_nce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.temperature, ctx.normalize, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output)
+def _save_nt_xent(ctx: Any, output: tuple[Tensor, Tensor], inputs: NTXent, kept: int, backend: str) -> None:
+    ctx.backend = backend
+    save_arguments(ctx, inputs, *output)
 
 
-def _info_nce_gradient(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-    need_query, need_key = ctx.needs_input_grad[:2]
-    d_query, d_key = _info_nce_backward(
-        weight, *ctx.saved_tensors, ctx.temperature, ctx.normalize, need_query, need_key, ctx.backend
-    )
-    return d_query if need_query else None, d_key if need_key else None, *(None,) * 8
+def _nt_xent_gradient(ctx: Any, weight: Tensor, _: None) -> tuple[Tensor, Tensor]:
+    inputs, loss, similarities = saved_arguments(ctx)
+    return _nt_xent_backward_op(inputs, LossGradient(weight, loss), similarities, ctx.backend)
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[0].dtype
+def _save_info_nce(ctx: Any, output: Tensor, inputs: InfoNCE, backend: str) -> None:
+    ctx.backend = backend
+    save_arguments(ctx, inputs, output)
+
+
+def _info_nce_gradient(ctx: Any, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    inputs, loss = saved_arguments(ctx)
+    need_query, need_key, *_ = ctx.needs_input_grad
+    gradient = LossGradient(weight, loss)
+    d_query, d_key = _info_nce_backward_op(inputs, gradient, need_query, need_key, ctx.backend)
+    return d_query if need_query else None, d_key if need_key else None
+
+
+def _save_detached_gradient(ctx: Any, output: tuple[Tensor, Tensor], inputs: InfoNCE, backend: str) -> None:
+    ctx.dtype = inputs.query.dtype
     ctx.save_for_backward(output[1])
 
 
-def _detached_gradient(ctx: Any, weight: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if weight is None:
-        return (None,) * 10
+def _detached_gradient(ctx: Any, weight: Tensor, _: None) -> tuple[Tensor]:
     (gradient,) = ctx.saved_tensors
-    return (weight[:, None] * gradient).to(ctx.dtype), *(None,) * 9
+    return ((weight[:, None] * gradient).to(ctx.dtype),)
 
 
-_nt_xent.register_autograd(_nt_xent_gradient, setup_context=_save_nt_xent)
-_info_nce.register_autograd(_info_nce_gradient, setup_context=_save_info_nce)
-_info_nce_detached.register_autograd(_detached_gradient, setup_context=_save_gradient)
+_nt_xent_op.differentiable(_save_nt_xent, _nt_xent_gradient)
+_info_nce_op.differentiable(_save_info_nce, _info_nce_gradient)
+_info_nce_detached_op.differentiable(_save_detached_gradient, _detached_gradient)
+
+
+# ---------------------------------------------------------------- the functions
 
 
 def nt_xent(
@@ -266,9 +198,9 @@ def nt_xent(
         valid = torch.ones(z0.shape[0], dtype=torch.bool, device=z0.device)
     kept = 0
     if memory_budget and torch.is_grad_enabled() and (z0.requires_grad or z1.requires_grad):
-        wanted = _KEPT_BYTES[name](z0.shape[0], z0.dtype, float(temperature), normalize)
+        wanted = implementation(name).kept_bytes(z0.shape[0], z0.dtype, float(temperature), normalize)
         kept = wanted if wanted <= memory_budget else 0
-    loss, _ = _nt_xent(z0, z1, image.long(), valid, float(temperature), normalize, kept, name)
+    loss, _ = _nt_xent_op(NTXent(z0, z1, image.long(), valid, float(temperature), normalize), kept, name)
     return _reduce(loss, 2 * valid.sum(), reduction)
 
 
@@ -371,11 +303,13 @@ def info_nce(
     elif key_image is None:
         key_image = image
     anchors = valid & key_valid[positive]
-    inputs = (query, key, image.long(), key_image.long(), anchors, key_valid, positive, float(temperature), normalize)
+    inputs = InfoNCE(
+        query, key, image.long(), key_image.long(), anchors, key_valid, positive, float(temperature), normalize
+    )
     if torch.is_grad_enabled() and query.requires_grad and not key.requires_grad:
-        loss, _ = _info_nce_detached(*inputs, name)
+        loss, _ = _info_nce_detached_op(inputs, name)
     else:
-        loss = _info_nce(*inputs, name)
+        loss = _info_nce_op(inputs, name)
     return _reduce(loss, anchors.sum(), reduction)
 
 

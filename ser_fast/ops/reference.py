@@ -3,32 +3,24 @@
 It stores what the kernels never store (resampling matrices, similarity matrices) and is what they are tested against.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ser_fast.interpolation import axis_weights
 from ser_fast.lattice import positions
+from ser_fast.ops.contract import GroupAction, InfoNCE, LossGradient, NTXent
 
 # ---------------------------------------------------------------- group_action
 
 
-def resampling_matrix(
-    linear: Tensor,
-    offset: Tensor,
-    size_in: Sequence[int],
-    size_out: Sequence[int],
-    interpolation: str,
-    padding: str,
-    antialias: bool,
-) -> Tensor:
+def resampling_matrix(action: GroupAction) -> Tensor:
     """W_g: (B, h*w, H*W) float64. W[o, (i, j)] = W_y[o, i] W_x[o, j], each row of the two from one axis.
 
-    linear (B, 2, 2) and offset (B, 2) are a LatticeMap's. On each axis the kernel's step is the length of that row of
-    `linear`: how far the preimage of a token reaches along the axis.
+    On each axis the kernel's step is the length of that row of `linear`: how far the preimage of a token reaches along
+    the axis.
     """
-    y, x = positions(linear, offset, size_in, size_out)  # (B, h*w)
+    linear = action.linear
+    y, x = positions(linear, action.offset, action.size_in, action.size_out)  # (B, h*w)
     step = linear.norm(dim=-1)  # (B, 2)
     exact = ((linear == 0) | (linear.abs() == 1)).flatten(1).all(-1) & (step == 1).all(-1)
     rows, columns = (
@@ -36,10 +28,10 @@ def resampling_matrix(
             position,
             step[:, axis],
             exact,
-            size_in[axis],
-            interpolation=interpolation,
-            padding=padding,
-            antialias=antialias,
+            action.size_in[axis],
+            interpolation=action.interpolation,
+            padding=action.padding,
+            antialias=action.antialias,
         )
         for axis, position in enumerate((y, x))
     )
@@ -60,33 +52,14 @@ def _apply(weights: Tensor, x: Tensor) -> Tensor:
     return torch.where(used.any(-1)[..., None], out, torch.zeros_like(out))
 
 
-def group_action(
-    x: Tensor,
-    linear: Tensor,
-    offset: Tensor,
-    size_in: Sequence[int],
-    size_out: Sequence[int],
-    interpolation: str,
-    padding: str,
-    antialias: bool,
-) -> Tensor:
+def group_action(x: Tensor, action: GroupAction) -> Tensor:
     """(B, H*W, C) to (B, h*w, C):  out = W_g x."""
-    return _apply(resampling_matrix(linear, offset, size_in, size_out, interpolation, padding, antialias), x)
+    return _apply(resampling_matrix(action), x)
 
 
-def group_action_transpose(
-    x: Tensor,
-    linear: Tensor,
-    offset: Tensor,
-    size_in: Sequence[int],
-    size_out: Sequence[int],
-    interpolation: str,
-    padding: str,
-    antialias: bool,
-) -> Tensor:
+def group_action_transpose(x: Tensor, action: GroupAction) -> Tensor:
     """(B, h*w, C) to (B, H*W, C):  out = W_g^T x."""
-    weights = resampling_matrix(linear, offset, size_in, size_out, interpolation, padding, antialias)
-    return _apply(weights.mT, x)
+    return _apply(resampling_matrix(action).mT, x)
 
 
 # ---------------------------------------------------------------- nt_xent and info_nce
@@ -108,125 +81,72 @@ def group_action_transpose(
 EPS = 1e-12  # the least length that a row is divided by, as in torch.nn.functional.normalize
 
 
-def info_nce(
-    query: Tensor,  # (T, D)
-    key: Tensor,  # (M, D)
-    image: Tensor,  # (T,) int64
-    key_image: Tensor,  # (M,) int64
-    valid: Tensor,  # (T,) bool
-    key_valid: Tensor,  # (M,) bool
-    positive: Tensor,  # (T,) int64, rows of key
-    temperature: float,
-    normalize: bool,
-) -> Tensor:  # (T,)
-    q = _embed(_participants(query, valid), normalize)
-    k = _embed(_participants(key, key_valid), normalize)
-    s = q @ k.T / temperature  # (T, M)
-    s_positive = (q * k[positive]).sum(1) / temperature  # (T,)
-    s_negative = s.masked_fill(~_negatives(image, key_image, valid, key_valid), -torch.inf).logsumexp(1)  # (T,)
+def info_nce(inputs: InfoNCE) -> Tensor:  # (T,)
+    q = _normalized(_participants(inputs.query, inputs.valid), inputs.normalize)
+    k = _normalized(_participants(inputs.key, inputs.key_valid), inputs.normalize)
+    s = q @ k.T / inputs.temperature  # (T, M)
+    s_positive = (q * k[inputs.positive]).sum(1) / inputs.temperature  # (T,)
+    s_negative = s.masked_fill(~_negatives(inputs), -torch.inf).logsumexp(1)  # (T,)
     return torch.logaddexp(s_negative - s_positive, torch.zeros_like(s_positive))
 
 
 def info_nce_backward(
-    weight: Tensor,  # (T,), d / d loss_t
-    query: Tensor,  # (T, D)
-    key: Tensor,  # (M, D)
-    image: Tensor,  # (T,) int64
-    key_image: Tensor,  # (M,) int64
-    valid: Tensor,  # (T,) bool
-    key_valid: Tensor,  # (M,) bool
-    positive: Tensor,  # (T,) int64
-    loss: Tensor,  # (T,), what info_nce returned
-    temperature: float,
-    normalize: bool,
-    need_query: bool,
-    need_key: bool,
-) -> tuple[Tensor, Tensor]:  # (T, D) and (M, D); empty, (0,), where not needed
+    inputs: InfoNCE, gradient: LossGradient, need_query: bool, need_key: bool
+) -> tuple[Tensor, Tensor]:  # (T, D) and (M, D)
+    query, key, _, _, valid, key_valid, positive, temperature, normalize = inputs
     x, y = _participants(query, valid), _participants(key, key_valid)
-    q, k = _embed(x, normalize), _embed(y, normalize)
+    q, k = _normalized(x, normalize), _normalized(y, normalize)
     s = q @ k.T / temperature  # (T, M)
     s_positive = (q * k[positive]).sum(1) / temperature  # (T,)
 
-    weight, loss, s_positive = weight[:, None], loss[:, None], s_positive[:, None]  # (T, 1)
-    negative = _negatives(image, key_image, valid, key_valid)  # (T, M)
+    weight, loss, s_positive = gradient.weight[:, None], gradient.loss[:, None], s_positive[:, None]  # (T, 1)
     is_positive = positive[:, None] == torch.arange(len(key), device=key.device)  # (T, M)
-    g = torch.where(negative, weight * torch.exp(s - s_positive - loss), 0)  # (T, M)
+    g = torch.where(_negatives(inputs), weight * torch.exp(s - s_positive - loss), 0)  # (T, M)
     g = g + torch.where(is_positive, weight * torch.expm1(-loss), 0)
 
     d_query, d_key = query.new_empty(0), key.new_empty(0)
     if need_query:
-        d_query = torch.where(valid[:, None], _embed_backward(g @ k / temperature, q, x, normalize), 0).to(query.dtype)
+        d_x = _normalized_backward(g @ k / temperature, q, x, normalize)
+        d_query = torch.where(valid[:, None], d_x, 0).to(query.dtype)
     if need_key:
-        d_key = torch.where(key_valid[:, None], _embed_backward(g.T @ q / temperature, k, y, normalize), 0).to(
-            key.dtype
-        )
+        d_y = _normalized_backward(g.T @ q / temperature, k, y, normalize)
+        d_key = torch.where(key_valid[:, None], d_y, 0).to(key.dtype)
     return d_query, d_key
 
 
-def info_nce_detached(
-    query: Tensor,  # (T, D)
-    key: Tensor,  # (M, D)
-    image: Tensor,  # (T,) int64
-    key_image: Tensor,  # (M,) int64
-    valid: Tensor,  # (T,) bool
-    key_valid: Tensor,  # (M,) bool
-    positive: Tensor,  # (T,) int64, rows of key
-    temperature: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:  # (T,) and (T, D), the gradient of loss_t in query t, in at least float32
-    inputs = (_upcast(query), _upcast(key), image, key_image, valid, key_valid, positive)
-    loss = info_nce(*inputs, temperature, normalize)
-    gradient, _ = info_nce_backward(torch.ones_like(loss), *inputs, loss, temperature, normalize, True, False)
+def info_nce_detached(inputs: InfoNCE) -> tuple[Tensor, Tensor]:  # (T,) and (T, D)
+    inputs = inputs._replace(query=_upcast(inputs.query), key=_upcast(inputs.key))
+    loss = info_nce(inputs)
+    gradient, _ = info_nce_backward(inputs, LossGradient(torch.ones_like(loss), loss), True, False)
     return loss, gradient
 
 
 def kept_bytes(rows: int, dtype: torch.dtype, temperature: float, normalize: bool) -> int:
-    """How much nt_xent on `rows` rows a view keeps for its backward pass: `similarities` has this size, or is empty."""
     return 0
 
 
-def nt_xent(
-    z0: Tensor,  # (T, D)
-    z1: Tensor,  # (T, D)
-    image: Tensor,  # (T,) int64
-    valid: Tensor,  # (T,) bool
-    temperature: float,
-    normalize: bool,
-    similarities: Tensor,  # (K,) uint8, written if not empty
-) -> Tensor:  # (2T,)
-    return info_nce(*_both_views(z0, z1, image, valid), temperature, normalize)
+def nt_xent(inputs: NTXent, similarities: Tensor) -> Tensor:  # (2T,)
+    return info_nce(_both_views(inputs))
 
 
 def nt_xent_backward(
-    weight: Tensor,  # (2T,), d / d loss_a
-    z0: Tensor,  # (T, D)
-    z1: Tensor,  # (T, D)
-    image: Tensor,  # (T,) int64
-    valid: Tensor,  # (T,) bool
-    loss: Tensor,  # (2T,), what nt_xent returned
-    similarities: Tensor,  # (K,) uint8, what nt_xent wrote
-    temperature: float,
-    normalize: bool,
+    inputs: NTXent, gradient: LossGradient, similarities: Tensor
 ) -> tuple[Tensor, Tensor]:  # (T, D) twice
-    as_query, as_key = info_nce_backward(
-        weight, *_both_views(z0, z1, image, valid), loss, temperature, normalize, need_query=True, need_key=True
-    )
-    d_z0, d_z1 = (as_query + as_key).to(z0.dtype).tensor_split(2)
+    as_query, as_key = info_nce_backward(_both_views(inputs), gradient, need_query=True, need_key=True)
+    d_z0, d_z1 = (as_query + as_key).to(inputs.z0.dtype).tensor_split(2)
     return d_z0.clone(), d_z1.clone()  # an op's outputs share no memory
 
 
-def _both_views(
-    z0: Tensor, z1: Tensor, image: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _both_views(inputs: NTXent) -> InfoNCE:
     """nt_xent is info_nce with Z = [z0; z1] as the queries and as the keys, row t and row t + T positives."""
-    z = _upcast(torch.cat([z0, z1]))  # (2T, D); both gradients of a row are summed before they are rounded
-    images, valids = image.repeat(2), valid.repeat(2)  # (2T,)
-    partner = torch.arange(len(z), device=z.device).roll(len(z0))  # (2T,)
-    return z, z, images, images, valids, valids, partner
+    z = _upcast(torch.cat([inputs.z0, inputs.z1]))  # (2T, D); a row's gradients are summed before they are rounded
+    image, valid = inputs.image.repeat(2), inputs.valid.repeat(2)  # (2T,)
+    positive = torch.arange(len(z), device=z.device).roll(len(inputs.z0))  # (2T,)
+    return InfoNCE(z, z, image, image, valid, valid, positive, inputs.temperature, inputs.normalize)
 
 
-def _negatives(image: Tensor, key_image: Tensor, valid: Tensor, key_valid: Tensor) -> Tensor:  # (T, M)
-    return (image[:, None] != key_image) & valid[:, None] & key_valid
+def _negatives(inputs: InfoNCE) -> Tensor:  # (T, M)
+    return (inputs.image[:, None] != inputs.key_image) & inputs.valid[:, None] & inputs.key_valid
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -234,7 +154,7 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def _participants(x: Tensor, valid: Tensor) -> Tensor:  # (T, D)
-    """The rows in at least float32: 0 where they take no part, NaN where they hold an Inf (an Inf could vanish)."""
+    """The rows in at least float32: 0 where they are masked out, NaN where they hold an Inf (an Inf could vanish)."""
     x = _upcast(x)
     x = torch.where(x.isfinite(), x, torch.nan)
     return torch.where(valid[:, None], x, 0)
@@ -246,7 +166,7 @@ def _lengths(x: Tensor) -> tuple[Tensor, Tensor]:  # (T, 1) twice
     return scale, torch.linalg.vector_norm(x / scale, dim=1, keepdim=True)
 
 
-def _embed(x: Tensor, normalize: bool) -> Tensor:  # (T, D)
+def _normalized(x: Tensor, normalize: bool) -> Tensor:  # (T, D)
     """u = x / max(|x|, EPS)."""
     if not normalize:
         return x
@@ -254,7 +174,7 @@ def _embed(x: Tensor, normalize: bool) -> Tensor:  # (T, D)
     return x / scale / length.clamp(min=1)
 
 
-def _embed_backward(d_u: Tensor, u: Tensor, x: Tensor, normalize: bool) -> Tensor:  # (T, D)
+def _normalized_backward(d_u: Tensor, u: Tensor, x: Tensor, normalize: bool) -> Tensor:  # (T, D)
     """dx = (du - u <u, du>) / |x|, and du / EPS where |x| < EPS."""
     if normalize:
         scale, length = _lengths(x)

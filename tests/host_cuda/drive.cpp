@@ -27,7 +27,7 @@ int failures = 0;
 
 void in_order(int64_t count, const std::function<void(int64_t, int64_t)>& body) { body(0, count); }
 
-void check(const char* what, int64_t channels, const Lattices& n, const Resampling& how, bool transpose) {
+void check(const char* what, int64_t channels, const Lattices& n, const Resampling& resampling, bool transpose) {
   std::vector<double> linear, offset;
   for (const auto& map : kMaps) {
     linear.insert(linear.end(), map, map + 4);
@@ -39,10 +39,10 @@ void check(const char* what, int64_t channels, const Lattices& n, const Resampli
   std::normal_distribution<float> normal;
   std::vector<float> x(kBatch * read * channels), expected(kBatch * written * channels), out(expected.size());
   for (float& value : x) value = normal(generator);
-  group_action(x.data(), linear.data(), offset.data(), expected.data(), Type::float32, kBatch, channels, n, how,
+  group_action(x.data(), linear.data(), offset.data(), expected.data(), Type::float32, kBatch, channels, n, resampling,
                transpose, in_order);
   const char* error = cuda::group_action(x.data(), linear.data(), offset.data(), out.data(), Type::float32, kBatch,
-                                         channels, n, how, transpose, nullptr);
+                                         channels, n, resampling, transpose, nullptr);
   for (size_t i = 0; error == nullptr && i < out.size(); ++i) {
     if (!(std::abs(out[i] - expected[i]) <= 1e-5f)) error = "a wrong value";
   }

@@ -58,10 +58,10 @@ int main() {
   bool valid[kViews] = {true, true, true, true, true, true};
   valid[kInvalid] = false;
 
-  // Loss and gradient of nt_xent in double, step by step as tiled.py takes them; the products are made here.
+  // Loss and gradient of nt_xent in double, step by step as ser_fast/ops takes them; the products are computed here.
   const cuda::RowSet rows{x.data(), x.data() + kViews * kColumns, kViews, kRows, kColumns};
   Numbers u(kPadded * kDim), panel(kPadded * kPadded), state(2 * kPadded), loss(kRows), weight(kRows, 1), largest(1, 1);
-  Numbers coefficients(3 * kPadded), accumulated(kPadded * kDim), gradient(kRows * kColumns);
+  Numbers weights(3 * kPadded), accumulated(kPadded * kDim), gradient(kRows * kColumns);
   std::vector<int64_t> table(2 * kPadded + 3 * kPadded / 32);
   const char* error = cuda::prepare(rows, Type::float64, true, image.data(), valid, u.data(), Type::float64, kPadded,
                                     kDim, table.data(), nullptr);
@@ -70,26 +70,25 @@ int main() {
     for (int64_t j = 0; j < kPadded; ++j) panel[i * kPadded + j] = kScale * dot(&u[i * kDim], &u[j * kDim]);
   }
   std::fill_n(state.begin(), kPadded, -INFINITY);
-  const cuda::Positives positives{rows,    rows,         Type::float64, true,        true,
-                                  nullptr, table.data(), kPadded,       kTemperature};
-  const cuda::PanelSide side{table.data(), coefficients.data(), kPadded};
+  const cuda::Positives positives{rows, rows, Type::float64, true, true, nullptr, table.data(), kPadded, kTemperature};
+  const cuda::PanelOperand side{table.data(), weights.data(), kPadded};
   const cuda::Panel whole{panel.data(), 0, 0, kPadded, kPadded};
   error = cuda::panel_row_sums(whole, Type::float64, side, side, state.data(), nullptr);
   if (error == nullptr) error = cuda::losses(positives, state.data(), false, 1, loss.data(), nullptr);
   for (int64_t i = 0; i < kRows; ++i) check("losses", error, loss[i], loss_of(x, i), 1e-12);
-  error = cuda::coefficients(positives, weight.data(), largest.data(), loss.data(), false, true, coefficients.data(),
-                             nullptr);
-  if (error == nullptr) error = cuda::weigh_panel(whole, Type::float64, side, side, nullptr);
+  error = cuda::gradient_weights(positives, weight.data(), largest.data(), loss.data(), false, true, weights.data(),
+                                 nullptr);
+  if (error == nullptr) error = cuda::gradient_panel_from_library(whole, Type::float64, side, side, nullptr);
   for (int64_t i = 0; i < kPadded; ++i) {
     for (int64_t d = 0; d < kDim; ++d) {
       for (int64_t j = 0; j < kPadded; ++j) accumulated[i * kDim + d] += panel[i * kPadded + j] * u[j * kDim + d];
     }
   }
-  const cuda::Gradient of{cuda::Side::views, coefficients.data(), kPadded, nullptr, nullptr, nullptr,
-                          accumulated.data(), 1, kDim, largest.data(), true};
+  const cuda::Gradient of{Side::views, weights.data(), kPadded,        nullptr, nullptr, nullptr, accumulated.data(),
+                          1,           kDim,           largest.data(), true};
   if (error == nullptr) {
-    error = cuda::finish(rows, rows, Type::float64, true, table.data(), kPadded, of, kTemperature, gradient.data(),
-                         gradient.data() + kViews * kColumns, Type::float64, nullptr);
+    error = cuda::finish_gradient(rows, rows, Type::float64, true, table.data(), kPadded, of, kTemperature,
+                                  gradient.data(), gradient.data() + kViews * kColumns, Type::float64, nullptr);
   }
   for (const int64_t at : {int64_t{0}, 4 * kColumns + 7, 11 * kColumns + 32}) {
     double difference = 0;
@@ -98,7 +97,7 @@ int main() {
       moved[at] += step;
       for (int64_t i = 0; i < kRows; ++i) difference += loss_of(moved, i) / (2 * step);
     }
-    check("finish", error, gradient[at], difference, 1e-6);
+    check("finish_gradient", error, gradient[at], difference, 1e-6);
   }
 
   // What was kept: 2^15 P of one tile, of which only the part below the diagonal is read.
@@ -108,10 +107,10 @@ int main() {
     for (int64_t j = 0; j < kPadded; ++j) cuda::narrow(kept[i * kPadded + j], j < i ? 64.f * i + j : NAN);
   }
   for (int64_t i = 0; i < kPadded; ++i) cuda::narrow(kept[i * kPadded + i], 0);
-  const cuda::PanelSide alike{table.data(), shares.data(), kPadded};
-  error = cuda::weigh_kept({weighed.data(), 0, 0, kPadded, kPadded}, kept.data(), alike, alike, nullptr);
-  check("weigh_kept", error, cuda::widen(weighed[2 * kPadded + 1]), 129 * 0x1p-14, 1e-3);
-  check("weigh_kept, mirrored", error, cuda::widen(weighed[1 * kPadded + 2]), 129 * 0x1p-14, 1e-3);
+  const cuda::PanelOperand alike{table.data(), shares.data(), kPadded};
+  error = cuda::gradient_panel_from_kept({weighed.data(), 0, 0, kPadded, kPadded}, kept.data(), alike, alike, nullptr);
+  check("gradient_panel_from_kept", error, cuda::widen(weighed[2 * kPadded + 1]), 129 * 0x1p-14, 1e-3);
+  check("gradient_panel_from_kept, mirrored", error, cuda::widen(weighed[1 * kPadded + 2]), 129 * 0x1p-14, 1e-3);
 
   // Detached keys: the second view.
   std::vector<bfloat16> half(kRows * kColumns);
@@ -132,13 +131,13 @@ int main() {
   for (int64_t r = 0; r < kPadded; ++r) table[kPadded + r] = r < kViews && valid[r];
   const cuda::Positives detached{queries,    keys,         Type::bfloat16, true,        false,
                                  own.data(), table.data(), kPadded,        kTemperature};
-  error = cuda::detached_finish(detached, sums.data(), mean.data(), 1, kDim, losses.data(), gradients.data(), nullptr);
+  error = cuda::finish_detached(detached, sums.data(), mean.data(), 1, kDim, losses.data(), gradients.data(), nullptr);
   const double s = similarity(rounded, 2, 2 + kViews), expected = std::log1p(sums[kPadded + 2] / std::exp(s));
-  check("detached_finish", error, losses[2], expected, 1e-5);
+  check("finish_detached", error, losses[2], expected, 1e-5);
   // The mean of the negatives is 0 here: the gradient is that of the positive alone.
   const double *q = &rounded[2 * kColumns], *k = &rounded[(2 + kViews) * kColumns], length = std::sqrt(dot(q, q));
-  const double pull = std::expm1(-expected) / kTemperature / length;
-  check("detached_finish, gradient", error, gradients[2 * kColumns],
-        pull * (k[0] / std::sqrt(dot(k, k)) - q[0] / length * s * kTemperature), 1e-4);
+  const double positive_gradient = std::expm1(-expected) / kTemperature / length;
+  check("finish_detached, gradient", error, gradients[2 * kColumns],
+        positive_gradient * (k[0] / std::sqrt(dot(k, k)) - q[0] / length * s * kTemperature), 1e-4);
   return failures != 0;
 }

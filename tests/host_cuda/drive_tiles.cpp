@@ -1,4 +1,4 @@
-// Runs the kernels of cuda/nt_xent_tiles.h on threads of the system, each on a few tiles: what the sanitizers watch.
+// Runs the kernels of cuda/nt_xent_tiles.h and nt_xent_stationary.h on threads of the system, each on a few tiles: what the sanitizers watch.
 // Exits with 1, and says where, if a value is wrong.
 
 #include <cmath>
@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/nt_xent_stationary.h"
 #include "cuda/nt_xent_tiles.h"
 #include "host_cuda.h"
 
@@ -24,13 +25,13 @@ void check(const char* what, const char* error, double value, double expected) {
 }
 
 // Rows of unit length in images of five; the last ones are not valid.
-struct Rows {
+struct TestRows {
   int64_t count, padded;
   std::vector<float16> u;
   std::vector<int64_t> table;
-  std::vector<float> coefficients;
+  std::vector<float> weights;
 
-  Rows(int64_t count, int64_t padded) : count(count), padded(padded), u(padded * kColumns), coefficients(3 * padded) {
+  TestRows(int64_t count, int64_t padded) : count(count), padded(padded), u(padded * kColumns), weights(3 * padded) {
     std::mt19937 generator(count);
     std::normal_distribution<float> normal;
     for (int64_t r = 0; r < count; ++r) {
@@ -40,8 +41,8 @@ struct Rows {
     }
     for (int64_t r = 0; r < padded; ++r) {
       table.push_back(r < count ? r / 5 : 0);
-      coefficients[r] = 1 + r % 3;
-      coefficients[padded + r] = kScale;
+      weights[r] = 1 + r % 3;
+      weights[padded + r] = kScale;
     }
     for (int64_t r = 0; r < padded; ++r) table.push_back(r < count);
     for (int what = 0; what < 3; ++what) {
@@ -51,21 +52,21 @@ struct Rows {
       }
     }
   }
-  cuda::Share share() const { return {table.data(), coefficients.data(), u.data(), padded}; }
-  double product(int64_t r, const Rows& k, int64_t j) const {
+  cuda::Operand operand() const { return {table.data(), weights.data(), u.data(), padded}; }
+  double product(int64_t r, const TestRows& k, int64_t j) const {
     double sum = 0;
     for (int64_t d = 0; d < kColumns; ++d) {
       sum += cuda::widen(u[r * kColumns + d]) * cuda::widen(k.u[j * kColumns + d]);
     }
     return sum;
   }
-  bool negative(int64_t r, const Rows& k, int64_t j) const { return r < count && j < k.count && r / 5 != j / 5; }
+  bool negative(int64_t r, const TestRows& k, int64_t j) const { return r < count && j < k.count && r / 5 != j / 5; }
 };
 
 }  // namespace
 
 int main() {
-  const Rows x(130, 256), k(70, 128);
+  const TestRows x(130, 256), k(70, 128);
   const int64_t row = 129, splits = 2;  // the row that is looked at
   double over_rows = 0, over_keys = 0, mean = 0, gradient = 0;
   for (int64_t j = 0; j < x.count; ++j) {
@@ -101,14 +102,16 @@ int main() {
   error = cuda::row_sums(x.u.data(), x.table.data(), x.padded, k.u.data(), k.table.data(), k.padded, kColumns, k.count,
                          state.data(), splits, kScale, nullptr);
   check("row_sums", error, total(&state[splits * x.padded + row], x.padded), over_keys);
-  error = cuda::detached(x.share(), k.share(), kColumns, k.count, state.data(), out.data(), splits, kScale, false,
-                         nullptr);
-  check("detached, sums", error, total(&state[splits * x.padded + row], x.padded), over_keys);
-  check("detached", error, total(&out[row * kColumns], x.padded * kColumns), mean);
-  error = cuda::owner(x.share(), k.share(), kColumns, k.count, out.data(), splits, kScale, true, nullptr);
-  check("owner", error, out[row * kColumns] + out[(x.padded + row) * kColumns], gradient);
-  error = cuda::panel(x.share(), k.share(), kColumns, panel.data(), 128, 0, 128, 128, kScale, true, nullptr);
-  check("panel", error, cuda::widen(panel[(row - 128) * 128]),
+  error = cuda::detached_sums(x.operand(), k.operand(), kColumns, k.count, state.data(), out.data(), splits, kScale,
+                              false, nullptr);
+  check("detached_sums, sums", error, total(&state[splits * x.padded + row], x.padded), over_keys);
+  check("detached_sums", error, total(&out[row * kColumns], x.padded * kColumns), mean);
+  error =
+      cuda::stationary_gradient(x.operand(), k.operand(), kColumns, k.count, out.data(), splits, kScale, true, nullptr);
+  check("stationary_gradient", error, out[row * kColumns] + out[(x.padded + row) * kColumns], gradient);
+  error =
+      cuda::gradient_panel(x.operand(), k.operand(), kColumns, panel.data(), 128, 0, 128, 128, kScale, true, nullptr);
+  check("gradient_panel", error, cuda::widen(panel[(row - 128) * 128]),
         std::exp2(kScale * x.product(row, k, 0) - kScale) * (1 + row % 3 + 1));
   return failures != 0;
 }

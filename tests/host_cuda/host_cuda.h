@@ -1,4 +1,4 @@
-// Twins of what csrc/cuda uses of CUDA, so that a C++ compiler builds the very same kernels and a host runs them.
+// What csrc/cuda uses of CUDA, for the host, so that a C++ compiler builds the very same kernels and a host runs them.
 //
 // Blocks run one after another. The threads of a block are fibers that take turns on one thread of the system, or with
 // HOST_CUDA_THREADS threads of the system, which the sanitizers can watch. Shared memory holds garbage when a block
@@ -24,15 +24,16 @@
 #include <ucontext.h>
 #endif
 
-#include "cpu/types.h"
+#include "common/types.h"
 
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after another
 #define LAUNCH(kernel, blocks, threads, shared, stream, ...) \
-  host_cuda::launch(blocks, threads, shared, [&] { kernel(__VA_ARGS__); })
+  ((void)(stream), host_cuda::launch(blocks, threads, shared, [&] { kernel(__VA_ARGS__); }))
 
 struct dim3 {
   unsigned x = 0, y = 0, z = 0;

@@ -24,5 +24,4 @@ int64_t pairs_that_have_a_block(int64_t padded) {
   }
   return pairs;
 }
-
 }

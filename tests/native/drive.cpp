@@ -11,10 +11,10 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/embedding.h"
 #include "cpu/group_action.h"
+#include "cpu/normalize_rows.h"
 #include "cpu/nt_xent.h"
-#include "cpu/resampling.h"
+#include "cpu/taps.h"
 
 namespace {
 
@@ -74,19 +74,19 @@ struct bfloat16 {
 
 constexpr double kMaps[][6] = {
     // linear by rows, offset
-    {1, 0, 0, 1, 0, 0},                 // copy
-    {0, -1, 1, 0, 0, 0},                // copy, turned
-    {1, 0, 0, 1, 2, -1},                // copy, a whole shift
-    {0.7, 0, 0, 1.6, 0.3, -0.2},        // separable
-    {0, 1.3, -0.6, 0, -1.1, 0.4},       // separable, turned
-    {0.8, -0.5, 0.5, 0.8, 0.1, 0.7},    // general
-    {1, 0, 0, 1, 40, 40},               // far outside
-    {0.8, -0.5, 0.5, 0.8, 0.1, 0.7},    // a map that came before
+    {1, 0, 0, 1, 0, 0},               // copy
+    {0, -1, 1, 0, 0, 0},              // copy, turned
+    {1, 0, 0, 1, 2, -1},              // copy, a whole shift
+    {0.7, 0, 0, 1.6, 0.3, -0.2},      // separable
+    {0, 1.3, -0.6, 0, -1.1, 0.4},     // separable, turned
+    {0.8, -0.5, 0.5, 0.8, 0.1, 0.7},  // general
+    {1, 0, 0, 1, 40, 40},             // far outside
+    {0.8, -0.5, 0.5, 0.8, 0.1, 0.7},  // a map that came before
 };
 constexpr int64_t kBatch = std::size(kMaps);
 
 // W (output tokens, input tokens) of one map.
-Values matrix(const double* map, const Lattices& n, const Resampling& how) {
+Values matrix(const double* map, const Lattices& n, const Resampling& resampling) {
   const double size_in[2] = {double(n.height_in), double(n.width_in)};
   const bool exact = std::all_of(map, map + 4, [](double a) { return a == 0 || std::abs(a) == 1; });
   Values w;
@@ -97,7 +97,7 @@ Values matrix(const double* map, const Lattices& n, const Resampling& how) {
       for (int axis = 0; axis < 2; ++axis) {
         const double *linear = map + 2 * axis, step = std::hypot(linear[0], linear[1]);
         const double position = linear[0] * v[0] + linear[1] * v[1] + map[4 + axis] + size_in[axis] / 2;
-        Axis along(how, step, exact, static_cast<int64_t>(axes[axis].size()));
+        Axis along(resampling, step, exact, static_cast<int64_t>(axes[axis].size()));
         const Axis::Taps taps = along.at(position);
         for (int64_t t = 0; t < taps.count; ++t) axes[axis][taps.index[t]] = taps.weight[t];
       }
@@ -110,7 +110,7 @@ Values matrix(const double* map, const Lattices& n, const Resampling& how) {
 }
 
 template <typename T>
-void check_group_action(Type type, double budget, const Lattices& n, int64_t channels, const Resampling& how,
+void check_group_action(Type type, double budget, const Lattices& n, int64_t channels, const Resampling& resampling,
                         bool transpose) {
   int64_t tokens_in = n.height_in * n.width_in, tokens_out = n.height_out * n.width_out;
   const int64_t stride = tokens_in;
@@ -121,7 +121,7 @@ void check_group_action(Type type, double budget, const Lattices& n, int64_t cha
   for (int64_t b = 0; b < kBatch; ++b) {
     linear.insert(linear.end(), kMaps[b], kMaps[b] + 4);
     offset.insert(offset.end(), kMaps[b] + 4, kMaps[b] + 6);
-    const Values w = matrix(kMaps[b], n, how);
+    const Values w = matrix(kMaps[b], n, resampling);
     for (int64_t o = 0; o < tokens_out; ++o) {
       for (int64_t i = 0; i < tokens_in; ++i) {
         const double weight = transpose ? w[i * stride + o] : w[o * stride + i];
@@ -133,13 +133,14 @@ void check_group_action(Type type, double budget, const Lattices& n, int64_t cha
       }
     }
   }
-  group_action(x.data(), linear.data(), offset.data(), out.data(), type, kBatch, channels, n, how, transpose, parallel);
+  group_action(x.data(), linear.data(), offset.data(), out.data(), type, kBatch, channels, n, resampling, transpose,
+               parallel);
   Values actual;
   for (T value : out) actual.push_back(static_cast<double>(value));
   compare("group_action, type " + std::to_string(int(type)) + ", interpolation " +
-              std::to_string(int(how.interpolation)) + ", padding " + std::to_string(int(how.padding)) +
-              ", antialias " + std::to_string(how.antialias) + ", transpose " + std::to_string(transpose) + ", " +
-              std::to_string(channels) + " channels",
+              std::to_string(int(resampling.interpolation)) + ", padding " + std::to_string(int(resampling.padding)) +
+              ", antialias " + std::to_string(resampling.antialias) + ", transpose " + std::to_string(transpose) +
+              ", " + std::to_string(channels) + " channels",
           actual, expected, budget);
 }
 
@@ -150,14 +151,14 @@ void check_group_actions() {
   for (int interpolation = 0; interpolation <= int(Interpolation::area); ++interpolation) {
     for (int padding = 0; padding <= int(Padding::reflection); ++padding) {
       for (bool antialias : {false, true}) {
-        const Resampling how{Interpolation(interpolation), Padding(padding), antialias};
+        const Resampling resampling{Interpolation(interpolation), Padding(padding), antialias};
         for (const Lattices& n : lattices) {
           for (bool transpose : {false, true}) {
             const int64_t count = channels[turn++ % std::size(channels)];
-            check_group_action<float>(Type::float32, 1e-5, n, count, how, transpose);
-            check_group_action<double>(Type::float64, 1e-12, n, count, how, transpose);
-            check_group_action<bfloat16>(Type::bfloat16, 1.0 / 256, n, count, how, transpose);
-            check_group_action<_Float16>(Type::float16, 1.0 / 2048, n, count, how, transpose);
+            check_group_action<float>(Type::float32, 1e-5, n, count, resampling, transpose);
+            check_group_action<double>(Type::float64, 1e-12, n, count, resampling, transpose);
+            check_group_action<bfloat16>(Type::bfloat16, 1.0 / 256, n, count, resampling, transpose);
+            check_group_action<_Float16>(Type::float16, 1.0 / 2048, n, count, resampling, transpose);
           }
         }
       }
@@ -176,7 +177,7 @@ void gemm(bool transpose_a, bool transpose_b, int64_t rows, int64_t columns, int
       for (int64_t k = 0; k < depth; ++k) {
         sum += (transpose_a ? a[k * lda + i] : a[i * lda + k]) * (transpose_b ? b[j * ldb + k] : b[k * ldb + j]);
       }
-      c[i * ldc + j] = alpha * sum + (beta == 0 ? 0 : beta * c[i * ldc + j]);  // c may be uninitialised
+      c[i * ldc + j] = alpha * sum + (beta == 0 ? 0 : beta * c[i * ldc + j]);  // c may be uninitialized
     }
   }
 }
@@ -197,11 +198,11 @@ struct Set {
       for (double value : row) u.push_back(static_cast<Real>(unit ? value / std::sqrt(square) : value));
     }
   }
-  Rows<Real> rows() const { return {u.data(), image.data(), static_cast<int64_t>(image.size())}; }
+  Embeddings<Real> rows() const { return {u.data(), image.data(), static_cast<int64_t>(image.size())}; }
 };
 
 template <typename Real>
-double dot(const Rows<Real>& q, int64_t t, const Rows<Real>& k, int64_t b, int64_t dim) {
+double dot(const Embeddings<Real>& q, int64_t t, const Embeddings<Real>& k, int64_t b, int64_t dim) {
   double sum = 0;
   for (int64_t d = 0; d < dim; ++d) sum += double(q.u[t * dim + d]) * k.u[b * dim + d];
   return sum;
@@ -216,21 +217,21 @@ template <typename Real>
 void check_pair(const std::string& what, const Set<Real>& query, const Set<Real>& key, bool bounded) {
   const bool same = &query == &key;
   const int64_t dim = query.dim;
-  const Rows<Real> q = query.rows(), k = key.rows();
+  const Embeddings<Real> q = query.rows(), k = key.rows();
   const Real temperature = bounded ? Real(0.3) : Real(0.1);
   const double budget = std::is_same_v<Real, float> ? 1e-5 : 1e-12;
 
   Values negatives(q.count), expected(q.count), lse(q.count), mean(q.count * dim);
   const double lowest = -std::numeric_limits<double>::infinity();
   for (int64_t t = 0; t < q.count; ++t) {
-    double top = lowest, sum = 0;
+    double row_max = lowest, sum = 0;
     Values s;
     for (int64_t b = 0; b < k.count; ++b) {
       if (q.image[t] != k.image[b]) s.push_back(dot(q, t, k, b, dim) / temperature);
     }
-    for (double value : s) top = std::max(top, value);
-    for (double value : s) sum += std::exp(value - top);
-    expected[t] = s.empty() ? lowest : top + std::log(sum);
+    for (double value : s) row_max = std::max(row_max, value);
+    for (double value : s) sum += std::exp(value - row_max);
+    expected[t] = s.empty() ? lowest : row_max + std::log(sum);
     const double positive = 0.9 / temperature, most = std::max(expected[t], positive);
     lse[t] = most + std::log(std::exp(expected[t] - most) + std::exp(positive - most));
     for (int64_t b = 0; b < k.count; ++b) {
@@ -245,7 +246,8 @@ void check_pair(const std::string& what, const Set<Real>& query, const Set<Real>
   compare(what + ", log_negatives", negatives, expected, budget);
   std::fill(negatives.begin(), negatives.end(), 0.0);
   std::vector<Real> got_mean(mean.size(), Real(1));
-  log_and_mean_negatives<Real>(q, k, dim, temperature, bounded, negatives.data(), got_mean.data(), gemm<Real>, parallel);
+  log_and_mean_negatives<Real>(q, k, dim, temperature, bounded, negatives.data(), got_mean.data(), gemm<Real>,
+                               parallel);
   compare(what + ", log_and_mean_negatives", negatives, expected, budget);
   compare(what + ", mean", widened(got_mean), mean, budget);
 
@@ -266,7 +268,8 @@ void check_pair(const std::string& what, const Set<Real>& query, const Set<Real>
     // "Adds": the outputs hold something already.
     std::vector<Real> got_q(d_q.size(), Real(1)), got_k(d_k.size(), Real(1));
     negatives_gradient<Real>(q, k, dim, temperature, bounded, weight.data(), lse.data(), kept,
-                             need_query ? got_q.data() : nullptr, need_key ? got_k.data() : nullptr, gemm<Real>, parallel);
+                             need_query ? got_q.data() : nullptr, need_key ? got_k.data() : nullptr, gemm<Real>,
+                             parallel);
     for (Real& value : got_q) value -= 1;
     for (Real& value : got_k) value -= 1;
     compare(what + ", d_query", widened(got_q), need_query ? d_q : Values(d_q.size()), 10 * budget);
@@ -282,16 +285,16 @@ void check_pair(const std::string& what, const Set<Real>& query, const Set<Real>
   }
 }
 
-// Rows of very different sizes, one of 0 and one that holds an Inf, from two tensors, some of them left out.
+// Embeddings of very different sizes, one of 0 and one that holds an Inf, from two tensors, some of them left out.
 template <typename T, typename Real>
 void check_rows(const std::string& what, Type type, bool normalize, int64_t dim, double budget) {
   const int64_t counts[] = {7, 5};
-  std::vector<int64_t> index, partner;
+  std::vector<int64_t> index, positive;
   for (int64_t i = 11; i >= 0; --i) {
     if (i != 4) index.push_back(i);
   }
   const int64_t count = static_cast<int64_t>(index.size());
-  for (int64_t i = 0; i < count; ++i) partner.push_back((3 * i + 1) % count);
+  for (int64_t i = 0; i < count; ++i) positive.push_back((3 * i + 1) % count);
   std::vector<std::vector<T>> x(2), d_x(2);
   for (int part = 0; part < 2; ++part) {
     int64_t row = 0;
@@ -307,12 +310,12 @@ void check_rows(const std::string& what, Type type, bool normalize, int64_t dim,
   std::vector<Real> u(count * dim), scales(2 * count), coefficient, d_u;
   for (double value : normal(count * dim)) d_u.push_back(static_cast<Real>(value));
   for (double value : normal(count)) coefficient.push_back(static_cast<Real>(value));
-  embed<Real>({x[0].data(), x[1].data(), counts[0], type, index.data(), count, dim}, normalize, u.data(), scales.data(),
-              parallel);
+  normalize_rows<Real>({x[0].data(), x[1].data(), counts[0], type, index.data(), count, dim}, normalize, u.data(),
+                       scales.data(), parallel);
   Values dots(count);
-  dot_rows(u.data(), u.data(), partner.data(), count, dim, dots.data(), parallel);
-  embed_backward<Real>({d_x[0].data(), d_x[1].data(), counts[0], type, index.data(), count, dim}, d_u.data(), u.data(),
-                       scales.data(), coefficient.data(), u.data(), partner.data(), parallel);
+  dot_rows(u.data(), u.data(), positive.data(), count, dim, dots.data(), parallel);
+  normalize_rows_backward<Real>({d_x[0].data(), d_x[1].data(), counts[0], type, index.data(), count, dim}, d_u.data(),
+                                u.data(), scales.data(), coefficient.data(), u.data(), positive.data(), parallel);
 
   const auto at = [&](auto& parts, int64_t row) { return parts[row >= counts[0]].data() + row % counts[0] * dim; };
   for (int64_t i = 0; i < count; ++i) {
@@ -328,8 +331,8 @@ void check_rows(const std::string& what, Type type, bool normalize, int64_t dim,
     for (int64_t d = 0; d < dim; ++d) v[d] = in[d] / length;
     compare(row + ", u", Values(u.begin() + i * dim, u.begin() + (i + 1) * dim), v, budget);
     for (int64_t d = 0; d < dim; ++d) {
-      dot += double(u[i * dim + d]) * u[partner[i] * dim + d];
-      dv[d] = d_u[i * dim + d] + double(coefficient[i]) * u[partner[i] * dim + d];
+      dot += double(u[i * dim + d]) * u[positive[i] * dim + d];
+      dv[d] = d_u[i * dim + d] + double(coefficient[i]) * u[positive[i] * dim + d];
       radial += v[d] * dv[d];
     }
     if (std::isfinite(dot)) compare(row + ", dot", {dots[i]}, {dot}, 1e-12);
@@ -355,7 +358,7 @@ void check_all_rows() {
 
 template <typename Real>
 void check_losses(const std::string& type) {
-  // Rows, rows of an image, rows of the first image: a ragged tail, blocks of one image, one image, one row, none.
+  // Embeddings, rows of an image, rows of the first image: a ragged tail, blocks of one image, one image, one row, none.
   const int64_t sets[][3] = {{1100, 7, 0}, {700, 3, 530}, {300, 1, 0}, {256, 300, 0}, {1, 1, 0}, {0, 1, 0}};
   for (bool bounded : {true, false}) {
     for (const auto& [count, run, large] : sets) {
@@ -363,7 +366,8 @@ void check_losses(const std::string& type) {
       const Set<Real> query(count, 3, run, 1, large, bounded);
       check_pair(what, query, query, bounded);
       for (int64_t keys : {0, 1, 600}) {
-        check_pair(what + ", " + std::to_string(keys) + " keys", query, Set<Real>(keys, 3, 5, 2, large, bounded), bounded);
+        check_pair(what + ", " + std::to_string(keys) + " keys", query, Set<Real>(keys, 3, 5, 2, large, bounded),
+                   bounded);
       }
     }
   }

@@ -1,9 +1,9 @@
-// Rows of channels: blended, converted, moved. Compiled for several instruction sets; the best one is picked at run time.
+// Vectors of channels: blended, converted, moved. Compiled for several instruction sets; the best one is picked at run time.
 #pragma once
 
 #include <cstdint>
 
-#include "types.h"
+#include "common/types.h"
 
 namespace ser_fast {
 
@@ -18,7 +18,7 @@ struct Blend {
 };
 
 // `stream`: write past the caches, which saves reading what is overwritten; for outputs that won't stay in them anyway.
-struct RowKernels {
+struct ChannelKernels {
   void (*blend_float)(float* out, const Blend<float>& sum, int64_t count, bool stream);
   void (*blend_double)(double* out, const Blend<double>& sum, int64_t count, bool stream);
   // Rounded once, to the nearest, ties to even; NaN stays NaN.
@@ -30,6 +30,6 @@ struct RowKernels {
   void (*finish)();  // streamed stores are not ordered with others: called before another thread reads them
 };
 
-const RowKernels& row_kernels();
+const ChannelKernels& channel_kernels();
 
 }  // namespace ser_fast

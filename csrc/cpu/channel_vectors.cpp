@@ -1,4 +1,4 @@
-#include "rows.h"
+#include "cpu/channel_vectors.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -15,7 +15,7 @@ typedef _Float16 Half;
 namespace portable {
 #define SER_FAST_BYTES 16
 #define SER_FAST_REGISTERS 8
-#include "rows.inc"
+#include "cpu/channel_vectors.inc"
 }  // namespace portable
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SER_FAST_PORTABLE)
@@ -28,7 +28,7 @@ namespace avx2 {
 #define SER_FAST_STREAM(to, vector) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)(vector))
 #define SER_FAST_STREAM_HALF(to, vector) _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)(vector))
 #define SER_FAST_TO_FLOAT16(vector) _mm256_cvtps_ph((__m256)(vector), _MM_FROUND_TO_NEAREST_INT)
-#include "rows.inc"
+#include "cpu/channel_vectors.inc"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -40,22 +40,22 @@ namespace avx512 {
 #define SER_FAST_STREAM(to, vector) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)(vector))
 #define SER_FAST_STREAM_HALF(to, vector) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)(vector))
 #define SER_FAST_TO_FLOAT16(vector) _mm512_cvtps_ph((__m512)(vector), _MM_FROUND_TO_NEAREST_INT)
-#include "rows.inc"
+#include "cpu/channel_vectors.inc"
 }  // namespace avx512
 #pragma GCC pop_options
 
-const RowKernels& row_kernels() {
-  static const RowKernels& best = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                                          __builtin_cpu_supports("avx512dq")
-                                      ? avx512::kernels
-                                  : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::kernels
-                                                                                                    : portable::kernels;
+const ChannelKernels& channel_kernels() {
+  static const ChannelKernels& best =
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+          ? avx512::kernels
+      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::kernels
+                                                                        : portable::kernels;
   return best;
 }
 
 #else
 
-const RowKernels& row_kernels() { return portable::kernels; }
+const ChannelKernels& channel_kernels() { return portable::kernels; }
 
 #endif
 

@@ -1,4 +1,4 @@
-#include "resampling.h"
+#include "cpu/taps.h"
 
 #include <algorithm>
 #include <cmath>
@@ -21,18 +21,19 @@ double kernel(Interpolation interpolation, const Cubics& of, double t) {
 
 }  // namespace
 
-Axis::Axis(const Resampling& how, double step, bool exact, int64_t size)
-    : how_(how),
-      interpolation_(how.antialias && how.interpolation == Interpolation::bicubic ? Interpolation::catmull_rom
-                                                                                  : how.interpolation),
+Axis::Axis(const Resampling& resampling, double step, bool exact, int64_t size)
+    : resampling_(resampling),
+      interpolation_(resampling.antialias && resampling.interpolation == Interpolation::bicubic
+                         ? Interpolation::catmull_rom
+                         : resampling.interpolation),
       exact_(exact),
       size_(size),
       cubics_(cubics(interpolation_)) {
   const bool area = interpolation_ == Interpolation::area;
-  const double stretch = how.antialias ? std::max(1.0, step) : 1.0;
+  const double stretch = resampling.antialias ? std::max(1.0, step) : 1.0;
   squeeze_ = 1 / stretch;
   reach_ = area ? (step + 1) / 2 - kTolerance : radius(interpolation_) * stretch;
-  cut_ = how.padding == Padding::border && (area || how.antialias);
+  cut_ = resampling.padding == Padding::border && (area || resampling.antialias);
   const size_t most = static_cast<size_t>(2 * reach_) + 1;  // centres within the reach, on either side
   // Without a stretch or a cut every position has the same four taps (bilinear: two of them 0), which sum up to 1.
   plain_ = stretch == 1 && !cut_ && !area && interpolation_ != Interpolation::nearest &&
@@ -76,7 +77,7 @@ Axis::Taps Axis::at(double position) {
   }
 
   int64_t count = 0;
-  if (how_.padding == Padding::reflection) {
+  if (resampling_.padding == Padding::reflection) {
     row_.assign(size_, 0.0);
     for (int64_t t = 0; t < taps; ++t) {
       const int64_t tap = ((first + t) % (2 * size_) + 2 * size_) % (2 * size_);
@@ -92,7 +93,7 @@ Axis::Taps Axis::at(double position) {
   }
   for (int64_t t = 0; t < taps; ++t) {
     const int64_t tap = first + t;
-    if (kernel_[t] == 0 || (how_.padding == Padding::zeros && (tap < 0 || tap >= size_))) continue;
+    if (kernel_[t] == 0 || (resampling_.padding == Padding::zeros && (tap < 0 || tap >= size_))) continue;
     const int32_t i = static_cast<int32_t>(std::min(std::max<int64_t>(tap, 0), size_ - 1));
     if (count && index_[count - 1] == i) {  // past the border: onto the edge
       weight_[count - 1] += kernel_[t];

@@ -1,18 +1,15 @@
-// What all kernels of nt_xent know of rows and of the tiles of the similarity matrix (ser_fast/ops/tiled.py).
+// What the kernels of nt_xent read of a set of rows: operands of the products, and the table that `prepare` writes.
 #pragma once
 
 #include <cstdint>
 
+#include "common/tiles.h"
 #include "cuda/device.h"
 
 namespace ser_fast::cuda {
 
-constexpr int kSpan = 32;         // rows that share a range of images
-constexpr int kSide = 128;        // of a tile
-constexpr float kLift = 0x1p15f;  // kept similarities are 2^15 P
+constexpr float kKeptScale = 1 << kLift;  // kept similarities are this times P
 
-// The table that `prepare` writes: image and valid of each row, and of each span the lowest image, the highest, and
-// whether all rows are valid.
 struct Table {
   const int64_t* at;
   int64_t padded;

@@ -1,54 +1,13 @@
-// The rows of weights of the group action, on one axis: the C++ twin of ser_fast/interpolation.py, in double.
+// The rows of weights of the group action, on one axis: ser_fast/interpolation.py in C++, in double.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "buffer.h"
+#include "common/resampling.h"
+#include "cpu/buffer.h"
 
 namespace ser_fast {
-
-enum class Interpolation { nearest, bilinear, bicubic, catmull_rom, mitchell, lanczos3, area };
-enum class Padding { zeros, border, reflection };
-
-struct Resampling {
-  Interpolation interpolation;
-  Padding padding;
-  bool antialias;
-};
-
-constexpr double kTolerance = 1e-4;  // LatticeMap's: this close to a border between two tokens is on it
-
-// A kernel of radius 1 or 2 as cubics in |t|, one for [0, 1) and one for [1, 2); the first coefficient is that of 1.
-struct Cubics {
-  double inner[4], outer[4];
-};
-
-// The (B, C) family of Mitchell and Netravali; (0, -a) is Keys' kernel with parameter a.
-constexpr Cubics family(double b, double c) {
-  return {{1 - b / 3, 0, -3 + 2 * b + c, 2 - 1.5 * b - c},
-          {4 * b / 3 + 4 * c, -2 * b - 8 * c, b + 5 * c, -b / 6 - c}};
-}
-
-constexpr Cubics cubics(Interpolation interpolation) {
-  switch (interpolation) {
-    case Interpolation::bilinear: return {{1, -1, 0, 0}, {}};
-    case Interpolation::bicubic: return family(0, 0.75);
-    case Interpolation::catmull_rom: return family(0, 0.5);
-    case Interpolation::mitchell: return family(1.0 / 3, 1.0 / 3);
-    default: return {};
-  }
-}
-
-// How far a token of weight may be.
-constexpr double radius(Interpolation interpolation) {
-  switch (interpolation) {
-    case Interpolation::nearest: return 0.5 + kTolerance;
-    case Interpolation::bilinear: return 1;
-    case Interpolation::lanczos3: return 3;
-    default: return 2;
-  }
-}
 
 // A sparse matrix by rows: row r has the taps [start[r], start[r + 1]), in the order of their columns.
 template <typename Real>
@@ -71,7 +30,8 @@ struct Sparse {
     index.resize(rows * most);
     weight.resize(rows * most);
     start[0] = 0;
-    for (int64_t r = 0; r < rows; ++r) start[r + 1] = start[r] + row(r, index.data() + start[r], weight.data() + start[r]);
+    for (int64_t r = 0; r < rows; ++r)
+      start[r + 1] = start[r] + row(r, index.data() + start[r], weight.data() + start[r]);
     index.resize(start[rows]);
     weight.resize(start[rows]);
   }
@@ -84,18 +44,18 @@ struct Sparse {
 class Axis {
  public:
   // `exact`: the map carries centres onto centres, and every kernel copies there.
-  Axis(const Resampling& how, double step, bool exact, int64_t size);
+  Axis(const Resampling& resampling, double step, bool exact, int64_t size);
 
   struct Taps {
     int64_t count;
     const int32_t* index;  // ascending
     const double* weight;
   };
-  Taps at(double position);  // they hold until the next call
+  Taps at(double position);                                             // they hold until the next call
   int64_t most() const { return static_cast<int64_t>(index_.size()); }  // taps of a position
 
  private:
-  Resampling how_;
+  Resampling resampling_;
   Interpolation interpolation_;  // bicubic with antialias is torch's a = -0.5
   bool exact_, cut_, plain_;
   double squeeze_, reach_;  // 1 / stretch of the kernel; the farthest centre with a weight
