@@ -1,6 +1,7 @@
 """Fixtures shared by the test files, and how much of the matrix the interpreter takes."""
 
 import os
+from collections.abc import Iterator
 from zlib import crc32
 
 import pytest
@@ -18,6 +19,7 @@ torch.set_num_threads(1)
 # runs one case in thirty-two, always the same ones; `--whole` runs all of them.
 _WHOLE = ("test_golden", "test_every_option_is_its_formula", "test_the_gradient_is_the_adjoint")
 _ONE_IN = 32
+_INTERPRETER = (pytest.mark.slow, pytest.mark.interpreter)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,10 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
 
     def taken(item: pytest.Item) -> bool:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("backend") != "triton":
+        if item.get_closest_marker("interpreter") is None:
             return True
-        if parameters.get("dtype") == torch.float64:  # the same way through the kernels as float32
+        if item.callspec.params.get("dtype") == torch.float64:  # the same way through the kernels as float32
             return False
         return item.originalname.startswith(_WHOLE) or crc32(item.nodeid.encode()) % _ONE_IN == 0
 
@@ -46,7 +47,23 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if reason_not(name, "cpu") is None])
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What a kernel must write is NaN, or the largest integer, before it does: where torch is to be deterministic, it
+    fills what torch.empty gives."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=_INTERPRETER if name == "triton" else ())
+        for name in BACKENDS
+        if reason_not(name, "cpu") is None
+    ]
+)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that can run on CPU tensors in this installation; Triton's runs in its interpreter."""
     return request.param
