@@ -4,15 +4,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --dist worksteal
-export SER_FAST_REQUIRE_NATIVE := 1 # a native extension that does not build is an error here, not a warning
+# A native extension that does not build is an error here; a plain pip install goes on without it.
+export SER_FAST_REQUIRE_NATIVE := 1
 
 install: .venv/installed
 
-# The native extension is built against the torch installed here, so without build isolation, and torch comes first.
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh csrc/*/*.inc)
+# The native extensions are built against the torch installed here, so without build isolation, and torch comes first;
+# with ninja their sources compile in parallel.
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel ninja torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt ninja setuptools wheel torch
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test]'
 	touch $@
 

@@ -1,6 +1,7 @@
 """Fixtures shared by the test files, and how much of the matrix the interpreter takes."""
 
 import os
+import re
 from collections.abc import Iterator
 from zlib import crc32
 
@@ -19,6 +20,9 @@ torch.set_num_threads(1)
 # runs one case in thirty-two, always the same ones; `--whole` runs all of them.
 _WHOLE = ("test_golden", "test_every_option_is_its_formula", "test_the_gradient_is_the_adjoint")
 _ONE_IN = 32
+
+# Slow by their kind: GPU kernels on the host or compiled, sanitizers, the wheel, torch.compile, opcheck.
+_SLOW = re.compile(r"/test_(cuda|triton)_|::test_(opcheck|\w*compiles|kernels_are_clean|the_wheel_works)")
 _INTERPRETER = (pytest.mark.slow, pytest.mark.interpreter)
 
 
@@ -27,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
     if config.getoption("--whole"):
         return
 
@@ -48,9 +55,8 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """What a kernel must write is NaN, or the largest integer, before it does: where torch is to be deterministic, it
-    fills what torch.empty gives."""
+def poisoned() -> Iterator[None]:
+    """Memory of torch.empty and its like holds NaN, or the largest integer: what a kernel does not write shows."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -64,6 +70,6 @@ def poisoned_memory() -> Iterator[None]:
         if reason_not(name, "cpu") is None
     ]
 )
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest, poisoned: None) -> str:
     """Every backend that can run on CPU tensors in this installation; Triton's runs in its interpreter."""
     return request.param

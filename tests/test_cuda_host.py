@@ -22,8 +22,6 @@ from ser_fast.ops import backends, reference
 from ser_fast.ops import group_action as operator
 from ser_fast.ops.group_action import group_action
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
-
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 TYPES = (f32, f64, bf16, f16)  # as ser_fast::Type
 ROOT = Path(__file__).parent.parent

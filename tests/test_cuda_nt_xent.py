@@ -22,8 +22,6 @@ from ser_fast.ops import backends, tiled
 from ser_fast.ops import nt_xent as operator
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
-
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (f32, f64, bf16, f16)
 COLUMNS = (1, 33, 64, 200)

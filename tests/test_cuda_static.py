@@ -10,7 +10,6 @@ import pytest
 STATIC = Path(__file__).parents[1] / "benchmarks" / "static_cuda.py"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 def test_what_the_kernels_compile_to():
     """No spill, no limit passed, 16 bytes at a time, and no worse than the committed table."""

@@ -17,8 +17,6 @@ from ser_fast.lattice import LatticeMap, positions
 from ser_fast.ops.backends import BACKENDS, reason_not
 from ser_fast.ops.group_action import group_action
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 # Relative to the largest value: what a sum of a few taps in that precision may lose.
@@ -437,7 +435,6 @@ def test_no_gradient_is_asked_of_the_map(backend):
     assert not out.requires_grad
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "g",
     [
@@ -596,7 +593,6 @@ def test_autocast_changes_nothing(backend, dtype):
     assert_same_bits(gradient, torch.autograd.grad(expected.square().sum(), x)[0])
 
 
-@pytest.mark.slow
 def test_compiles_once_for_many_lattices(backend):
     counter, compiled = CompileCounterWithBackend("aot_eager"), []
 

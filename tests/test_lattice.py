@@ -562,7 +562,6 @@ def test_maps_that_do_not_meet(a, b, match):
 # ---------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "algebra",
     [

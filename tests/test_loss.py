@@ -23,8 +23,6 @@ from ser_fast.vit import SplitViT
 GOLDEN = Path(__file__).parent / "golden"
 DIM = 3
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
 
 
@@ -610,7 +608,6 @@ def test_precisions(preset: str, maps: tuple[LatticeMap, LatticeMap], backend: s
             assert worst(value.double(), reference) <= gradient_error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "with_keys"), [("paper", False), ("released", True)])
 def test_compiles_in_one_graph(preset: str, with_keys: bool) -> None:
     """The lattices, and so the number of tokens, change from step to step."""

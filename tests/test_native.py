@@ -23,10 +23,7 @@ ROOT = Path(__file__).parent.parent
 CI = "CI" in os.environ  # there nothing may be missing: instead of a skip the tests fail, and say what is
 
 _REASON = reason_not("cpu", "cpu")
-pytestmark = [
-    pytest.mark.skipif(_REASON is not None and not CI, reason=str(_REASON)),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
+pytestmark = pytest.mark.skipif(_REASON is not None and not CI, reason=str(_REASON))
 
 
 def missing(reason: str) -> NoReturn:
@@ -367,7 +364,6 @@ SANITIZERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SANITIZERS)
 def test_kernels_are_clean(name, tmp_path):
     flags = ["-std=c++20", "-Wall", "-Werror", *SANITIZERS[name]]
@@ -390,7 +386,6 @@ def test_kernels_are_clean(name, tmp_path):
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
-@pytest.mark.slow
 def test_the_wheel_works_away_from_the_sources(tmp_path):
     """Built as where there is no nvcc; then it says so."""
     folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if not (Path(folder) / "nvcc").exists()]

@@ -21,8 +21,6 @@ GOLDEN = Path(__file__).parent / "golden"
 LOSSES = {"nt_xent": nt_xent, "info_nce": info_nce}
 KEPT_BYTES = implementations("kept_bytes")
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
@@ -492,7 +490,6 @@ class OpCalls(TorchDispatchMode):
         return out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transposed", "offset"])
 @pytest.mark.parametrize("dtype", [f64, bf16], ids=str)
 @pytest.mark.parametrize("count", [0, 6])
@@ -577,7 +574,6 @@ def test_never_keeps_what_has_no_bound(backend: str) -> None:
     assert KEPT_BYTES[backend](6, f32, 0.01, True) == KEPT_BYTES[backend](6, f32, 0.2, False) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transposed", "offset"])
 @pytest.mark.parametrize("count", [0, 6])
 def test_opcheck_detached(count: int, layout: str, backend: str) -> None:
@@ -589,7 +585,6 @@ def test_opcheck_detached(count: int, layout: str, backend: str) -> None:
     torch.library.opcheck(forward, (query, key, *inputs[2:]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     "setting",

@@ -14,10 +14,7 @@ from ser_fast.ops.backends import reason_not
 from ser_fast.ops.group_action import group_action
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(reason_not("triton", DEVICE) is not None, reason="triton can't run here"),
-]
+pytestmark = pytest.mark.skipif(reason_not("triton", DEVICE) is not None, reason="triton can't run here")
 
 
 class Recorder(TorchDispatchMode):

@@ -28,8 +28,6 @@ kernels = importlib.import_module("ser_fast.kernels.nt_xent")  # the package giv
 Config = configs.Config
 SMALL = Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 2}, 4, 1)
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
-
 f16, f32, f64 = torch.float16, torch.float32, torch.float64
 COUNT = 80  # rows a view
 

@@ -11,7 +11,6 @@ import pytest
 STATIC = Path(__file__).parents[1] / "benchmarks" / "static.py"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_what_the_kernels_compile_to():
     """No spill, no limit passed, matrix instructions, wide loads, and no worse than the committed table."""

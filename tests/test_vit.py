@@ -219,7 +219,6 @@ def test_distributed_data_parallel(tmp_path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [PLAIN, ROTARY])
 @torch.no_grad()
 def test_compiles_without_graph_breaks(name: str) -> None:
