@@ -1,33 +1,45 @@
-# make demo and make test do everything on a fresh machine; each target does what it needs of the ones before it.
-.PHONY: install demo test bench lint clean
+# make demo, make check and make test do everything on a fresh machine; each target does what it needs of the ones before it.
+.PHONY: install demo check test bench lint clean
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses auto --dist worksteal
+# A native extension that does not build is an error here; a plain pip install goes on without it.
+export SER_FAST_REQUIRE_NATIVE := 1
 
 install: .venv/installed
 
-# The native extension is built against the torch installed here, so without build isolation, and torch comes first.
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc)
+# The native extensions are built against the torch installed here, so without build isolation, and torch comes first;
+# with ninja their sources compile in parallel.
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt ninja setuptools wheel torch
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test]'
 	touch $@
 
 demo: install
 	$(BIN)/ser-fast demo
 
+# The loop of a day; CI runs `make test`.
+check: lint
+	$(PYTEST) tests -m 'not slow' $(PARALLEL)
+
 test: lint
-	$(BIN)/python -m pytest tests --numprocesses auto --cov --cov-report=term
+	$(PYTEST) tests $(PARALLEL) --cov --cov-report=term
 
 bench: install
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(PYTEST) benchmarks --benchmark-only
 	$(BIN)/python benchmarks/scaling.py
 
+# mypy reads the package as it is installed, where kernels/ is ser_fast.kernels.
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf build/typed && mkdir -p build/typed/ser_fast
+	ln -s $(CURDIR)/ser_fast/* $(CURDIR)/kernels build/typed/ser_fast
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 clean:
 	rm -rf .venv build dist *.egg-info

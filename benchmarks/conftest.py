@@ -38,7 +38,12 @@ _rows = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", default="local", help="write benchmarks/results/NAME.json and .md (default: local)")
+    parser.addoption(
+        "--results",
+        default="local",
+        metavar="NAME",
+        help="write benchmarks/results/NAME.json and NAME.md (default: local, which git ignores)",
+    )
     parser.addoption("--seconds", type=float, default=8, help="time for the rounds of one case (default: 8)")
     parser.addoption("--large", action="store_true", help="run also what takes many minutes on a CPU (n = 50k, 100k)")
 
@@ -52,6 +57,14 @@ def pytest_configure(config: pytest.Config) -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     config.stash[_rows] = []
     config.addinivalue_line("markers", "large: runs with --large only")
+
+
+def _write_line(config: pytest.Config, line: str) -> None:
+    """A line on the terminal, where pytest is about to write its next dot."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.ensure_newline()
+        reporter.write_line(line)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -163,7 +176,7 @@ def _error(out: Tensor, expected: Tensor) -> float:
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     """Run one case; see `compare` below."""
 
     def compare(
@@ -286,6 +299,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         benchmark.group = op
         benchmark.extra_info |= row
         request.config.stash[_rows].append(row)
+        with capsys.disabled():
+            _write_line(request.config, _progress(row))
 
     return compare
 
@@ -310,6 +325,27 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def _title(row: dict[str, Any]) -> str:
+    """What a case is, in words: the operation, the way and its sizes."""
+    beside = ("bytes", "flops", "threads", "rounds", "default", "rivals", "failed")
+    return " ".join(
+        str(value) if key in ("op", "way", "dtype") else f"{key}={value}"
+        for key, value in row.items()
+        if key not in beside
+    )
+
+
+def _progress(row: dict[str, Any]) -> str:
+    """A case in a line: the default backend beside the floor and the fastest of the others."""
+    rivals, ours = row["rivals"], row["default"]
+    line = f"{_title(row)}: {ours} {rivals[ours]['ms']:.3g} ms, {rivals[ours]['of_floor']:.2f} x floor"
+    others = [name for name in rivals if name not in ("floor", ours)]
+    if others:
+        fastest = min(others, key=lambda name: rivals[name]["ms"])
+        line += f"; {fastest} {rivals[fastest]['of_default']:.2f} x that"
+    return line
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -327,35 +363,37 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "| case | rival | ms | × floor | × default | error | extra MiB |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    beside = ("bytes", "flops", "threads", "rounds", "default", "rivals", "failed")
     for row in rows:
-        words = [
-            str(value) if key in ("op", "way", "dtype") else f"{key}={value}"
-            for key, value in row.items()
-            if key not in beside
-        ]
-        if row["threads"] != machine["threads"]:
-            words.append(f"threads={row['threads']}")
+        title = _title(row) + f" threads={row['threads']}" * (row["threads"] != machine["threads"])
         cost = (
             f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else f"{row['flops'] / 1e9:.1f} GFLOP" * bool(row["flops"])
         )
         for name, rival in row["rivals"].items():
             label = f"**{name}**" if name == row["default"] else f"floor ({cost})" if name == "floor" and cost else name
             lines.append(
-                f"| {' '.join(words)} | {label} | {rival['ms']:.3g} | {rival['of_floor']:.2f} | "
+                f"| {title} | {label} | {rival['ms']:.3g} | {rival['of_floor']:.2f} | "
                 f"{rival['of_default']:.2f} | {_number(rival['error'], '.0e')} | {_number(rival['extra_mib'], '.0f')} |"
             )
         lines += [
-            f"| {' '.join(words)} | {name} | does not run: {why[:80].replace('|', '/')} | | | | |"
+            f"| {title} | {name} | does not run: {why[:80].replace('|', '/')} | | | | |"
             for name, why in row["failed"].items()
         ]
     return "\n".join(lines) + "\n"
 
 
+def _results(config: pytest.Config, kind: str) -> Path:
+    return RESULTS / f"{config.getoption('--results')}.{kind}"
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    rows = session.config.stash[_rows]
+    rows, config = session.config.stash[_rows], session.config
     if rows:
-        machine, path = _machine(), RESULTS / session.config.getoption("--results")
+        machine = _machine()
         RESULTS.mkdir(exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps({"machine": machine, "cases": rows}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(_markdown(machine, rows))
+        _results(config, "json").write_text(json.dumps({"machine": machine, "cases": rows}, indent=1) + "\n")
+        _results(config, "md").write_text(_markdown(machine, rows))
+
+
+def pytest_terminal_summary(config: pytest.Config) -> None:
+    if config.stash[_rows]:
+        _write_line(config, f"{len(config.stash[_rows])} cases: {_results(config, 'md')}, and the same as .json")

@@ -25,7 +25,10 @@ def _position(row: dict[str, Any], size: str) -> int:
 
 
 def draw(name: str) -> Path:
-    run = json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path}: there is no such file; `pytest benchmarks --benchmark-only --results {name}` writes it")
+    run = json.loads(path.read_text())
     panels = [
         (rows, op, size, label)
         for op, scaling, size, label in PANELS

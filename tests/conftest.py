@@ -1,6 +1,7 @@
 """Fixtures shared by the test files, and how much of the matrix the interpreter takes."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from zlib import crc32
@@ -21,20 +22,26 @@ torch.set_num_threads(1)
 _WHOLE = ("test_golden", "test_every_option_is_its_formula", "test_the_gradient_is_the_adjoint")
 _ONE_IN = 32
 
+# Slow by their kind: GPU kernels on the host or compiled, sanitizers, the wheel, torch.compile, opcheck.
+_SLOW = re.compile(r"/test_(cuda|triton)_|::test_(opcheck|\w*compiles|kernels_are_clean|the_wheel_works)")
+_INTERPRETER = (pytest.mark.slow, pytest.mark.interpreter)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="run the whole matrix in Triton's interpreter, too (an hour)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
     if config.getoption("--whole"):
         return
 
     def taken(item: pytest.Item) -> bool:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("backend") != "triton":
+        if item.get_closest_marker("interpreter") is None:
             return True
-        if parameters.get("dtype") == torch.float64:  # the same way through the kernels as float32
+        if item.callspec.params.get("dtype") == torch.float64:  # the same way through the kernels as float32
             return False
         return item.originalname.startswith(_WHOLE) or crc32(item.nodeid.encode()) % _ONE_IN == 0
 
@@ -50,14 +57,21 @@ def _seed() -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """What torch allocates holds NaN, or the largest integer, until it is written."""
+    """Memory of torch.empty and its like holds NaN, or the largest integer: what a kernel does not write shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if reason_not(name, "cpu") is None])
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=_INTERPRETER if name == "triton" else ())
+        for name in BACKENDS
+        if reason_not(name, "cpu") is None
+    ]
+)
+def backend(request: pytest.FixtureRequest, poisoned: None) -> str:
     """Every backend that can run on CPU tensors in this installation; Triton's runs in its interpreter."""
     return request.param
 

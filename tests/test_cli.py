@@ -399,6 +399,7 @@ def test_doctor_says_what_auto_takes_on_each_gpu(
     ]
 
 
+@pytest.mark.slow
 def test_the_demo_compares_three_runs_and_reuses_them(
     tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,6 +444,7 @@ def test_the_demo_compares_three_runs_and_reuses_them(
     assert {path: path.read_text() for path in logs} == logs
 
 
+@pytest.mark.slow
 def test_the_console_script_ends_with_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ser_fast.cli", "knn", str(tmp_path)],

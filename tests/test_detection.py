@@ -328,6 +328,7 @@ def test_counts_are_positive(pair: CocoFolder, tmp_path: Path, name: str) -> Non
         train(pair, tmp_path / "head.pt", **{name: 0})
 
 
+@pytest.mark.slow
 def test_two_images_are_learned_by_heart(pair: CocoFolder, tmp_path: Path) -> None:
     encoder = make_encoder()
     detector = build_detector(encoder, categories=len(pair.categories), image_size=shapes.IMAGE_SIZE)
@@ -344,6 +345,7 @@ def run_cli(*argv: object) -> None:
         cli.main()
 
 
+@pytest.mark.slow
 def test_the_command_compares_with_a_random_initialisation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

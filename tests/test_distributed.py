@@ -48,7 +48,7 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 3)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """For each program, what it returned on each rank."""
     folder = tmp_path_factory.mktemp("ranks")
@@ -319,7 +319,7 @@ def golden() -> dict[torch.dtype, Any]:
 
 
 @pytest.mark.parametrize("dtype", [f32, f64], ids=str)
-@pytest.mark.parametrize("results", [2], indirect=True)
+@pytest.mark.parametrize("results", [pytest.param(2, marks=pytest.mark.slow)], indirect=True)
 def test_golden(dtype: torch.dtype, results: dict[str, list[Any]]) -> None:
     losses, with_keys, gradients = zip(*(result[dtype] for result in results["golden"]), strict=True)
     expected = np.load(GOLDEN / "e2e_2rank.npz")

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.slow
+
 RECORD = Path(__file__).parent / "golden" / "recorded"
 RUNS = RECORD / "runs.json"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}

@@ -213,6 +213,7 @@ def browser() -> str:
     pytest.skip("there is no Chromium here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_the_page(browser: str, page: Path, folders: list[Path], tmp_path: Path, width: int) -> None:
     probe = tmp_path / "probe.html"

@@ -717,6 +717,7 @@ def test_training_studies_that_cannot_be_judged(variants: list[str], seeds: int,
         training.study_runs(tmp_path, variants, seeds, data="photos", steps=1)
 
 
+@pytest.mark.slow
 def test_runs_differ_in_the_setting_alone_and_are_trained_once(tmp_path: Path) -> None:
     runs = training.study_runs(tmp_path, ["bicubic", "zeros"], 2, data="photos", steps=1, image_size=32, patch_size=8)
     small = {"embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -749,6 +750,7 @@ def run_cli(*argv: object) -> None:
         cli.main()
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(study, "FEW_ELEMENTS", ("rot90", "scale 0.75"))
     save_split_vit(tmp_path / "encoder.safetensors", tiny_vit())

@@ -504,6 +504,7 @@ def assert_same_run(out: Path, straight: TrainConfig) -> None:
     assert_same_bits(load_file(RunFolder(out).encoder), load_file(RunFolder(straight.out).encoder))
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_for_bit(straight: TrainConfig, tmp_path: Path) -> None:
     config = replace(straight, out=tmp_path / "run")
     child = subprocess.run(
@@ -752,6 +753,7 @@ def torchrun(folder: Path, config: TrainConfig, told_to_stop: str) -> subprocess
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("told_to_stop", "steps"), [("none", 2), ("1", 5)])
 def test_two_processes_train_one_model(tiny: TrainConfig, tmp_path: Path, told_to_stop: str, steps: int) -> None:
     config = with_options(tiny, {"optim.steps": steps})
