@@ -99,7 +99,7 @@ def load_weights(vit: Any, source: str | Path, *, name: str, split: int, normali
         raise ValueError(f"pretrained: {source} does not fit {name}: {'; '.join(problems)}")
     vit.load_state_dict(state)
     if left:
-        _logger.warning("pretrained: of %s, %s left out: no part of the encoder", source, _list(left))
+        _logger.warning("pretrained: of %s, %s left out: no part of the encoder", source, _list(sorted(left)))
     if (mean, std) != NORMALIZATIONS["imagenet"]:
         _fold_normalization(vit, mean, std, name)
         _logger.warning("pretrained: %s takes pixels of mean %s, deviation %s: folded into patches", source, mean, std)
