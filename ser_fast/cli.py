@@ -36,6 +36,7 @@ from ser_fast.evaluation.features import check_labelled, embed, embed_cached, sp
 from ser_fast.evaluation.knn import knn_predictions, knn_scores
 from ser_fast.evaluation.linear_probe import RATES, probe_scores, train_probe
 from ser_fast.evaluation.shapes import write_shapes
+from ser_fast.export import export as export_encoder
 from ser_fast.io import write_atomically
 from ser_fast.ops.backends import BACKENDS, PREFERRED, fastest, preferred, reason_not
 from ser_fast.report import read_runs, write_report
@@ -467,6 +468,19 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/
     Console().print(f"written: {out}")
 
 
+def export(
+    run: tyro.conf.Positional[Path], format: Literal["timm", "onnx", "torch"] = "onnx", out: Path | None = None
+) -> None:
+    """Write a run's encoder for another program, and compare it with the encoder.
+
+    Args:
+        run: its folder, or an encoder.safetensors.
+        format: "timm", weights that plain timm loads, where the split is 0; "onnx"; "torch", a torch.export program.
+        out: the file; default encoder_timm.safetensors, encoder.onnx or encoder.pt2 beside the weights.
+    """
+    Console().print(f"written: {export_encoder(run, format, out)}")
+
+
 def doctor() -> None:
     """What can run here: the backends of the kernels on each device, why another one can't, and what auto takes."""
     table = Table(title=f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'absent'}")
@@ -517,6 +531,7 @@ def main() -> None:
         "corruptions": corruptions,
         "detection": detection,
         "report": report,
+        "export": export,
         "doctor": doctor,
     }
     try:

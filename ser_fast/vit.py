@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import checkpoint, is_model_in_modules
@@ -17,11 +16,14 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ser_fast.io import write_atomically
+from ser_fast.pretrained import METADATA_KEY, PREPROCESSING_KEY, find_weights, load_weights, read_metadata
+from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
+
 # Exact types: a subclass may embed or pool in a way of its own, and would silently become another function.
 SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva)
 SUPPORTED_MODULES = ("vision_transformer", "deit", "eva")
 SUPPORTED_NAMES = "timm's ViT, DeiT, DINOv2, EVA and DINOv3 models (VisionTransformer and Eva with a PatchEmbed)"
-METADATA_KEY = "split_vit"
 
 
 class Encoded(NamedTuple):
@@ -57,11 +59,20 @@ class SplitViT(nn.Module):
         model: a timm name, built with num_classes=0 and dynamic_img_size=True, or a timm instance that has
             dynamic_img_size=True.
         split: the number of blocks before the prefix tokens, 0 .. depth.
+        pretrained: weights to start from, only with a name: True or "timm", the public ones of that name; "timm:NAME",
+            of another name; or a local file. See `ser_fast.pretrained.load_weights`. Public models insert their
+            prefix tokens before block 0: with another split their weights start as another function.
+        normalization: of the pixels that these weights were trained on; see there.
         timm_kwargs: further arguments of timm.create_model; only with a name.
 
+    Attributes:
+        recipe: what a checkpoint needs to rebuild the model: timm name and arguments; None of an instance.
+        pretrained: whether the weights were loaded, not drawn. What an objective does to an encoder before training
+            from scratch is then left undone.
+
     Raises:
-        ValueError: for a model that is not supported, has a fixed image size or drops patches, and for a split
-            outside 0 .. depth.
+        ValueError: for a model that is not supported, has a fixed image size or drops patches, for a split outside
+            0 .. depth, and for weights that can't be had or don't fit.
 
     Example:
         >>> vit = SplitViT("vit_small_patch16_224", split=3)
@@ -71,17 +82,27 @@ class SplitViT(nn.Module):
 
     _timm: VisionTransformer | Eva
 
-    def __init__(self, model: str | nn.Module, split: int, **timm_kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str | nn.Module,
+        split: int,
+        *,
+        pretrained: bool | str | Path = False,
+        normalization: str = "auto",
+        **timm_kwargs: Any,
+    ) -> None:
         super().__init__()
-        # What a checkpoint needs to rebuild the model; the weights themselves are in its file.
         self.recipe: tuple[str, dict[str, Any]] | None = None
+        self.pretrained = bool(pretrained)
         vit: Any
         if isinstance(model, str):
             name = model
             if not is_model_in_modules(name, SUPPORTED_MODULES):
                 raise ValueError(f"model: {name!r} is not supported; SplitViT takes {SUPPORTED_NAMES}")
-            self.recipe = (name, {k: v for k, v in timm_kwargs.items() if k not in ("pretrained", "checkpoint_path")})
+            self.recipe = (name, {k: v for k, v in timm_kwargs.items() if k != "checkpoint_path"})
             vit = timm.create_model(name, **{"num_classes": 0, "dynamic_img_size": True, **timm_kwargs})
+        elif pretrained:
+            raise ValueError("pretrained: came with a built model; it goes with a timm name")
         elif timm_kwargs:
             raise ValueError(f"timm_kwargs: {sorted(timm_kwargs)} came with a built model; they go with a timm name")
         else:
@@ -94,6 +115,9 @@ class SplitViT(nn.Module):
             raise ValueError(f"model: {name!r} drops patches, which leaves no token lattice; use patch_drop_rate=0")
         if split not in range(len(vit.blocks) + 1):
             raise ValueError(f"split: {name!r} can be split at 0 to {len(vit.blocks)} blocks, got {split}")
+        if pretrained:
+            source = "timm" if pretrained is True else pretrained
+            load_weights(vit, source, name=name, split=split, normalization=normalization)
 
         # The registries themselves are shared with the timm module, so that names and state_dict keys are timm's and
         # both always hold the same tensors. The module is set past nn.Module, which would register it as a child.
@@ -138,6 +162,48 @@ class SplitViT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block, before and after the split, during backward instead of storing its activations."""
         self._timm.set_grad_checkpointing(enable)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What an image needs before `forward`, in JSON's types; it is recorded in every file.
+
+        Pixels in [0, 1], (pixels - mean) / std a channel; image_size is height and width, for which the shorter side is
+        resized with antialiased `interpolation`, and the centre cut out.
+        """
+        return {
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "image_size": list(self.image_size),
+            "interpolation": "bilinear",
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the encoder to a folder in Hugging Face's layout, for `from_pretrained`.
+
+        model.safetensors is what `save_split_vit` writes; config.json repeats its metadata for other tools.
+
+        Raises:
+            ValueError: as `save_split_vit`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "model.safetensors", lambda path: save_split_vit(path, self))
+        config = {"library_name": "ser-fast", **_describe(self), PREPROCESSING_KEY: self.preprocessing()}
+        write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SplitViT":
+        """The encoder that `save_pretrained` wrote to a folder, in eval mode as Hugging Face's.
+
+        Nothing is downloaded; of a model on the hub, give huggingface_hub.snapshot_download(NAME).
+
+        Raises:
+            ValueError: as `load_split_vit`.
+
+        Example:
+            >>> load_split_vit("runs/ser").save_pretrained("ser-vit-small")
+            >>> encoder = SplitViT.from_pretrained("ser-vit-small")
+        """
+        return load_split_vit(folder).eval()
 
     def fix_sincos_positions(self) -> None:
         """Set the position embedding to the fixed 2-D sin-cos of MoCo-v3 and freeze it.
@@ -359,8 +425,8 @@ def save_split_vit(path: str | Path, model: SplitViT, metadata: Mapping[str, str
     """Write a SplitViT to a safetensors file that says how to rebuild it: timm name, its arguments, and the split.
 
     The tensors have timm's names, but the split is part of the function they compute: loaded into plain timm, whose
-    prefix tokens enter at block 0, they give other features. `metadata` is stored beside them, for
-    safetensors.safe_open(path, "pt").metadata().
+    prefix tokens enter at block 0, they give other features. `metadata` is stored beside them, and what
+    `SplitViT.preprocessing` says, for safetensors.safe_open(path, "pt").metadata().
 
     Raises:
         TypeError: if model is not a SplitViT, such as a DistributedDataParallel or compiled one.
@@ -368,34 +434,48 @@ def save_split_vit(path: str | Path, model: SplitViT, metadata: Mapping[str, str
     """
     if not isinstance(model, SplitViT):
         raise TypeError(f"model: got a {type(model).__name__}, takes a SplitViT: give the module that it wraps")
-    if model.recipe is None:
-        raise ValueError("model: wraps a timm instance; only a SplitViT built from a timm name can be rebuilt")
-    name, timm_kwargs = model.recipe
-    try:
-        recipe = json.dumps({"model": name, "split": model.split, "timm_kwargs": timm_kwargs})
-    except TypeError as error:
-        raise ValueError(f"model: was built with timm_kwargs={timm_kwargs}, which JSON cannot hold: {error}") from error
+    own = {METADATA_KEY: _describe(model), PREPROCESSING_KEY: model.preprocessing()}
+    texts = {key: json.dumps(value) for key, value in own.items()}
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt", **(metadata or {}), METADATA_KEY: recipe})
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode  # the umask's; safetensors writes files that their owner alone can read
+    save_file(tensors, path, metadata={"format": "pt", **(metadata or {}), **texts})
+    path.chmod(mode)
 
 
 def load_split_vit(path: str | Path) -> SplitViT:
     """Rebuild the SplitViT that save_split_vit wrote to path, on the CPU, in training mode as any new module.
 
+    Args:
+        path: the file, or a folder that holds it: a run's, or one of `SplitViT.save_pretrained`.
+
     Raises:
-        ValueError: if the file is damaged, or does not say how to rebuild a SplitViT, as plain timm weights do not.
+        ValueError: if there is no such file, if it is damaged, or does not say how to rebuild a SplitViT, as plain timm
+            weights do not.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            recipe = (file.metadata() or {}).get(METADATA_KEY)
-    except SafetensorError as error:
-        raise ValueError(f"path: {path} can't be read as safetensors: {error}") from error
+    path = find_weights(Path(path))
+    recipe = read_metadata(path).get(METADATA_KEY)
     if recipe is None:
         raise ValueError(
-            f"path: {path} has no {METADATA_KEY!r} metadata, so the split is not known; build SplitViT(name, split) "
-            f"and load such weights with load_state_dict"
+            f"path: {path} has no {METADATA_KEY!r} metadata, so the split is not known; build "
+            f"SplitViT(name, split, pretrained={str(path)!r})"
         )
     fields = json.loads(recipe)
     model = SplitViT(fields["model"], fields["split"], **fields["timm_kwargs"])
     model.load_state_dict(load_file(path))
+    model.pretrained = True
     return model
+
+
+def _describe(model: SplitViT) -> dict[str, Any]:
+    """What `load_split_vit` rebuilds a model from."""
+    if model.recipe is None:
+        raise ValueError("model: wraps a timm instance; only a SplitViT built from a timm name can be rebuilt")
+    name, timm_kwargs = model.recipe
+    described = {"model": name, "split": model.split, "timm_kwargs": timm_kwargs}
+    try:
+        json.dumps(described)
+    except TypeError as error:
+        raise ValueError(f"model: was built with timm_kwargs={timm_kwargs}, which JSON cannot hold: {error}") from error
+    return described

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from scipy.stats import ttest_1samp
-from torch import Tensor
+from torch import Tensor, nn
 
 from ser_fast import cli
 from ser_fast.evaluation.equivariance import random_control
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.ops.group_action import group_action
-from ser_fast.sensitivity import measures, rows, sources, study, training
+from ser_fast.sensitivity import measures, rows, study, training
 from ser_fast.sensitivity.factors import (
     DEFAULT,
     ELEMENTS,
@@ -226,10 +227,14 @@ def test_models_are_opened_beside_random_controls(tmp_path: Path) -> None:
 
 
 def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*args: object, **options: object) -> SplitViT:
-        raise FileNotFoundError("no network\nhere")
+    create_model = timm.create_model
 
-    monkeypatch.setattr(sources, "SplitViT", offline)
+    def offline(name: str, pretrained: bool = False, **options: object) -> nn.Module:
+        if pretrained:
+            raise FileNotFoundError("no network\nhere")
+        return create_model(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match="the weights of vit_tiny_patch16_224 can't be had: no network here"):
         open_models(["vit_tiny_patch16_224"], tiny_vit(), seed=0)
 

@@ -1,4 +1,6 @@
 import copy
+import json
+import os
 
 import pytest
 import timm
@@ -271,15 +273,57 @@ def test_checkpoint_does_not_ask_for_pretrained_weights(tmp_path, monkeypatch) -
         return create_model(name, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    save_split_vit(tmp_path / "vit.safetensors", SplitViT(PLAIN, 1, pretrained=True, **TINY))
+    save_split_vit(tmp_path / "vit.safetensors", SplitViT(PLAIN, 1, pretrained=True))
+    assert asked == [False, True]
     load_split_vit(tmp_path / "vit.safetensors")
-    assert asked == [True, False]
+    assert asked == [False, True, False]
+
+
+def test_a_checkpoint_is_found_in_a_run_and_says_what_images_need(tmp_path) -> None:
+    model = SplitViT(PLAIN, 1, **TINY)
+    previous = os.umask(0o027)
+    try:
+        save_split_vit(tmp_path / "encoder.safetensors", model)
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "encoder.safetensors").stat().st_mode & 0o777 == 0o640
+    loaded = load_split_vit(tmp_path)
+    assert torch.equal(loaded.get_parameter("pos_embed"), model.get_parameter("pos_embed"))
+    assert loaded.pretrained
+    with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["preprocessing"])
+    assert said == loaded.preprocessing()
+    assert said["image_size"] == [32, 32]
+    assert said["mean"] == [0.485, 0.456, 0.406]
+
+
+@torch.no_grad()
+def test_hugging_faces_layout(tmp_path) -> None:
+    model = split_vit(timm_model(ROTARY), ROTARY, split=1)
+    model.save_pretrained(tmp_path / "hub" / "encoder")
+    assert sorted(path.name for path in (tmp_path / "hub" / "encoder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    config = json.loads((tmp_path / "hub" / "encoder" / "config.json").read_text())
+    assert (config["library_name"], config["model"], config["split"]) == ("ser-fast", ROTARY, 1)
+    loaded = SplitViT.from_pretrained(tmp_path / "hub" / "encoder")
+    assert not loaded.training
+    images = images_of(NON_SQUARE)
+    assert torch.equal(loaded(images), model(images))
+    with pytest.raises(ValueError, match=r"path: .* holds no encoder.safetensors or model.safetensors"):
+        SplitViT.from_pretrained(tmp_path)
 
 
 def test_checkpoint_errors(tmp_path) -> None:
     save_file(timm_model(PLAIN).state_dict(), tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match=r"path: .*plain.safetensors has no 'split_vit' metadata"):
         load_split_vit(tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match=r"path: .*absent.safetensors is no file"):
+        load_split_vit(tmp_path / "absent.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"path: .*cut.safetensors can't be read as safetensors: \w+"):
+        load_split_vit(tmp_path / "cut.safetensors")
     with pytest.raises(TypeError, match="model: got a OptimizedModule, takes a SplitViT"):
         save_split_vit(tmp_path / "compiled.safetensors", torch.compile(SplitViT(PLAIN, 1, **TINY)))
     with pytest.raises(ValueError, match="model: wraps a timm instance"):
@@ -318,6 +362,8 @@ def test_split_out_of_range(split: int) -> None:
 def test_timm_kwargs_do_not_go_with_an_instance() -> None:
     with pytest.raises(ValueError, match=r"timm_kwargs: \['depth'\] came with a built model"):
         SplitViT(timm_model(PLAIN), 1, depth=2)
+    with pytest.raises(ValueError, match="pretrained: came with a built model"):
+        SplitViT(timm_model(PLAIN), 1, pretrained=True)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 3, 30, 32), (2, 3, 32, 36), (2, 3, 0, 32)])

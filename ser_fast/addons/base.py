@@ -76,6 +76,8 @@ def resolve_layers(layers: Layers, *, split: int, depth: int) -> tuple[int, ...]
     Raises:
         ValueError: one that the encoder does not have.
     """
+    if layers == "split" and split == 0:
+        raise ValueError('layers: got "split", which is 0 here, the patch embedding itself; name the blocks, as 3')
     named = {"off": (), "split": (split,), "last": (depth,), "all": tuple(range(1, depth + 1))}
     found = named[layers] if isinstance(layers, str) else tuple(sorted(set(layers)))
     if out := [layer for layer in found if layer not in range(depth + 1)]:

@@ -26,7 +26,10 @@ class Objective(nn.Module):
     exports: Literal["student", "teacher"] = "student"
 
     def prepare(self, encoder: SplitViT) -> None:
-        """Change the encoder before training, for instance freeze a part of it."""
+        """Change the encoder before it is trained from scratch, for instance freeze a part of it.
+
+        Pretrained weights stay as they are: it is not called for them.
+        """
 
     def before_step(self, progress: float) -> None:
         """Called before each optimizer step, with gradients in place; progress in [0, 1) of the training."""

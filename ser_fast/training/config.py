@@ -27,8 +27,8 @@ class ModelConfig:
 
     name: str = "vit_small_patch16_224"
     """A timm model (ViT, DeiT3, DINOv2, Eva, DINOv3)."""
-    split: int = 3
-    """Blocks before [CLS] is inserted; SER acts on the tokens there."""
+    split: int | None = None
+    """Blocks before [CLS] is inserted; default 3, and 0 with pretrained weights, which expect it from the start."""
     image_size: int = 224
     """Side of the images and of the crops, in pixels."""
     patch_size: int | None = None
@@ -43,11 +43,43 @@ class ModelConfig:
     """Stochastic depth of the last block; of the others in proportion."""
     grad_checkpointing: bool = False
     """Recompute blocks in the backward pass to save memory."""
+    pretrained: str = "none"
+    """Weights to start from: "timm" (the public ones of the name), "timm:NAME", or a safetensors or pth file."""
+    normalization: Literal["auto", "imagenet", "half", "clip"] = "auto"
+    """Of the pixels that the pretrained weights were trained on: ImageNet's mean and deviation, .5 and .5, or CLIP's;
+    "auto" is what timm says of its own, and ImageNet's of a file."""
+    freeze: tuple[Literal["patch_embed", "pos_embed", "norm"], ...] = ()
+    """Parts that are not trained: the patch embedding, its positions, the final norm."""
+
+    @property
+    def blocks_before_cls(self) -> int:
+        """The split, or its default."""
+        if self.split is not None:
+            return self.split
+        return 3 if self.pretrained == "none" else 0
 
     def build(self) -> SplitViT:
+        """The encoder, with drawn or pretrained weights.
+
+        Raises:
+            ValueError: as SplitViT, and for a part to freeze that the model does not have.
+        """
         shape = {name: getattr(self, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
         given = {name: value for name, value in shape.items() if value is not None}
-        model = SplitViT(self.name, self.split, img_size=self.image_size, drop_path_rate=self.drop_path_rate, **given)
+        model = SplitViT(
+            self.name,
+            self.blocks_before_cls,
+            pretrained=False if self.pretrained == "none" else self.pretrained,
+            normalization=self.normalization,
+            img_size=self.image_size,
+            drop_path_rate=self.drop_path_rate,
+            **given,
+        )
+        for name in self.freeze:
+            part = getattr(model, name, None)
+            if part is None:
+                raise ValueError(f"model.freeze: got {name!r}, which {self.name} does not have")
+            part.requires_grad_(False)
         model.set_grad_checkpointing(self.grad_checkpointing)
         return model
 
@@ -244,6 +276,7 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     """The config in JSON's types, by section as on the command line."""
     content = {field.name: getattr(config, field.name) for field in fields(config)}
     content |= {name: asdict(content[name]) for name in _PARTS}
+    content["model"]["split"] = config.model.blocks_before_cls
     content["objective"] = objective_name(config)
     content[config.objective.section] = asdict(config.objective)
     content |= {name: asdict(addon) for name, addon in content.pop("addons").items() if addon.layers != "off"}

@@ -35,7 +35,7 @@ class Pretraining(nn.Module):
     """What is trained: one module, so that DistributedDataParallel sees one forward pass.
 
     Args:
-        encoder: the model to pretrain; the objective may prepare it.
+        encoder: the model to pretrain; the objective may prepare it, unless its weights are pretrained ones.
         objective: gives the invariance loss; its teacher, where it has one, is made and moved here.
         addons: by name, the weight and the term. Weight 0 computes a term on detached features: its heads learn, and
             the encoder gets no gradient.
@@ -48,7 +48,8 @@ class Pretraining(nn.Module):
         self, encoder: SplitViT, objective: Objective, addons: Mapping[str, tuple[float, AddOn]] | None = None
     ) -> None:
         super().__init__()
-        objective.prepare(encoder)
+        if not encoder.pretrained:
+            objective.prepare(encoder)
         self.encoder, self.objective = encoder, objective
         self.teacher = None if objective.momentum is None else Teacher(encoder, objective.head)
         self.addons = nn.ModuleDict({name: addon for name, (_, addon) in (addons or {}).items()})
