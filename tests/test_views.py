@@ -1,4 +1,4 @@
-"""The samplers of g, the same g on pixels, color, and the two views of a batch."""
+"""The samplers of g, the same g on pixels, and the views of a batch."""
 
 import itertools
 import math
@@ -316,93 +316,12 @@ def test_normalize_takes_off_mean_and_deviation() -> None:
     torch.testing.assert_close(normalize(pixels), (pixels - mean) / std)
 
 
-# ---------------------------------------------------------------- color
-
-
-def test_colours_of_a_sample_do_not_depend_on_the_batch_around_it() -> None:
-    color, images, samples = Color(group=1), torch.rand(12, 3, 32, 32), torch.arange(12) + 100
-    changed = color(images, samples, seed=0, epoch=0, view=0)
-    order = torch.randperm(12)
-    assert torch.equal(color(images[order], samples[order], seed=0, epoch=0, view=0), changed[order])
-    assert torch.equal(color(images[4:6], samples[4:6], seed=0, epoch=0, view=0), changed[4:6])
-    assert not torch.equal(color(images, samples + 1, seed=0, epoch=0, view=0), changed)
-
-
-def test_neighbours_share_their_groups_draw() -> None:
-    images, samples = torch.rand(10, 3, 32, 32), torch.arange(10) + 7
-    changed = Color(group=4)(images, samples, seed=0, epoch=0, view=0)
-    one_by_one = torch.cat(
-        [
-            Color(group=1)(images[i : i + 1], samples[i // 4 * 4][None], seed=0, epoch=0, view=0)  # its group's first
-            for i in range(10)
-        ]
-    )
-    torch.testing.assert_close(changed, one_by_one, rtol=0, atol=1e-6)
-    same_image = Color(group=4)(images[:1].expand(10, -1, -1, -1), samples, seed=0, epoch=0, view=0)
-    assert len(same_image.flatten(1).unique(dim=0)) == 3
-
-
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"epoch": 1}, {"view": 1}], ids=str)
-def test_colours_change_with_seed_epoch_and_view(changed: dict[str, int]) -> None:
-    image, samples = torch.rand(1, 3, 16, 16).expand(20, -1, -1, -1), torch.arange(20)
-    draw = {"seed": 0, "epoch": 0, "view": 0}
-    one, other = (Color(group=1)(image, samples, **where) for where in (draw, draw | changed))
-    assert (one != other).flatten(1).any(1).all()
-
-
-def test_colours_stay_in_range_and_leave_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeded: list[int] = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # the GPUs have a state as well
-    before = torch.get_rng_state()
-    images = torch.rand(16, 3, 16, 16)
-    torch.set_rng_state(before)
-    changed = Color(group=1)(images, torch.arange(16), seed=0, epoch=0, view=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not seeded
-    assert 0 <= changed.min() < changed.max() <= 1
-    assert changed.dtype == torch.float32
-
-
-def test_strength_0_leaves_colours_as_they_are() -> None:
-    images = torch.rand(4, 3, 16, 16)
-    assert torch.equal(Color(strength=0)(images, torch.arange(4), seed=0, epoch=0, view=1), images)
-
-
-@pytest.mark.parametrize(("strength", "rest"), [(1.0, 0.4), (0.5, 0.2)])
-def test_strength_scales_the_jitter(strength: float, rest: float) -> None:
-    """Of a grey image without structure only the brightness changes: by a factor in 1 +- 0.4 strength."""
-    grey = torch.full((300, 3, 8, 8), 0.5)
-    factors = Color(strength, group=1)(grey, torch.arange(300), seed=0, epoch=0, view=0)[:, 0, 0, 0] / 0.5
-    assert 1 - rest - 1e-5 <= factors.min() < 1 - 0.9 * rest
-    assert 1 + 0.9 * rest < factors.max() <= 1 + rest + 1e-5
-    assert 0.14 < factors.sub(1).abs().lt(1e-5).double().mean() < 0.27  # a fifth is not jittered at all
-
-
-@pytest.mark.parametrize(("view", "solarised", "blurred"), [(0, 0.0, 1.0), (1, 0.2, 0.1)])
-def test_the_views_differ_in_blur_and_solarisation(view: int, solarised: float, blurred: float) -> None:
-    count = 300
-    bright = torch.full((count, 3, 8, 8), 0.9)  # at least 0.54 after the jitter
-    changed = Color(group=1)(bright, torch.arange(count), seed=0, epoch=0, view=view)
-    assert (changed.amax((1, 2, 3)) < 0.5).double().mean() == pytest.approx(solarised, abs=0.07)
-    dot = torch.full((count, 3, 16, 16), 0.5)
-    dot[..., 8, 8] = 1
-    changed = Color(group=1)(dot, torch.arange(count), seed=0, epoch=0, view=view)
-    spread = (changed[..., 8, 7] - changed[..., 0, 0]).abs().amax(1) > 1e-5
-    # Of the widths 0.1 to 2 those below 0.2 pixels, one in twenty, change nothing.
-    assert spread.double().mean() == pytest.approx(0.95 * blurred, abs=0.05)
-
-
-@pytest.mark.parametrize("options", [{"group": 0}, {"strength": -1.0}, {"strength": 5.1}], ids=str)
-def test_colour_names_the_option_it_refuses(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
-        Color(**options)
-
-
-# ---------------------------------------------------------------- two views of a batch
+# ---------------------------------------------------------------- the views of a batch
 
 
 def make_views(sampler: Sampler, share: float, **color: float) -> MakeViews:
-    return MakeViews(sampler, Crop(), share, PATCH, Color(**{"strength": 0.0, **color}), seed=3)
+    colors = Color(**{"strength": 0.0, **color}), Color(**{"strength": 0.0, "blur": 0.1, "solarize": 0.2, **color})
+    return MakeViews(sampler, Crop(), share, PATCH, colors, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -421,7 +340,8 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
     samples = torch.arange(10) * 11
     images = uint8(10, 3, 32, 32)
     sampler = SAMPLERS[name]()
-    views = make_views(sampler, share, strength=1.0, group=2)(images, samples, epoch=4)
+    make = make_views(sampler, share, strength=1.0)
+    views = make(images, samples, epoch=4)
     assert views.equivariant == chosen
     for view, viewed in enumerate(views.views):
         g = viewed.g
@@ -434,9 +354,10 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
             by = sampler if part == 0 and share > 0 else Crop()
             expected_g = by((32, 32), PATCH, u[own], view)
             expected = transform_images(images[own].float() / 255, expected_g).clamp(0, 1)
-            expected = Color(group=2)(expected, samples[own], seed=3, epoch=4, view=view)
+            expected, color = make.colors[view](expected, samples[own], seed=3, epoch=4, view=view)
             torch.testing.assert_close(made, normalize(expected), rtol=0, atol=1e-5)
             if part == 0:
+                assert torch.equal(viewed.color, color[:chosen])
                 assert torch.equal(g.linear, expected_g.linear[:chosen])
                 assert torch.equal(g.offset, expected_g.offset[:chosen])
                 assert g.size_out == tuple(made.shape[2:])
@@ -456,10 +377,10 @@ def test_views_show_no_pixel_beyond_black_and_white() -> None:
         assert (part <= white[:, None, None] + 1e-5).all()
 
 
-def test_views_have_colours_of_their_own() -> None:
+def test_views_have_colors_of_their_own() -> None:
     images = uint8(1, 3, 32, 32).expand(8, -1, -1, -1)
     still = Affine(degrees=0, shear=0, area=(1, 1), aspect=(1, 1), shift=0)
-    views = make_views(still, 1.0, strength=1.0, group=1)(images, torch.arange(8), epoch=0)
+    views = make_views(still, 1.0, strength=1.0)(images, torch.arange(8), epoch=0)
     first, second = (view.images[0] for view in views.views)
     assert len(first.flatten(1).unique(dim=0)) == 8
     assert (first != second).flatten(1).any(1).all()
@@ -469,10 +390,9 @@ def halves(make: MakeViews, images: Tensor, samples: Tensor) -> list[Views]:
     return [make(images[half], samples[half], epoch=1) for half in (slice(8), slice(8, 16))]
 
 
-@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_crops_do_not_depend_on_the_number_of_ranks(share: float, group: int) -> None:
-    make = make_views(Crop(), share, strength=1.0, group=group)
+def test_crops_do_not_depend_on_the_number_of_ranks(share: float) -> None:
+    make = make_views(Crop(), share, strength=1.0)
     images, samples = uint8(16, 3, 32, 32), torch.randperm(1000)[:16]
     together, ranks = make(images, samples, epoch=1), halves(make, images, samples)
     for view in (0, 1):
