@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ser_fast.distributed import all_gather_rows, gather_counts, rank
-from ser_fast.objectives.base import Objective, ObjectiveConfig
 from ser_fast.heads import mlp
+from ser_fast.objectives.base import Objective, ObjectiveConfig
 from ser_fast.ops.nt_xent import info_nce
 from ser_fast.vit import SplitViT
 

@@ -194,7 +194,10 @@ class TrainConfig:
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
             if layers and self.views.share:
-                addons[name] = options.weight, options.build(encoder.embed_dim, layers, objective_name(self))
+                addon = options.build(encoder.embed_dim, layers, objective_name(self))
+                if "locals" in addon.needs and not self.views.locals:
+                    raise ValueError(f"{name}.locals: got True with views.locals 0, takes one local view or more")
+                addons[name] = options.weight, addon
         return Pretraining(encoder, objective, addons)
 
     def check(self, world_size: int) -> int:

@@ -86,7 +86,7 @@ class Trainer:
         self.beginning = find_beginning(config, self.identity)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = config.build().to(device)
-        self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed)
+        self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed, self.model.needs)
         self.parallel: nn.Module = self.model
         if world_size() > 1:
             self.parallel = DistributedDataParallel(self.model)
