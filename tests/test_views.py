@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from torch import Tensor
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action
-from ser_fast.views.color import Color
+from ser_fast.training.config import ViewsConfig
+from ser_fast.views.color import LAYOUT, Color
 from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, transform_images
-from ser_fast.views.recipe import MakeViews, Views
+from ser_fast.views.recipe import MakeViews, SmallCrop, Views
 from ser_fast.views.samplers import SAMPLERS, Affine, Crop, D4Scale, Reflections, Sampler, draws
 
 PATCH = 4
@@ -430,3 +433,124 @@ def test_global_random_state_changes_no_view() -> None:
 def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="share: got"):
         make_views(D4Scale(), share)
+
+
+# ---------------------------------------------------------------- local views, and views for add-ons
+
+
+def many_views(share: float = 0.5, *, needs: tuple[str, ...] = ("plain", "turns"), locals: int = 2) -> MakeViews:
+    options = {"locals": locals, "local_area": (0.1, 0.3), "turn_area": (0.1, 0.3), "color_strength": 1.0}
+    return ViewsConfig(sampler="crop", share=share, **options).build(PATCH, 5, frozenset(needs))
+
+
+def test_views_come_in_the_order_of_their_roles() -> None:
+    made = many_views()(uint8(6, 3, 28, 28), torch.arange(6), epoch=0)
+    assert [view.role for view in made.views] == ["global"] * 2 + ["local"] * 2 + ["plain"] + ["turn"] * 4
+    sizes = {view.role: [tuple(part.shape) for part in view.images] for view in made.views}
+    assert sizes == {"global": [(6, 3, 28, 28)], "local": [(6, 3, 12, 12)], "plain": [(3, 3, 28, 28)],
+                     "turn": [(3, 3, 12, 12)]}  # fmt: skip
+    for view in made.views:
+        assert len(view.g) == 3
+        assert view.g.size_out == tuple(view.images[0].shape[2:])
+        assert (view.color is None) == (view.role == "plain")
+        assert view.color is None or view.color.shape == (3, len(LAYOUT))
+
+
+def test_only_what_is_needed_is_made() -> None:
+    images, samples = uint8(6, 3, 28, 28), torch.arange(6)
+    for needs, roles in (((), set()), (("plain",), {"plain"}), (("turns", "color"), {"turn"}), (("pairs",), set())):
+        made = many_views(needs=needs, locals=0)(images, samples, epoch=0)
+        assert {view.role for view in made.views} == {"global"} | roles
+    assert len(many_views(share=0.0)(images, samples, epoch=0).views) == 4  # nobody sees the others
+
+
+@pytest.mark.parametrize("role", ["local", "plain", "turn"])
+def test_maps_of_small_views_are_those_of_their_pixels(role: str) -> None:
+    """Without colors, g on the image gives the view."""
+    make = replace(many_views(), turns=SmallCrop(Crop((0.1, 0.3)), Color(0.0)))
+    make = replace(make, locals=(SmallCrop(Crop((0.1, 0.3)), Color(0.0)),) * 2)
+    images = uint8(6, 3, 28, 28)
+    for view in make(images, torch.arange(6) + 9, epoch=1).views:
+        if view.role == role:
+            expected = normalize(transform_images(images[:3].float() / 255, view.g).clamp(0, 1))
+            torch.testing.assert_close(view.images[0][:3], expected, rtol=0, atol=2e-5)
+
+
+def test_turns_are_those_of_one_crop_with_colors_of_their_own() -> None:
+    make, images = many_views(), uint8(6, 3, 28, 28)
+    still = replace(make, turns=SmallCrop(Crop((0.1, 0.3)), Color(0.0)))
+    turned = [view for view in still(images, torch.arange(6), epoch=0).views if view.role == "turn"]
+    for k, view in enumerate(turned):
+        assert torch.equal(view.images[0], torch.rot90(turned[0].images[0], k, (2, 3)))
+        relative = LatticeMap.relative(turned[0].g, view.g)
+        torch.testing.assert_close(relative.linear, LatticeMap.rot90((12, 12), k).linear.expand(3, 2, 2))
+    colored = [view for view in make(images, torch.arange(6), epoch=0).views if view.role == "turn"]
+    assert all(not torch.equal(one.color, other.color) for one, other in itertools.combinations(colored, 2))
+    mirrored = torch.cat([torch.linalg.det(many_views()(images, torch.arange(6) + 6 * i, 0).views[-1].g.linear) < 0
+                          for i in range(20)])  # fmt: skip
+    assert 0.2 < mirrored.double().mean() < 0.8
+
+
+def test_a_views_draws_do_not_depend_on_the_other_views() -> None:
+    images, samples = uint8(6, 3, 28, 28), torch.arange(6)
+    every = many_views(locals=3)(images, samples, epoch=0).views
+    fewer = many_views(locals=1, needs=("turns",))(images, samples, epoch=0).views
+    kept = [*every[:3], *every[-4:]]
+    for one, other in zip(kept, fewer, strict=True):
+        assert all(torch.equal(*parts) for parts in zip(one.images, other.images, strict=True))
+    assert not torch.equal(every[2].g.linear, every[3].g.linear)
+
+
+@pytest.mark.parametrize("sampler", ["crop", "d4_scale", "affine"])
+@pytest.mark.parametrize(("share", "pairs"), [(1.0, 4), (5 / 9, 2)])
+def test_neighbors_in_pairs_share_their_draws(sampler: str, share: float, pairs: int) -> None:
+    """In each view; a last one without a neighbor, and those outside the share, have their own."""
+    config, images = ViewsConfig(sampler=sampler, share=share), uint8(9, 3, 28, 28)
+    samples = torch.tensor([5, 80, 2, 31, 7, 12, 44, 90, 3])
+    alone = config.build(PATCH, 5)(images, samples, epoch=0)
+    made = config.build(PATCH, 5, {"pairs"})(images, samples, epoch=0)
+    for view, own in zip(made.views, alone.views, strict=True):
+        even, odd = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+        for values, separate in ((view.g.linear, own.g.linear), (view.g.offset, own.g.offset), (view.color, own.color)):
+            assert torch.equal(values[even], values[odd])
+            assert torch.equal(values[even], separate[even])
+            assert torch.equal(values[2 * pairs :], separate[2 * pairs :])
+        assert not torch.equal(own.color[even], own.color[odd])
+        for part, separate in zip(view.images[1:], own.images[1:], strict=True):
+            assert torch.equal(part, separate)
+    assert not torch.equal(made.views[0].color, made.views[1].color)
+
+
+def test_local_views_have_the_colors_of_their_rule() -> None:
+    make = many_views(1.0, locals=1)
+    color = make.locals[0].color
+    assert (color.gray, color.blur, color.solarize, color.jitter) == (0.0, 0.5, 0.0, (0.4, 0.4, 0.2, 0.1))
+    assert make.turns is not None
+    assert (make.turns.color.blur, make.turns.color.solarize) == (0.1, 0.0)
+    assert [(c.blur, c.solarize) for c in make.colors] == [(1.0, 0.0), (0.1, 0.2)]
+    view = make(uint8(40, 3, 28, 28), torch.arange(40), epoch=0).views[2]
+    share = LatticeMap.on(view.g, (1, 1), (1, 1)).linear.abs().sum(-1).prod(-1)
+    assert 0.1 - 1e-9 <= share.min() < 0.15
+    assert 0.25 < share.max() <= 0.3 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"locals": -1}, "locals: got -1"),
+        ({"locals": 1, "local_size": 10}, "local_size: got 10, takes a multiple of the patch size 4"),
+        ({"turn_size": 6}, "turn_size: got 6"),
+        ({"color_jitter": (0.1, 0.1, 0.1, -0.1)}, "color jitter: got"),
+    ],
+    ids=str,
+)
+def test_options_of_views_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViewsConfig(**options).build(PATCH, 0)
+
+
+def test_small_views_are_three_sevenths_of_the_image_in_whole_patches() -> None:
+    small = SmallCrop(Crop(), Color())
+    u = draws(0, 0, torch.arange(1), 0)
+    assert [small.draw((side, side), 16, u, 0).size_out[0] for side in (224, 32, 384)] == [96, 16, 160]
+    assert replace(small, size=48).draw((224, 224), 16, u, 0).size_out == (48, 48)
