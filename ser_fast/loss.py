@@ -10,6 +10,7 @@ from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action
 from ser_fast.ops.nt_xent import info_nce, nt_xent
+from ser_fast.ops.reference import resampling_matrix
 
 # Where the paper's text and the released scripts disagree. The temperatures are (paper, released).
 TEMPERATURES = {"moco_v3": (0.3, 0.5), "barlow_twins": (0.3, 0.4), "dino": (0.5, 0.4)}
@@ -114,6 +115,9 @@ class SERLoss(nn.Module):
         g1: LatticeMap,
         keys0: Tensor | None = None,
         keys1: Tensor | None = None,
+        *,
+        mask0: Tensor | None = None,
+        mask1: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch.
 
@@ -123,13 +127,17 @@ class SERLoss(nn.Module):
             keys0, keys1: the momentum encoder's tokens of the same views. With them the loss is one-directional
                 InfoNCE: the tokens given are the queries, the keys moved to the other view are positives and
                 negatives, and get no gradient.
+            mask0, mask1: (B, H*W) bool, the tokens that exist in a view (masked-image models drop some). A token takes
+                part where it exists and all tokens that its partner is blended of do; what is in the place of the
+                others must be finite. None: all exist.
 
         Returns:
             A scalar, float32 (float64 for float64 tokens). 0 with zero gradients where no token takes part.
 
         Raises:
             TypeError: an argument that is no tensor or no LatticeMap.
-            ValueError: shapes that don't fit the maps, or one of keys0, keys1 without the other.
+            ValueError: shapes that don't fit the maps, masks that aren't (B, H*W) bool, or one of keys0, keys1 without
+                the other.
         """
         if (keys0 is None) != (keys1 is None):
             raise ValueError("keys0, keys1: give both or neither")
@@ -143,17 +151,23 @@ class SERLoss(nn.Module):
             if keys is not None and keys.shape != tokens.shape:
                 raise ValueError(f"{name}: got shape {tuple(keys.shape)}, its view's tokens {tuple(tokens.shape)}")
 
+        for name, mask, lattice in (("mask0", mask0, lattice0), ("mask1", mask1, lattice1)):
+            expected = (len(tokens0), lattice[0] * lattice[1])
+            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != expected):
+                raise ValueError(f"{name}: got {mask.dtype} of shape {tuple(mask.shape)}, takes bool {expected}")
+
         g = LatticeMap.relative(g0, g1).on(lattice0, lattice1)
+        masks = mask0, mask1
         z1 = self._project(tokens1)
         if keys0 is None or keys1 is None:
             z0 = self._project(tokens0)
-            loss = self._contrast(z0, z1, g, detached=False)
+            loss = self._contrast(z0, z1, g, masks, detached=False)
             back = (z1, z0) if self.both_directions else None
         else:
-            loss = self._contrast(self._project_keys(keys0), z1, g, detached=True)
+            loss = self._contrast(self._project_keys(keys0), z1, g, masks, detached=True)
             back = (self._project_keys(keys1), self._project(tokens0)) if self.both_directions else None
         if back is not None:
-            loss = (loss + self._contrast(*back, g.inverse(), detached=keys0 is not None)) / 2
+            loss = (loss + self._contrast(*back, g.inverse(), masks[::-1], detached=keys0 is not None)) / 2
         return loss
 
     @torch.no_grad()
@@ -163,8 +177,18 @@ class SERLoss(nn.Module):
     def _project(self, tokens: Tensor) -> Tensor:  # (B, H, W, C) or (B, N, C) -> (B, N, D)
         return self.projector(self.norm(tokens)).flatten(1, -2)
 
-    def _contrast(self, source: Tensor, target: Tensor, g: LatticeMap, detached: bool) -> Tensor:
-        """Move `source` (B, N0, D) to the lattice of `target` (B, N1, D) and contrast the two, row by row."""
+    def _contrast(
+        self,
+        source: Tensor,
+        target: Tensor,
+        g: LatticeMap,
+        masks: tuple[Tensor | None, Tensor | None],
+        detached: bool,
+    ) -> Tensor:
+        """Move `source` (B, N0, D) to the lattice of `target` (B, N1, D) and contrast the two, row by row.
+
+        The masks are of the source and of the target.
+        """
         moved, valid = group_action(
             source,
             g.to(source.device, non_blocking=True),
@@ -174,6 +198,11 @@ class SERLoss(nn.Module):
             return_valid=True,
             backend=self.backend,
         )
+        source_mask, target_mask = masks
+        if source_mask is not None:
+            valid = valid & self._all_taps(source_mask, g)
+        if target_mask is not None:
+            valid = valid & target_mask
         batch, count, _ = target.shape
         image = torch.arange(batch, device=target.device)[:, None].expand(batch, count).reshape(-1)  # (T,)
         moved, target, valid = moved.flatten(0, 1), target.flatten(0, 1), valid.reshape(-1)  # (T, D), (T, D), (T,)
@@ -188,6 +217,14 @@ class SERLoss(nn.Module):
         if both_views:
             return nt_xent(moved, target, **options, memory_budget=self.memory_budget, backend=self.backend)
         return info_nce(target, moved, **options, backend=self.backend)
+
+    def _all_taps(self, mask: Tensor, g: LatticeMap) -> Tensor:
+        """(B, N1) bool: whether all tokens that a moved one is blended of are among those of the mask (B, N0)."""
+        g = g.to(mask.device)
+        weights = resampling_matrix(
+            g.linear, g.offset, g.size_in, g.size_out, self.interpolation, self.padding, self.antialias
+        )
+        return ~((weights != 0) & ~mask[:, None]).any(-1)
 
     def _contrast_with_all_ranks(
         self, moved: Tensor, target: Tensor, image: Tensor, valid: Tensor, both_views: bool

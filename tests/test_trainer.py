@@ -225,7 +225,7 @@ def test_options_of_the_config_reach_their_modules(tiny: TrainConfig) -> None:
         "moco.momentum": 0.8,
         "views.crop_area": (0.4, 0.5),
         "views.color_strength": 0.5,
-        "views.color_group": 3,
+        "views.color_solarize": (0.3, 0.4),
         "optim.weight_decay": 0.2,
         "views.sampler": "crop",
         "model.drop_path_rate": 0.2,
@@ -239,7 +239,7 @@ def test_options_of_the_config_reach_their_modules(tiny: TrainConfig) -> None:
     assert make.sampler == Crop((0.4, 0.5), turns=True)
     assert make.crop == Crop((0.4, 0.5))
     assert run.model.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
-    assert (make.crop.area, make.color.strength, make.color.group) == ((0.4, 0.5), 0.5, 3)
+    assert (make.crop.area, make.colors[0].strength, make.colors[1].solarize) == ((0.4, 0.5), 0.5, 0.4)
     assert (make.seed, make.share, make.patch_size) == (7, 0.5, 8)
     assert run.optimizer.param_groups[0]["weight_decay"] == 0.2
 
@@ -607,7 +607,7 @@ def test_a_checkpoint_that_is_none_is_refused(tiny: TrainConfig, tmp_path: Path,
         ({"views.share": 0.125}, "views.share: 0.125 of 8 images is 1; SER contrasts two or more"),
         ({"device": "gpu"}, "device: got 'gpu', takes 'auto', 'cpu' or 'cuda'"),
         ({"views.share": 1.5}, "share: got 1.5"),
-        ({"views.color_group": 0}, "color group: got 0"),
+        ({"views.color_gray": 2.0}, "color gray: got 2.0"),
         ({"save_every": 0}, "save_every: got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: got 0"),
         ({"data": "photographs"}, "data must be 'photos'"),
@@ -913,7 +913,7 @@ def test_options_that_are_none_are_named(tiny: TrainConfig, options: dict[str, A
 def test_a_config_of_version_0_1_is_read() -> None:
     content = to_json(TrainConfig())
     del content["objective"], content["ser"]["layers"]
-    content["views"] = {"share": 0.5, "colour_strength": 0.5, "crop_area": [0.2, 1.0]}
+    content["views"] = {"share": 0.5, "colour_strength": 0.5, "colour_group": 8, "crop_area": [0.2, 1.0]}
     config = from_json(content)
     assert config.views == ViewsConfig(share=0.5, color_strength=0.5)
     assert config.objective == MoCoV3Config()

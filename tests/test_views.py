@@ -1,7 +1,9 @@
-"""The samplers of g, the same g on pixels, color, and the two views of a batch."""
+"""The samplers of g, the same g on pixels, and the views of a batch."""
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from torch import Tensor
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action
-from ser_fast.views.color import Color
+from ser_fast.training.config import ViewsConfig
+from ser_fast.views.color import LAYOUT, Color
 from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, transform_images
-from ser_fast.views.recipe import MakeViews, Views
+from ser_fast.views.recipe import MakeViews, SmallCrop, Views
 from ser_fast.views.samplers import SAMPLERS, Affine, Crop, D4Scale, Reflections, Sampler, draws
 
 PATCH = 4
@@ -316,93 +319,12 @@ def test_normalize_takes_off_mean_and_deviation() -> None:
     torch.testing.assert_close(normalize(pixels), (pixels - mean) / std)
 
 
-# ---------------------------------------------------------------- color
-
-
-def test_colours_of_a_sample_do_not_depend_on_the_batch_around_it() -> None:
-    color, images, samples = Color(group=1), torch.rand(12, 3, 32, 32), torch.arange(12) + 100
-    changed = color(images, samples, seed=0, epoch=0, view=0)
-    order = torch.randperm(12)
-    assert torch.equal(color(images[order], samples[order], seed=0, epoch=0, view=0), changed[order])
-    assert torch.equal(color(images[4:6], samples[4:6], seed=0, epoch=0, view=0), changed[4:6])
-    assert not torch.equal(color(images, samples + 1, seed=0, epoch=0, view=0), changed)
-
-
-def test_neighbours_share_their_groups_draw() -> None:
-    images, samples = torch.rand(10, 3, 32, 32), torch.arange(10) + 7
-    changed = Color(group=4)(images, samples, seed=0, epoch=0, view=0)
-    one_by_one = torch.cat(
-        [
-            Color(group=1)(images[i : i + 1], samples[i // 4 * 4][None], seed=0, epoch=0, view=0)  # its group's first
-            for i in range(10)
-        ]
-    )
-    torch.testing.assert_close(changed, one_by_one, rtol=0, atol=1e-6)
-    same_image = Color(group=4)(images[:1].expand(10, -1, -1, -1), samples, seed=0, epoch=0, view=0)
-    assert len(same_image.flatten(1).unique(dim=0)) == 3
-
-
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"epoch": 1}, {"view": 1}], ids=str)
-def test_colours_change_with_seed_epoch_and_view(changed: dict[str, int]) -> None:
-    image, samples = torch.rand(1, 3, 16, 16).expand(20, -1, -1, -1), torch.arange(20)
-    draw = {"seed": 0, "epoch": 0, "view": 0}
-    one, other = (Color(group=1)(image, samples, **where) for where in (draw, draw | changed))
-    assert (one != other).flatten(1).any(1).all()
-
-
-def test_colours_stay_in_range_and_leave_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeded: list[int] = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # the GPUs have a state as well
-    before = torch.get_rng_state()
-    images = torch.rand(16, 3, 16, 16)
-    torch.set_rng_state(before)
-    changed = Color(group=1)(images, torch.arange(16), seed=0, epoch=0, view=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not seeded
-    assert 0 <= changed.min() < changed.max() <= 1
-    assert changed.dtype == torch.float32
-
-
-def test_strength_0_leaves_colours_as_they_are() -> None:
-    images = torch.rand(4, 3, 16, 16)
-    assert torch.equal(Color(strength=0)(images, torch.arange(4), seed=0, epoch=0, view=1), images)
-
-
-@pytest.mark.parametrize(("strength", "rest"), [(1.0, 0.4), (0.5, 0.2)])
-def test_strength_scales_the_jitter(strength: float, rest: float) -> None:
-    """Of a grey image without structure only the brightness changes: by a factor in 1 +- 0.4 strength."""
-    grey = torch.full((300, 3, 8, 8), 0.5)
-    factors = Color(strength, group=1)(grey, torch.arange(300), seed=0, epoch=0, view=0)[:, 0, 0, 0] / 0.5
-    assert 1 - rest - 1e-5 <= factors.min() < 1 - 0.9 * rest
-    assert 1 + 0.9 * rest < factors.max() <= 1 + rest + 1e-5
-    assert 0.14 < factors.sub(1).abs().lt(1e-5).double().mean() < 0.27  # a fifth is not jittered at all
-
-
-@pytest.mark.parametrize(("view", "solarised", "blurred"), [(0, 0.0, 1.0), (1, 0.2, 0.1)])
-def test_the_views_differ_in_blur_and_solarisation(view: int, solarised: float, blurred: float) -> None:
-    count = 300
-    bright = torch.full((count, 3, 8, 8), 0.9)  # at least 0.54 after the jitter
-    changed = Color(group=1)(bright, torch.arange(count), seed=0, epoch=0, view=view)
-    assert (changed.amax((1, 2, 3)) < 0.5).double().mean() == pytest.approx(solarised, abs=0.07)
-    dot = torch.full((count, 3, 16, 16), 0.5)
-    dot[..., 8, 8] = 1
-    changed = Color(group=1)(dot, torch.arange(count), seed=0, epoch=0, view=view)
-    spread = (changed[..., 8, 7] - changed[..., 0, 0]).abs().amax(1) > 1e-5
-    # Of the widths 0.1 to 2 those below 0.2 pixels, one in twenty, change nothing.
-    assert spread.double().mean() == pytest.approx(0.95 * blurred, abs=0.05)
-
-
-@pytest.mark.parametrize("options", [{"group": 0}, {"strength": -1.0}, {"strength": 5.1}], ids=str)
-def test_colour_names_the_option_it_refuses(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
-        Color(**options)
-
-
-# ---------------------------------------------------------------- two views of a batch
+# ---------------------------------------------------------------- the views of a batch
 
 
 def make_views(sampler: Sampler, share: float, **color: float) -> MakeViews:
-    return MakeViews(sampler, Crop(), share, PATCH, Color(**{"strength": 0.0, **color}), seed=3)
+    colors = Color(**{"strength": 0.0, **color}), Color(**{"strength": 0.0, "blur": 0.1, "solarize": 0.2, **color})
+    return MakeViews(sampler, Crop(), share, PATCH, colors, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -421,7 +343,8 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
     samples = torch.arange(10) * 11
     images = uint8(10, 3, 32, 32)
     sampler = SAMPLERS[name]()
-    views = make_views(sampler, share, strength=1.0, group=2)(images, samples, epoch=4)
+    make = make_views(sampler, share, strength=1.0)
+    views = make(images, samples, epoch=4)
     assert views.equivariant == chosen
     for view, viewed in enumerate(views.views):
         g = viewed.g
@@ -434,9 +357,10 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
             by = sampler if part == 0 and share > 0 else Crop()
             expected_g = by((32, 32), PATCH, u[own], view)
             expected = transform_images(images[own].float() / 255, expected_g).clamp(0, 1)
-            expected = Color(group=2)(expected, samples[own], seed=3, epoch=4, view=view)
+            expected, color = make.colors[view](expected, samples[own], seed=3, epoch=4, view=view)
             torch.testing.assert_close(made, normalize(expected), rtol=0, atol=1e-5)
             if part == 0:
+                assert torch.equal(viewed.color, color[:chosen])
                 assert torch.equal(g.linear, expected_g.linear[:chosen])
                 assert torch.equal(g.offset, expected_g.offset[:chosen])
                 assert g.size_out == tuple(made.shape[2:])
@@ -456,10 +380,10 @@ def test_views_show_no_pixel_beyond_black_and_white() -> None:
         assert (part <= white[:, None, None] + 1e-5).all()
 
 
-def test_views_have_colours_of_their_own() -> None:
+def test_views_have_colors_of_their_own() -> None:
     images = uint8(1, 3, 32, 32).expand(8, -1, -1, -1)
     still = Affine(degrees=0, shear=0, area=(1, 1), aspect=(1, 1), shift=0)
-    views = make_views(still, 1.0, strength=1.0, group=1)(images, torch.arange(8), epoch=0)
+    views = make_views(still, 1.0, strength=1.0)(images, torch.arange(8), epoch=0)
     first, second = (view.images[0] for view in views.views)
     assert len(first.flatten(1).unique(dim=0)) == 8
     assert (first != second).flatten(1).any(1).all()
@@ -469,10 +393,9 @@ def halves(make: MakeViews, images: Tensor, samples: Tensor) -> list[Views]:
     return [make(images[half], samples[half], epoch=1) for half in (slice(8), slice(8, 16))]
 
 
-@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_crops_do_not_depend_on_the_number_of_ranks(share: float, group: int) -> None:
-    make = make_views(Crop(), share, strength=1.0, group=group)
+def test_crops_do_not_depend_on_the_number_of_ranks(share: float) -> None:
+    make = make_views(Crop(), share, strength=1.0)
     images, samples = uint8(16, 3, 32, 32), torch.randperm(1000)[:16]
     together, ranks = make(images, samples, epoch=1), halves(make, images, samples)
     for view in (0, 1):
@@ -510,3 +433,124 @@ def test_global_random_state_changes_no_view() -> None:
 def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="share: got"):
         make_views(D4Scale(), share)
+
+
+# ---------------------------------------------------------------- local views, and views for add-ons
+
+
+def many_views(share: float = 0.5, *, needs: tuple[str, ...] = ("plain", "turns"), locals: int = 2) -> MakeViews:
+    options = {"locals": locals, "local_area": (0.1, 0.3), "turn_area": (0.1, 0.3), "color_strength": 1.0}
+    return ViewsConfig(sampler="crop", share=share, **options).build(PATCH, 5, frozenset(needs))
+
+
+def test_views_come_in_the_order_of_their_roles() -> None:
+    made = many_views()(uint8(6, 3, 28, 28), torch.arange(6), epoch=0)
+    assert [view.role for view in made.views] == ["global"] * 2 + ["local"] * 2 + ["plain"] + ["turn"] * 4
+    sizes = {view.role: [tuple(part.shape) for part in view.images] for view in made.views}
+    assert sizes == {"global": [(6, 3, 28, 28)], "local": [(6, 3, 12, 12)], "plain": [(3, 3, 28, 28)],
+                     "turn": [(3, 3, 12, 12)]}  # fmt: skip
+    for view in made.views:
+        assert len(view.g) == 3
+        assert view.g.size_out == tuple(view.images[0].shape[2:])
+        assert (view.color is None) == (view.role == "plain")
+        assert view.color is None or view.color.shape == (3, len(LAYOUT))
+
+
+def test_only_what_is_needed_is_made() -> None:
+    images, samples = uint8(6, 3, 28, 28), torch.arange(6)
+    for needs, roles in (((), set()), (("plain",), {"plain"}), (("turns", "color"), {"turn"}), (("pairs",), set())):
+        made = many_views(needs=needs, locals=0)(images, samples, epoch=0)
+        assert {view.role for view in made.views} == {"global"} | roles
+    assert len(many_views(share=0.0)(images, samples, epoch=0).views) == 4  # nobody sees the others
+
+
+@pytest.mark.parametrize("role", ["local", "plain", "turn"])
+def test_maps_of_small_views_are_those_of_their_pixels(role: str) -> None:
+    """Without colors, g on the image gives the view."""
+    make = replace(many_views(), turns=SmallCrop(Crop((0.1, 0.3)), Color(0.0)))
+    make = replace(make, locals=(SmallCrop(Crop((0.1, 0.3)), Color(0.0)),) * 2)
+    images = uint8(6, 3, 28, 28)
+    for view in make(images, torch.arange(6) + 9, epoch=1).views:
+        if view.role == role:
+            expected = normalize(transform_images(images[:3].float() / 255, view.g).clamp(0, 1))
+            torch.testing.assert_close(view.images[0][:3], expected, rtol=0, atol=2e-5)
+
+
+def test_turns_are_those_of_one_crop_with_colors_of_their_own() -> None:
+    make, images = many_views(), uint8(6, 3, 28, 28)
+    still = replace(make, turns=SmallCrop(Crop((0.1, 0.3)), Color(0.0)))
+    turned = [view for view in still(images, torch.arange(6), epoch=0).views if view.role == "turn"]
+    for k, view in enumerate(turned):
+        assert torch.equal(view.images[0], torch.rot90(turned[0].images[0], k, (2, 3)))
+        relative = LatticeMap.relative(turned[0].g, view.g)
+        torch.testing.assert_close(relative.linear, LatticeMap.rot90((12, 12), k).linear.expand(3, 2, 2))
+    colored = [view for view in make(images, torch.arange(6), epoch=0).views if view.role == "turn"]
+    assert all(not torch.equal(one.color, other.color) for one, other in itertools.combinations(colored, 2))
+    mirrored = torch.cat([torch.linalg.det(many_views()(images, torch.arange(6) + 6 * i, 0).views[-1].g.linear) < 0
+                          for i in range(20)])  # fmt: skip
+    assert 0.2 < mirrored.double().mean() < 0.8
+
+
+def test_a_views_draws_do_not_depend_on_the_other_views() -> None:
+    images, samples = uint8(6, 3, 28, 28), torch.arange(6)
+    every = many_views(locals=3)(images, samples, epoch=0).views
+    fewer = many_views(locals=1, needs=("turns",))(images, samples, epoch=0).views
+    kept = [*every[:3], *every[-4:]]
+    for one, other in zip(kept, fewer, strict=True):
+        assert all(torch.equal(*parts) for parts in zip(one.images, other.images, strict=True))
+    assert not torch.equal(every[2].g.linear, every[3].g.linear)
+
+
+@pytest.mark.parametrize("sampler", ["crop", "d4_scale", "affine"])
+@pytest.mark.parametrize(("share", "pairs"), [(1.0, 4), (5 / 9, 2)])
+def test_neighbors_in_pairs_share_their_draws(sampler: str, share: float, pairs: int) -> None:
+    """In each view; a last one without a neighbor, and those outside the share, have their own."""
+    config, images = ViewsConfig(sampler=sampler, share=share), uint8(9, 3, 28, 28)
+    samples = torch.tensor([5, 80, 2, 31, 7, 12, 44, 90, 3])
+    alone = config.build(PATCH, 5)(images, samples, epoch=0)
+    made = config.build(PATCH, 5, {"pairs"})(images, samples, epoch=0)
+    for view, own in zip(made.views, alone.views, strict=True):
+        even, odd = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+        for values, separate in ((view.g.linear, own.g.linear), (view.g.offset, own.g.offset), (view.color, own.color)):
+            assert torch.equal(values[even], values[odd])
+            assert torch.equal(values[even], separate[even])
+            assert torch.equal(values[2 * pairs :], separate[2 * pairs :])
+        assert not torch.equal(own.color[even], own.color[odd])
+        for part, separate in zip(view.images[1:], own.images[1:], strict=True):
+            assert torch.equal(part, separate)
+    assert not torch.equal(made.views[0].color, made.views[1].color)
+
+
+def test_local_views_have_the_colors_of_their_rule() -> None:
+    make = many_views(1.0, locals=1)
+    color = make.locals[0].color
+    assert (color.gray, color.blur, color.solarize, color.jitter) == (0.0, 0.5, 0.0, (0.4, 0.4, 0.2, 0.1))
+    assert make.turns is not None
+    assert (make.turns.color.blur, make.turns.color.solarize) == (0.1, 0.0)
+    assert [(c.blur, c.solarize) for c in make.colors] == [(1.0, 0.0), (0.1, 0.2)]
+    view = make(uint8(40, 3, 28, 28), torch.arange(40), epoch=0).views[2]
+    share = LatticeMap.on(view.g, (1, 1), (1, 1)).linear.abs().sum(-1).prod(-1)
+    assert 0.1 - 1e-9 <= share.min() < 0.15
+    assert 0.25 < share.max() <= 0.3 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"locals": -1}, "locals: got -1"),
+        ({"locals": 1, "local_size": 10}, "local_size: got 10, takes a multiple of the patch size 4"),
+        ({"turn_size": 6}, "turn_size: got 6"),
+        ({"color_jitter": (0.1, 0.1, 0.1, -0.1)}, "color jitter: got"),
+    ],
+    ids=str,
+)
+def test_options_of_views_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViewsConfig(**options).build(PATCH, 0)
+
+
+def test_small_views_are_three_sevenths_of_the_image_in_whole_patches() -> None:
+    small = SmallCrop(Crop(), Color())
+    u = draws(0, 0, torch.arange(1), 0)
+    assert [small.draw((side, side), 16, u, 0).size_out[0] for side in (224, 32, 384)] == [96, 16, 160]
+    assert replace(small, size=48).draw((224, 224), 16, u, 0).size_out == (48, 48)

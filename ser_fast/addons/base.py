@@ -1,11 +1,14 @@
 """What an add-on is: an equivariance term at one layer or several. It knows no objective."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ser_fast.lattice import LatticeMap
+from ser_fast.vit import SplitViT
 
 Layers = tuple[int, ...] | Literal["off", "split", "last", "all"]
 """Where an add-on reads: numbers of blocks, or "split" (where the prefix tokens enter), "last", "all", or "off"."""
@@ -19,7 +22,8 @@ class LayerView(NamedTuple):
             encoder's final norm.
         teacher: the same of the teacher, without gradient; None unless the add-on needs "teacher".
         g: the maps from the images to this view, in pixels.
-        color: (B, P) what was drawn for the colors; None unless the add-on needs "color".
+        color: (B, P) what was drawn for the colors, as `ser_fast.views.color.LAYOUT` says; None
+            unless the add-on needs "color", and of plain views.
         role: of the view; see `ser_fast.views.recipe.View`.
     """
 
@@ -36,22 +40,82 @@ class AddOn(nn.Module):
     Attributes:
         layers: numbers of blocks after which it reads, ascending.
         reads: "tokens", the patch tokens; "cls", the class token; "mean", the mean of the patch tokens.
-        needs: of "teacher" (the teacher's features), "color" (the draws of every sample's colors), "plain" (a view of
-            the image itself), "turns" (four quarter turns of a small crop), "pairs" (neighbors share their draws).
+        needs: of "teacher" (the teacher's features), "color" (the draws of every sample's colors), "locals" (the local
+            views), "plain" (a view of the image itself), "turns" (four quarter turns of a small crop), "pairs"
+            (neighbors 2i and 2i + 1 share their draws in each global view).
     """
 
     layers: tuple[int, ...]
     reads: Literal["tokens", "cls", "mean"]
     needs: frozenset[str] = frozenset()
 
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles of the views that it sees: global ones, and those that it needs."""
+        made = {"locals": "local", "plain": "plain", "turns": "turn"}
+        return frozenset({"global", *(made[need] for need in self.needs if need in made)})
+
+    def prepare(self, encoder: SplitViT) -> None:
+        """Fit to the encoder before training.
+
+        Raises:
+            ValueError: the encoder lacks what the add-on reads.
+        """
+
     def forward(self, views: list[LayerView]) -> dict[str, Tensor]:
         """The losses of one batch.
 
         Args:
-            views: global views first; then those that the add-on needs.
+            views: those of its roles: global views first, then local ones, then what it needs besides.
 
         Returns:
             Scalars: "loss", and its parts by name, for the log.
+        """
+        raise NotImplementedError
+
+
+class VectorAddOn(AddOn):
+    """An add-on on (B, C) features, with a head of its own at each layer; the loss is the mean over the layers.
+
+    Below the last layer a LayerNorm of its own comes before each head: features there have no norm yet.
+
+    Args:
+        heads: by layer.
+        read: "cls", "mean", or "auto": the class token where all layers have one, else the mean of the patch tokens.
+    """
+
+    def __init__(self, heads: Mapping[int, nn.Module], *, read: Literal["auto", "cls", "mean"] = "auto") -> None:
+        super().__init__()
+        self.layers, self.read = tuple(heads), read
+        self.reads = "mean" if read == "auto" else read
+        self.heads = nn.ModuleDict({str(layer): head for layer, head in heads.items()})
+        self.norms = nn.ModuleDict({str(layer): nn.Identity() for layer in heads})
+
+    def prepare(self, encoder: SplitViT) -> None:
+        has_cls = getattr(encoder, "cls_token", None) is not None and min(self.layers) > encoder.split
+        if self.read == "auto":
+            self.reads = "cls" if has_cls else "mean"
+        for layer in self.layers:
+            if layer < encoder.depth:
+                self.norms[str(layer)] = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
+
+    def forward(self, views: list[LayerView]) -> dict[str, Tensor]:
+        by_layer = []
+        for layer in self.layers:
+            norm = self.norms[str(layer)]
+            features = [norm(view.features[layer]) for view in views]
+            by_layer.append(self.losses(self.heads[str(layer)], features, views))
+        if len(by_layer) == 1:
+            return by_layer[0]
+        return {name: torch.stack([losses[name] for losses in by_layer]).mean() for name in by_layer[0]}
+
+    def losses(self, head: nn.Module, features: list[Tensor], views: list[LayerView]) -> dict[str, Tensor]:
+        """The losses of one layer: "loss" and its parts.
+
+        Args:
+            head: of the layer.
+            features: of each view (B, C).
+            views: as in `forward`.
         """
         raise NotImplementedError
 

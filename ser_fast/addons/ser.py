@@ -1,5 +1,6 @@
 """SER as an add-on: `SERLoss` on the patch tokens of each layer."""
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -16,23 +17,31 @@ class SER(AddOn):
     Args:
         losses: by layer.
         momentum_keys: contrast with the teacher's tokens instead of the encoder's own.
+        locals: ask it of each pair of a global and a local view, too. What a local view shows of the global one is a
+            partial map; the loss is the mean over all pairs.
+
+    Raises:
+        ValueError: locals with momentum_keys: the teacher sees no local views.
     """
 
     reads = "tokens"
 
-    def __init__(self, losses: dict[int, SERLoss], *, momentum_keys: bool = False) -> None:
+    def __init__(self, losses: dict[int, SERLoss], *, momentum_keys: bool = False, locals: bool = False) -> None:
         super().__init__()
+        if locals and momentum_keys:
+            raise ValueError("ser.locals: got True with momentum_keys; the teacher sees no local views")
         self.layers = tuple(losses)
         self.losses = nn.ModuleDict({str(layer): loss for layer, loss in losses.items()})
-        self.needs = frozenset({"teacher"} if momentum_keys else ())
+        self.needs = frozenset({*(["teacher"] if momentum_keys else []), *(["locals"] if locals else [])})
 
     def forward(self, views: list[LayerView]) -> dict[str, Tensor]:
-        view0, view1 = (view for view in views if view.role == "global")
+        view0, view1, *local = views
+        pairs = [(view0, view1), *itertools.product((view0, view1), local)]
         losses = []
-        for layer in self.layers:
-            tokens = view0.features[layer], view1.features[layer]
-            keys = [view.teacher[layer] for view in (view0, view1) if view.teacher is not None]
-            losses.append(self.losses[str(layer)](*tokens, view0.g, view1.g, *keys))
+        for layer, (one, other) in itertools.product(self.layers, pairs):
+            tokens = one.features[layer], other.features[layer]
+            keys = [view.teacher[layer] for view in (one, other) if view.teacher is not None]
+            losses.append(self.losses[str(layer)](*tokens, one.g, other.g, *keys))
         return {"loss": torch.stack(losses).mean() if len(losses) > 1 else losses[0]}
 
 
@@ -54,6 +63,8 @@ class SERConfig(AddOnConfig):
     """Also move view 1 to view 0."""
     momentum_keys: bool = False
     """Contrast with the momentum encoder's tokens instead of the encoder's own."""
+    locals: bool = False
+    """Also ask it of each pair of a global and a local view (--views.locals)."""
     hidden_dim: int = 512
     """Hidden width of the projector."""
     out_dim: int = 512
@@ -73,9 +84,9 @@ class SERConfig(AddOnConfig):
 
     def build(self, dim: int, layers: tuple[int, ...], objective: str) -> SER:
         options = asdict(self)
-        for name in ("layers", "weight", "momentum_keys"):
+        for name in ("layers", "weight", "momentum_keys", "locals"):
             options.pop(name)
         # The paper has a temperature for three objectives; the others are contrastive as MoCo-v3, or have its scale.
         options["objective"] = objective if objective in TEMPERATURES else "moco_v3"
         losses = {layer: SERLoss(dim, **options) for layer in layers}
-        return SER(losses, momentum_keys=self.momentum_keys)
+        return SER(losses, momentum_keys=self.momentum_keys, locals=self.locals)

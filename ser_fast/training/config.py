@@ -1,7 +1,7 @@
 """The trainer's options, as dataclasses that `ser-fast train` reads from the command line."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from ser_fast.objectives.base import ObjectiveConfig
 from ser_fast.objectives.moco_v3 import MoCoV3Config
 from ser_fast.training.pretraining import Pretraining
 from ser_fast.views.color import Color
-from ser_fast.views.recipe import MakeViews
+from ser_fast.views.recipe import MakeViews, SmallCrop
 from ser_fast.views.samplers import SAMPLERS, Crop
 from ser_fast.vit import SplitViT
 
@@ -99,15 +99,59 @@ class ViewsConfig:
     """With the sampler "crop": crops in all eight elements of D4. Equivariance to turns is learned from turns."""
     color_strength: Annotated[float, tyro.conf.arg(aliases=("--views.colour-strength",))] = 1.0
     """Multiplies the color jitter; 0 leaves the colors as they are."""
-    color_group: Annotated[int, tyro.conf.arg(aliases=("--views.colour-group",))] = 8
-    """Images that share one draw of colors."""
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """How far brightness, contrast and saturation (as factors), and the hue (in turns) go; applied to 80 %."""
+    color_gray: float = 0.2
+    """Probability of a gray view."""
+    color_blur: tuple[float, float] = (1.0, 0.1)
+    """Probabilities of blur in the two global views."""
+    color_solarize: tuple[float, float] = (0.0, 0.2)
+    """Probabilities of solarization in the two global views."""
+    locals: int = 0
+    """Local views: small crops beside the two global views, for the objective and for --ser.locals."""
+    local_size: int | None = None
+    """Side of local views in pixels; default 3/7 of the image's (96 of 224)."""
+    local_area: tuple[float, float] = (0.05, 0.25)
+    """Range of the local views' area, relative to the image."""
+    local_gray: float = 0.0
+    """Probability of a gray local view; DINO's is 0.2."""
+    local_blur: float = 0.5
+    """Probability of blur in local views."""
+    turn_size: int | None = None
+    """Side of the small crop that E-SSL sees in four quarter turns; default as of local views."""
+    turn_area: tuple[float, float] = (0.05, 0.14)
+    """Range of its area, relative to the image."""
 
-    def build(self, patch_size: int, seed: int) -> MakeViews:
+    def build(self, patch_size: int, seed: int, needs: Set[str] = frozenset()) -> MakeViews:
+        """What makes the views of batches, and those that add-ons need besides (see AddOn.needs).
+
+        Raises:
+            ValueError: an option that doesn't fit.
+        """
         crop = Crop(area=self.crop_area)
         partial = replace(crop, turns=self.crop_turns)
         sampler = partial if self.sampler == "crop" else SAMPLERS[self.sampler]()
-        color = Color(self.color_strength, self.color_group)
-        return MakeViews(sampler, crop, self.share, patch_size, color, seed)
+        color = Color(self.color_strength, self.color_jitter, gray=self.color_gray)
+        first, second = (
+            replace(color, blur=blur, solarize=solarize)
+            for blur, solarize in zip(self.color_blur, self.color_solarize, strict=True)
+        )
+        if self.locals < 0:
+            raise ValueError(f"locals: got {self.locals}, takes a number from 0")
+        local_color = replace(color, gray=self.local_gray, blur=self.local_blur)
+        local = SmallCrop(Crop(area=self.local_area), local_color, self.local_size)
+        turns = SmallCrop(Crop(area=self.turn_area), replace(color, blur=0.1), self.turn_size)
+        return MakeViews(
+            sampler,
+            crop,
+            self.share,
+            patch_size,
+            (first, second),
+            seed,
+            locals=(local,) * self.locals,
+            turns=turns,
+            needs=frozenset(needs),
+        )
 
 
 @dataclass(frozen=True)
@@ -182,7 +226,10 @@ class TrainConfig:
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
             if layers and self.views.share:
-                addons[name] = options.weight, options.build(encoder.embed_dim, layers, objective_name(self))
+                addon = options.build(encoder.embed_dim, layers, objective_name(self))
+                if "locals" in addon.needs and not self.views.locals:
+                    raise ValueError(f"{name}.locals: got True with views.locals 0, takes one local view or more")
+                addons[name] = options.weight, addon
         return Pretraining(encoder, objective, addons)
 
     def check(self, world_size: int) -> int:
@@ -219,7 +266,8 @@ class TrainConfig:
 # What may differ between a run and its continuation, since it changes no number.
 _FREE = ("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints", "device", "workers")
 _PARTS: dict[str, type[Any]] = {"model": ModelConfig, "views": ViewsConfig, "optim": OptimConfig}
-_RENAMED = {"colour_strength": "color_strength", "colour_group": "color_group"}  # in configs of version 0.1
+_RENAMED = {"colour_strength": "color_strength"}  # in configs of version 0.1
+_DROPPED = ("color_group", "colour_group")  # there neighbors could share one draw of colors
 
 
 def objective_name(config: TrainConfig) -> str:
@@ -303,7 +351,11 @@ def from_json(content: dict[str, Any]) -> TrainConfig:
 
 def _section(kind: type[Any], content: dict[str, Any]) -> Any:
     """An instance of a dataclass from JSON's types."""
-    content = {_RENAMED.get(name, name): tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+    content = {
+        _RENAMED.get(name, name): tuple(value) if isinstance(value, list) else value
+        for name, value in content.items()
+        if name not in _DROPPED
+    }
     if unknown := sorted(content.keys() - {field.name for field in fields(kind)}):
         raise ValueError(f"config: {kind.__name__} has no {', '.join(unknown)}: written by another version?")
     return kind(**content)

@@ -1,6 +1,7 @@
 """Encoder, objective and add-ons as one module, which walks over every view once."""
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -12,6 +13,8 @@ from ser_fast.addons.base import AddOn, LayerView
 from ser_fast.objectives.base import Objective
 from ser_fast.views.recipe import View, Views
 from ser_fast.vit import Encoded, SplitViT
+
+_ROLES = "global", "local", "plain", "turn"
 
 
 class Teacher(nn.Module):
@@ -55,6 +58,7 @@ class Pretraining(nn.Module):
         self.addons = nn.ModuleDict({name: addon for name, (_, addon) in (addons or {}).items()})
         self.weights = {name: weight for name, (weight, _) in (addons or {}).items()}
         for name, addon in self._addons().items():
+            addon.prepare(encoder)
             no_cls = getattr(encoder, "cls_token", None) is None or min(addon.layers) <= encoder.split
             if addon.reads == "cls" and no_cls:
                 raise ValueError(
@@ -75,10 +79,9 @@ class Pretraining(nn.Module):
             Scalars: "loss" to step on, "invariance", every add-on by its name (unweighted), and the parts of each.
         """
         addons = self._addons()
-        layers = sorted({layer for addon in addons.values() for layer in addon.layers})
-        seen = [_encode(self.encoder, view, layers) for view in views.views]
+        seen = _walk(self.encoder, views.views, {role: self._layers(role) for role in _ROLES})
         student = [self.objective.head(encoded.embedding) for encoded in seen if encoded.embedding is not None]
-        teacher, targets = self._teach(views, layers)
+        teacher, targets = self._teach(views)
         parts = self.objective(student, targets, progress)
         losses = {"loss": parts["loss"], "invariance": parts["loss"]}
         losses |= {name: value for name, value in parts.items() if name != "loss"}
@@ -87,6 +90,7 @@ class Pretraining(nn.Module):
                 [
                     self._layer_view(addon, view, encoded, known, views.equivariant, detach=self.weights[name] == 0)
                     for view, encoded, known in zip(views.views, seen, teacher, strict=True)
+                    if view.role in addon.roles
                 ]
             )
             losses["loss"] = losses["loss"] + (self.weights[name] or 1.0) * parts["loss"]
@@ -111,17 +115,27 @@ class Pretraining(nn.Module):
             return self.teacher.encoder
         return self.encoder
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the add-ons need of the views; see `ser_fast.addons.base.AddOn`."""
+        return frozenset(need for addon in self._addons().values() for need in addon.needs)
+
+    def _layers(self, role: str) -> list[int]:
+        """The layers that add-ons read of views of a role."""
+        return sorted({layer for addon in self._addons().values() if role in addon.roles for layer in addon.layers})
+
     def _addons(self) -> dict[str, AddOn]:
         return dict(self.addons.items())  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _teach(self, views: Views, layers: list[int]) -> tuple[list[Encoded | None], list[Tensor]]:
+    def _teach(self, views: Views) -> tuple[list[Encoded | None], list[Tensor]]:
         """What the teacher reads of each view (None of those that are not global), and its outputs of global views."""
         if self.teacher is None:
             return [None] * len(views.views), []
         encoder, head = self.teacher.encoder, self.teacher.head
-        needed = layers if any("teacher" in addon.needs for addon in self._addons().values()) else []
-        seen = [_encode(encoder, view, needed) if view.role == "global" else None for view in views.views]
+        addons = self._addons().values()
+        layers = sorted({layer for addon in addons if "teacher" in addon.needs for layer in addon.layers})
+        seen = [_encode(encoder, view, layers) if view.role == "global" else None for view in views.views]
         return seen, [head(encoded.embedding) for encoded in seen if encoded is not None]
 
     def _layer_view(
@@ -136,13 +150,35 @@ class Pretraining(nn.Module):
         return LayerView(features, keys, view.g, view.color if "color" in addon.needs else None, view.role)
 
 
-def _encode(encoder: SplitViT, view: View, layers: list[int]) -> Encoded:
-    """The embeddings (B, C) of all parts of a view, and the layers of the first one.
+def _walk(encoder: SplitViT, views: list[View], layers: Mapping[str, list[int]]) -> list[Encoded]:
+    """The embeddings of the views, and the layers of their role: small views of one size in one walk.
 
-    A view that is made for add-ons alone is walked to the highest layer and no further.
+    A view that is made for add-ons alone is walked to the highest of its layers and no further.
     """
-    if view.role in ("plain", "turn"):
-        return encoder.encode(view.images[0], layers, until=max(layers, default=0))
+    seen: list[Encoded] = []
+    for (role, _), group in itertools.groupby(views, key=lambda view: (view.role, view.images[0].shape)):
+        alike, read = list(group), layers[role]
+        if role == "global":
+            seen += [_encode(encoder, view, read) for view in alike]
+            continue
+        until = max(read, default=0) if role in ("plain", "turn") else None
+        together = encoder.encode(torch.cat([view.images[0] for view in alike]), read, until=until)
+        seen += [_part(together, index, len(alike)) for index in range(len(alike))]
+    return seen
+
+
+def _part(encoded: Encoded, index: int, count: int) -> Encoded:
+    """One of `count` views that were encoded together."""
+    embedding = None if encoded.embedding is None else encoded.embedding.chunk(count)[index]
+    tokens, cls = (
+        {layer: feature.chunk(count)[index] for layer, feature in found.items()}
+        for found in (encoded.tokens, encoded.cls)
+    )
+    return Encoded(embedding, tokens, cls)
+
+
+def _encode(encoder: SplitViT, view: View, layers: list[int]) -> Encoded:
+    """The embeddings (B, C) of all parts of a view, and the layers of the first one."""
     first = encoder.encode(view.images[0], layers)
     others = [encoder.encode(images).embedding for images in view.images[1:]]
     embeddings = [embedding for embedding in (first.embedding, *others) if embedding is not None]

@@ -86,12 +86,10 @@ class Trainer:
         self.beginning = find_beginning(config, self.identity)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = config.build().to(device)
-        self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed)
+        self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed, self.model.needs)
         self.parallel: nn.Module = self.model
         if world_size() > 1:
-            if device.type == "cuda":
-                self.parallel = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-            self.parallel = DistributedDataParallel(self.parallel)
+            self.parallel = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=optim.lr * optim.batch_size / 256,

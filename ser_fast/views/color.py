@@ -1,60 +1,163 @@
-"""The color augmentation of views."""
+"""The color augmentation of views: every sample's own, on batches on their device, and known afterwards."""
 
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from ser_fast.views.samplers import COLOR, generator
+
+LAYOUT = (
+    "jittered",  # 1 where brightness, contrast, saturation and hue were changed
+    "brightness",  # where in its range the factor lies: (factor - 1) / (highest - lowest), 0 where unchanged
+    "contrast",  # likewise
+    "saturation",  # likewise
+    "hue",  # the shift / (highest - lowest)
+    "first",  # which of the four was changed first: 0 brightness, 1 contrast, 2 saturation, 3 hue
+    "second",
+    "third",
+    "fourth",
+    "gray",  # 1 where all color was taken
+    "blurred",  # 1 where blurred
+    "sigma",  # of the blur, in pixels; 0 where not blurred
+    "threshold",  # from which on values were inverted; 1 where not solarized
+)
+"""What a row of draws holds. Not applied: order 0 1 2 3, threshold 1, and 0 everywhere else."""
+
+_UNCHANGED = torch.tensor([0.0, 0, 0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 1], dtype=torch.float64)
+_ORDERS = torch.tensor(list(itertools.permutations(range(4))), dtype=torch.float64)
+_DRAWS = 10  # uniform numbers a sample takes
+_SIGMA = 0.1, 2.0
+
+
+def columns(draws: Tensor, *names: str) -> Tensor:
+    """(B, K) of draws (B, P): the columns of those names in LAYOUT."""
+    return draws[:, [LAYOUT.index(name) for name in names]]
 
 
 @dataclass(frozen=True)
 class Color:
-    """MoCo-v3's color augmentation (its two views differ in blur and solarisation), on batches on their device.
+    """Jitter in a random order, then gray, blur and solarization, each with a probability: torchvision's transforms.
 
     Attributes:
         strength: multiplies the jitter; 0 leaves the colors as they are.
-        group: neighbours in a batch that share one draw (the group's first sample's). 1 draws for every sample, at the
-            price of as many small kernels.
+        jitter: how far brightness, contrast and saturation (as factors, about 1) and hue (in turns) go.
+        jittered, gray, blur, solarize: probabilities.
+
+    Source: the augmentations of SimCLR, BYOL and MoCo-v3 as torchvision.transforms.v2 has them: ColorJitter,
+        RandomGrayscale, GaussianBlur (sigma 0.1 to 2, kernel a tenth of the image) and RandomSolarize (at 0.5).
     """
 
     strength: float = 1.0
-    group: int = 8
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jittered: float = 0.8
+    gray: float = 0.2
+    blur: float = 1.0
+    solarize: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 5:  # there the hue has gone full circle
-            raise ValueError(f"color strength: got {self.strength}, takes a number in [0, 5]")
-        if self.group < 1:
-            raise ValueError(f"color group: got {self.group}, takes a positive number")
+        if len(self.jitter) != 4 or min(self.jitter) < 0:
+            raise ValueError(f"color jitter: got {self.jitter}, takes four numbers from 0")
+        largest = 0.5 / self.jitter[3] if self.jitter[3] else math.inf  # there the hue has gone full circle
+        if not 0 <= self.strength <= largest:
+            raise ValueError(f"color strength: got {self.strength}, takes a number in [0, {largest:g}]")
+        for name in ("jittered", "gray", "blur", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"color {name}: got {getattr(self, name)}, takes a probability, 0 to 1")
 
-    def __call__(self, images: Tensor, samples: Tensor, *, seed: int, epoch: int, view: int) -> Tensor:
-        """Change the colors of images (B, 3, H, W) in [0, 1]; samples (B,) are their indices in the data set."""
-        if self.strength == 0:
-            return images
-        transform = self._transform(view, images.shape[-1])
-        parts = []
-        for part, first in zip(images.split(self.group), samples[:: self.group].tolist(), strict=True):
-            # torchvision draws from torch's global generator; torch.manual_seed would reseed the GPUs' too.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(generator(seed, epoch, first, view, COLOR).integers(2**62)))
-                parts.append(transform(part))
-        return torch.cat(parts) if parts else images
+    @property
+    def ranges(self) -> Tensor:
+        """(4, 2) float64, the lowest and the highest factors of brightness, contrast, saturation, and shift of hue."""
+        reach = self.strength * torch.tensor(self.jitter, dtype=torch.float64)
+        low = torch.cat([(1 - reach[:3]).clamp(min=0), -reach[3:]])
+        return torch.stack([low, torch.cat([1 + reach[:3], reach[3:]])], -1)
 
-    def _transform(self, view: int, size: int) -> v2.Compose:
-        jitter = v2.ColorJitter(
-            brightness=0.4 * self.strength,
-            contrast=0.4 * self.strength,
-            saturation=0.2 * self.strength,
-            hue=0.1 * self.strength,
+    def positions(self, factors: Tensor) -> Tensor:
+        """(B, 4) where in their ranges brightness, contrast, saturation and hue (B, 4) lie; see LAYOUT."""
+        neutral = factors.new_tensor([1, 1, 1, 0])
+        low, high = self.ranges.to(factors).unbind(-1)
+        return (factors - neutral) / (high - low).where(high > low, torch.inf)
+
+    def factors(self, draws: Tensor) -> Tensor:
+        """(B, 4) the factors of brightness, contrast and saturation, and the shift of the hue in turns, of draws."""
+        low, high = self.ranges.to(draws).unbind(-1)
+        changes = columns(draws, "brightness", "contrast", "saturation", "hue") * (high - low)
+        return changes + draws.new_tensor([1, 1, 1, 0])
+
+    def __call__(self, images: Tensor, samples: Tensor, *, seed: int, epoch: int, view: int) -> tuple[Tensor, Tensor]:
+        """Change the colors of images by draws that depend on (seed, epoch, sample, view) alone.
+
+        Args:
+            images: (B, 3, H, W) floating point in [0, 1].
+            samples: (B,) their indices in the data set.
+            seed, epoch, view: of the draws.
+
+        Returns:
+            The changed images, and what was drawn, (B, P) float64 on the CPU as LAYOUT says.
+        """
+        draws = self.draw(samples, seed=seed, epoch=epoch, view=view)
+        return self.apply(images, draws), draws
+
+    def draw(self, samples: Tensor, *, seed: int, epoch: int, view: int) -> Tensor:
+        """(B, P) float64 draws for samples (B,), as LAYOUT says."""
+        draws = _UNCHANGED.repeat(len(samples), 1)
+        if self.strength == 0 or len(samples) == 0:
+            return draws
+        rows = [generator(seed, epoch, sample, view, COLOR).random(_DRAWS) for sample in samples.tolist()]
+        u = torch.from_numpy(np.stack(rows))
+        jittered, gray, blurred, solarized = (
+            u[:, i] < chance for i, chance in enumerate((self.jittered, self.gray, self.blur, self.solarize))
         )
-        kernel = max(3, size // 10 | 1)  # SimCLR: a tenth of the image, odd
-        blur = v2.GaussianBlur(kernel, sigma=(0.1, 2.0))
-        return v2.Compose(
-            [
-                v2.RandomApply([jitter], p=0.8),
-                v2.RandomGrayscale(p=0.2),
-                v2.RandomApply([blur], p=(1.0, 0.1)[view]),
-                v2.RandomSolarize(threshold=0.5, p=(0.0, 0.2)[view]),
-            ]
+        low, high = self.ranges.unbind(-1)
+        jitter = torch.cat([self.positions(low + u[:, 4:8] * (high - low)), _ORDERS[(24 * u[:, 8]).long()]], 1)
+        draws[:, 1:9] = torch.where(jittered[:, None], jitter, draws[:, 1:9])
+        sigma = (_SIGMA[0] + u[:, 9] * (_SIGMA[1] - _SIGMA[0])) * blurred
+        applied = {"jittered": jittered, "gray": gray, "blurred": blurred, "sigma": sigma}
+        for name, values in {**applied, "threshold": 1 - 0.5 * solarized}.items():
+            draws[:, LAYOUT.index(name)] = values.to(draws)
+        return draws
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Change the colors of images (B, 3, H, W) in [0, 1] as draws (B, P) say."""
+        from kornia import enhance  # takes half a second to import
+        from kornia.color import rgb_to_grayscale
+        from kornia.filters import gaussian_blur2d
+
+        draws = draws.cpu()
+        jittered, gray, blurred, sigma, threshold = columns(
+            draws, "jittered", "gray", "blurred", "sigma", "threshold"
+        ).T
+        order, factors = columns(draws, "first", "second", "third", "fourth"), self.factors(draws)
+        factors[:, 3] *= 2 * math.pi  # kornia's hue is in radians
+        operations = (
+            enhance.adjust_brightness_accumulative,
+            enhance.adjust_contrast_with_mean_subtraction,
+            enhance.adjust_saturation_with_gray_subtraction,
+            enhance.adjust_hue,
         )
+        changed = images.clone()
+        for place in range(4):
+            for number, operation in enumerate(operations):
+                rows = torch.nonzero((jittered > 0) & (order[:, place] == number))[:, 0]
+                _change(changed, rows, operation, factors[rows, number])
+        _change(changed, torch.nonzero(gray)[:, 0], lambda part: rgb_to_grayscale(part).expand_as(part))
+        kernel = max(3, images.shape[-1] // 10 | 1)  # SimCLR: a tenth of the image, odd
+        rows = torch.nonzero(blurred)[:, 0]
+        _change(changed, rows, lambda part, s: gaussian_blur2d(part, kernel, s[:, None].expand(-1, 2)), sigma[rows])
+        rows = torch.nonzero(threshold < 1)[:, 0]
+        _change(
+            changed, rows, lambda part, t: torch.where(part >= t[:, None, None, None], 1 - part, part), threshold[rows]
+        )
+        return changed
+
+
+def _change(images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *values: Tensor) -> None:
+    """Change some rows of images in place, each with its own values."""
+    if len(rows) == 0:
+        return
+    rows = rows.to(images.device)
+    images[rows] = operation(images[rows], *(value.to(images) for value in values))

@@ -24,7 +24,7 @@ def generator(seed: int, epoch: int, sample: int, view: int, purpose: int) -> np
 
 
 def draws(seed: int, epoch: int, samples: Tensor, view: int) -> Tensor:
-    """(B, 8) float64 uniform numbers in [0, 1) for the geometry of one view (0 or 1) of samples (B,)."""
+    """(B, 8) float64 uniform numbers in [0, 1) for the geometry of one view (a number) of samples (B,)."""
     rows = [generator(seed, epoch, sample, view, GEOMETRY).random(_DRAWS) for sample in samples.tolist()]
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, _DRAWS, dtype=torch.float64)
 
