@@ -1,5 +1,6 @@
-"""All-gather of rows when every rank has its own number of them, with gradients."""
+"""All-gather of rows when every rank has its own number of them, and sums over the ranks, with gradients."""
 
+import math
 from typing import Any
 
 import torch
@@ -57,3 +58,37 @@ def all_gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
         (sum of T, ...). Its gradient goes back to the rank that owns the row, summed over all ranks' losses.
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows, counts)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Every rank's loss saw this rank's summand. dist.all_reduce alone would be a constant to autograd, and the
+        # gradient, averaged over the ranks, 1/world_size of the true one.
+        return _AllReduceSum.apply(grad)
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of every rank's tensor, the same shape on all of them; its gradient is summed over all ranks' losses."""
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
+
+
+def count_rows(rows: Tensor) -> Tensor:
+    """How many rows all ranks have, a scalar of the dtype of `rows`: it stays on the device."""
+    return all_reduce_sum(rows.new_tensor(float(len(rows))))
+
+
+def mean_over_rows(values: Tensor) -> Tensor:
+    """This rank's part of the mean over all ranks' values (B_rank, ...), which may have different numbers of them.
+
+    Averaged over the ranks, as DistributedDataParallel averages gradients, the parts give the mean.
+    """
+    if world_size() == 1:
+        return values.mean()
+    return world_size() * values.sum() / (count_rows(values) * math.prod(values.shape[1:]))

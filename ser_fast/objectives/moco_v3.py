@@ -1,14 +1,14 @@
 """MoCo-v3: a momentum encoder's embeddings of one view are the targets of a predictor on the other view's."""
 
-import itertools
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ser_fast.distributed import all_gather_rows, gather_counts, rank
 from ser_fast.objectives.base import Objective, ObjectiveConfig
+from ser_fast.objectives.heads import mlp
 from ser_fast.ops.nt_xent import info_nce
 from ser_fast.vit import SplitViT
 
@@ -42,8 +42,8 @@ class MoCoV3(Objective):
     ) -> None:
         super().__init__()
         self.temperature, self.momentum = temperature, momentum
-        self.head = _mlp([encoder_dim, mlp_dim, mlp_dim, dim])
-        self.predictor = _mlp([dim, mlp_dim, dim])
+        self.head = mlp([encoder_dim, mlp_dim, mlp_dim, dim], last="norm")
+        self.predictor = mlp([dim, mlp_dim, dim], last="norm")
 
     def prepare(self, encoder: SplitViT) -> None:
         if getattr(encoder, "pos_embed", None) is not None:
@@ -60,17 +60,6 @@ class MoCoV3(Objective):
         positive = sum(counts[: rank()]) + torch.arange(len(query), device=query.device)
         keys = all_gather_rows(key, counts)
         return 2 * self.temperature * info_nce(query, keys, temperature=self.temperature, positive=positive)
-
-
-def _mlp(widths: list[int]) -> nn.Sequential:
-    """Linear layers, each with batch normalization; ReLU between them, none (and no affine) after the last."""
-    layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-        last = i == len(widths) - 2
-        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out, affine=not last)]
-        if not last:
-            layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
 
 
 @dataclass(frozen=True)

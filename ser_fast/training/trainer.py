@@ -83,9 +83,7 @@ class Trainer:
         self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed)
         self.parallel: nn.Module = self.model
         if world_size() > 1:
-            if device.type == "cuda":
-                self.parallel = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-            self.parallel = DistributedDataParallel(self.parallel)
+            self.parallel = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=optim.lr * optim.batch_size / 256,
