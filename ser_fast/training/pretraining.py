@@ -76,7 +76,7 @@ class Pretraining(nn.Module):
         addons = self._addons()
         layers = sorted({layer for addon in addons.values() for layer in addon.layers})
         seen = [_encode(self.encoder, view, layers) for view in views.views]
-        student = [self.objective.head(encoded.embedding) for encoded in seen if encoded.embedding is not None]
+        student = self._project(self.objective.head, [e.embedding for e in seen if e.embedding is not None])
         teacher, targets = self._teach(views, layers)
         parts = self.objective(student, targets, progress)
         losses = {"loss": parts["loss"], "invariance": parts["loss"]}
@@ -121,7 +121,14 @@ class Pretraining(nn.Module):
         encoder, head = self.teacher.encoder, self.teacher.head
         needed = layers if any("teacher" in addon.needs for addon in self._addons().values()) else []
         seen = [_encode(encoder, view, needed) if view.role == "global" else None for view in views.views]
-        return seen, [head(encoded.embedding) for encoded in seen if encoded is not None]
+        embeddings = [encoded.embedding for encoded in seen if encoded is not None and encoded.embedding is not None]
+        return seen, self._project(head, embeddings)
+
+    def _project(self, head: nn.Module, embeddings: list[Tensor]) -> list[Tensor]:
+        """The head's output of each view."""
+        if self.objective.joins_views:
+            return list(head(torch.cat(embeddings)).split([len(embedding) for embedding in embeddings]))
+        return [head(embedding) for embedding in embeddings]
 
     def _layer_view(
         self, addon: AddOn, view: View, student: Encoded, teacher: Encoded | None, count: int, *, detach: bool
