@@ -139,9 +139,9 @@ def test_projector_and_predictor_are_moco_v3s(moco: Pretraining) -> None:
             for layer in mlp
         ]
 
-    hidden = ["BatchNorm1d*", "ReLU"]
-    assert layers(moco.objective.head) == ["48-32", *hidden, "32-32", *hidden, "32-16", "BatchNorm1d"]
-    assert layers(moco.objective.predictor) == ["16-32", *hidden, "32-16", "BatchNorm1d"]
+    hidden = ["SyncBatchNorm1d*", "ReLU"]
+    assert layers(moco.objective.head) == ["48-32", *hidden, "32-32", *hidden, "32-16", "SyncBatchNorm1d"]
+    assert layers(moco.objective.predictor) == ["16-32", *hidden, "32-16", "SyncBatchNorm1d"]
     assert not any("bias" in name for name, _ in moco.objective.head.named_parameters() if name.startswith("0"))
 
 

@@ -164,16 +164,24 @@ class OptimConfig:
     """Parts that a rank's batch is processed in, one after another; each contrasts within itself."""
     lr: float = 3e-4
     """Peak learning rate for a batch of 256; scaled linearly with batch_size."""
+    lr_end: float = 0.0
+    """What it falls to; scaled likewise."""
     weight_decay: float = 0.1
-    """AdamW's, on all parameters."""
+    """AdamW's."""
+    weight_decay_end: float | None = None
+    """What it goes to along a cosine; default it stays."""
+    decay_1d: bool = True
+    """Also decay biases, norms and other parameters of one dimension."""
     epochs: int = 100
     """Passes over the data set."""
     steps: int | None = None
     """Stop after this many steps; overrides epochs."""
     warmup: float = 0.1
-    """Of all steps, with the learning rate rising linearly; then it falls along a cosine to 0."""
+    """Of all steps, with the learning rate rising linearly; then it falls along a cosine."""
     clip_grad: float = 3.0
-    """Largest norm of the gradient, for the model and for SER's projector each; 0 never clips."""
+    """Largest norm of the gradient; 0 never clips."""
+    clip: Literal["global", "parameter"] = "global"
+    """Whose norm: all gradients', for the model and for each add-on's heads apart, or each parameter's own."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +227,7 @@ class TrainConfig:
         encoder = self.model.build()
         # The objective first: its initial weights don't depend on the add-ons' options.
         objective = self.objective.build(encoder.embed_dim)
+        objective.epochs = self.optim.epochs
         addons: dict[str, tuple[float, AddOn]] = {}
         for name, options in self.addons.items():
             try:
@@ -284,7 +293,7 @@ def default_config(objective: str) -> TrainConfig:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: got {objective!r}, takes one of {', '.join(map(repr, OBJECTIVES))}")
     kind = OBJECTIVES[objective]
-    return with_options(TrainConfig(objective=kind()), kind.recipe)
+    return with_options(TrainConfig(out=Path(f"runs/{objective}_ser"), objective=kind()), kind.recipe)
 
 
 def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:

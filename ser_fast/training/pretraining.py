@@ -80,7 +80,7 @@ class Pretraining(nn.Module):
         """
         addons = self._addons()
         seen = _walk(self.encoder, views.views, {role: self._layers(role) for role in _ROLES})
-        student = [self.objective.head(encoded.embedding) for encoded in seen if encoded.embedding is not None]
+        student = self._project(self.objective.head, [e.embedding for e in seen if e.embedding is not None])
         teacher, targets = self._teach(views)
         parts = self.objective(student, targets, progress)
         losses = {"loss": parts["loss"], "invariance": parts["loss"]}
@@ -136,7 +136,14 @@ class Pretraining(nn.Module):
         addons = self._addons().values()
         layers = sorted({layer for addon in addons if "teacher" in addon.needs for layer in addon.layers})
         seen = [_encode(encoder, view, layers) if view.role == "global" else None for view in views.views]
-        return seen, [head(encoded.embedding) for encoded in seen if encoded is not None]
+        embeddings = [encoded.embedding for encoded in seen if encoded is not None and encoded.embedding is not None]
+        return seen, self._project(head, embeddings)
+
+    def _project(self, head: nn.Module, embeddings: list[Tensor]) -> list[Tensor]:
+        """The head's output of each view."""
+        if self.objective.joins_views:
+            return list(head(torch.cat(embeddings)).split([len(embedding) for embedding in embeddings]))
+        return [head(embedding) for embedding in embeddings]
 
     def _layer_view(
         self, addon: AddOn, view: View, student: Encoded, teacher: Encoded | None, count: int, *, detach: bool

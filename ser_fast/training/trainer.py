@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +19,7 @@ from ser_fast.data.sources import open_dataset
 from ser_fast.distributed import gather_counts, rank, world_size
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
+from ser_fast.training.optim import build_optimizer, clip_gradients, set_schedules
 from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, stop_signals
 from ser_fast.training.resume import Identity, find_beginning, require_agreement
 from ser_fast.training.run_folder import RunFolder
@@ -90,19 +90,7 @@ class Trainer:
         self.parallel: nn.Module = self.model
         if world_size() > 1:
             self.parallel = DistributedDataParallel(self.model)
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=optim.lr * optim.batch_size / 256,
-            weight_decay=optim.weight_decay,
-        )
-        warmup = round(optim.warmup * self.steps)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer,
-            t_initial=self.steps + 1 - warmup,  # 0 would come after the last step, which still moves
-            warmup_t=warmup,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
+        self.optimizer = build_optimizer(optim, self.model)
         self.amp = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
         if self.beginning.state is not None:
             self.model.load_state_dict(self.beginning.state["model"])
@@ -211,7 +199,7 @@ class Trainer:
         self.parallel.train()
         # Seeded anew at each step (dropout, sampled tokens): a run that is resumed needs no generator's state.
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, step, rank()]).generate_state(1, np.uint64)[0]))
-        self.scheduler.step_update(step + 1)
+        set_schedules(self.optimizer, self.config.optim, step, self.steps)
         objective = self.model.objective
         if objective.moves_teacher == "before":
             self.model.move_teacher(progress)
@@ -248,7 +236,7 @@ class Trainer:
         """Clip the gradients of the model and of each add-on apart, so that no add-on's heads can change how far the
         model moves; their norms.
         """
-        limit = self.config.optim.clip_grad or float("inf")
+        optim = self.config.optim
         model = [*self.model.encoder.parameters(), *self.model.objective.parameters()]
         groups = [model, *(list(addon.parameters()) for addon in self.model.addons.values())]
-        return [float(nn.utils.clip_grad_norm_(group, limit)) for group in groups]
+        return [clip_gradients(group, optim.clip_grad or float("inf"), optim.clip) for group in groups]

@@ -1,0 +1,61 @@
+"""AdamW with what the objectives' recipes ask of it: parameter groups, schedules and clipping."""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ser_fast.training.config import OptimConfig
+
+
+def build_optimizer(options: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW on all parameters that train; a second group, where the options ask for it, has no weight decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trained, "weight_decay": options.weight_decay}]
+    if not options.decay_1d:
+        groups[0]["params"] = [p for p in trained if p.ndim > 1]
+        groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=options.lr * options.batch_size / 256)
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, options: OptimConfig, step: int, steps: int) -> None:
+    """Set the learning rate and the weight decay for a step of 0 .. steps - 1."""
+    scale = options.batch_size / 256
+    warmup = round(options.warmup * steps)
+    # A count from 1 to `steps` on a path that ends a step later: no step is wasted on the two ends.
+    lr = warmup_cosine(step + 1, steps + 1, options.lr * scale, options.lr_end * scale, warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if options.weight_decay_end is not None:  # the second group has none
+        optimizer.param_groups[0]["weight_decay"] = warmup_cosine(
+            step, steps, options.weight_decay, options.weight_decay_end
+        )
+
+
+def warmup_cosine(step: int, steps: int, peak: float, end: float, warmup: int = 0) -> float:
+    """From 0 linearly to `peak` at step `warmup`, then along a cosine to `end` at step `steps`."""
+    if step < warmup:
+        return step * (peak / warmup)
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, clip: Literal["global", "parameter"]) -> float:
+    """Scale gradients down to a norm, either all of them by one factor or each by its own.
+
+    Args:
+        parameters: whose gradients are changed in place.
+        limit: the largest norm that stays.
+        clip: whose norm it is.
+
+    Returns:
+        The norm of all gradients before.
+    """
+    parameters = list(parameters)
+    if clip == "global":
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1.0).unbind()))
+    return float(norms.norm())
