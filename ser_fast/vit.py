@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import checkpoint, is_model_in_modules
@@ -23,6 +24,52 @@ from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
 # Exact types: a subclass may embed or pool in a way of its own, and would silently become another function.
 SUPPORTED = (VisionTransformer, VisionTransformerDistilled, Eva)
 SUPPORTED_MODULES = ("vision_transformer", "deit", "eva")
+# The arguments of timm that shape these models, and name nothing outside of them.
+ARCHITECTURE = frozenset(
+    [
+        "attn_drop_rate",
+        "class_token",
+        "depth",
+        "drop_path_rate",
+        "drop_rate",
+        "dynamic_img_size",
+        "embed_dim",
+        "fc_norm",
+        "final_norm",
+        "global_pool",
+        "img_size",
+        "in_chans",
+        "init_values",
+        "mlp_ratio",
+        "no_embed_class",
+        "num_classes",
+        "num_heads",
+        "num_reg_tokens",
+        "patch_drop_rate",
+        "patch_size",
+        "pos_drop_rate",
+        "pos_embed",
+        "pre_norm",
+        "proj_drop_rate",
+        "qk_norm",
+        "qkv_bias",
+        "qkv_fused",
+        "reg_tokens",
+        "rope_grid_offset",
+        "rope_mixed_mode",
+        "rope_rotate_half",
+        "rope_temperature",
+        "scale_attn_inner_norm",
+        "scale_attn_norm",
+        "scale_mlp_norm",
+        "swiglu_align_to",
+        "swiglu_mlp",
+        "use_abs_pos_emb",
+        "use_post_norm",
+        "use_rot_pos_emb",
+        "weight_init",
+    ]
+)
 SUPPORTED_NAMES = "timm's ViT, DeiT, DINOv2, EVA and DINOv3 models (VisionTransformer and Eva with a PatchEmbed)"
 
 
@@ -461,11 +508,42 @@ def load_split_vit(path: str | Path) -> SplitViT:
             f"path: {path} has no {METADATA_KEY!r} metadata, so the split is not known; build "
             f"SplitViT(name, split, pretrained={str(path)!r})"
         )
-    fields = json.loads(recipe)
-    model = SplitViT(fields["model"], fields["split"], **fields["timm_kwargs"])
-    model.load_state_dict(load_file(path))
+    name, split, architecture = _architecture(path, recipe)
+    try:
+        model = SplitViT(name, split, **architecture)
+        model.load_state_dict(load_file(path))
+    except (RuntimeError, TypeError, AssertionError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path: {path} does not hold the weights that its metadata describe: {reason}") from error
     model.pretrained = True
     return model
+
+
+def _architecture(path: Path, recipe: str) -> tuple[str, int, dict[str, Any]]:
+    """Name, split and arguments of the model that a file describes.
+
+    A file may come from anybody, and timm takes arguments that name files to read, addresses to download from and
+    folders to write to: of a file, only plain values that shape the network are taken.
+    """
+    try:
+        fields = json.loads(recipe)
+        name, split, architecture = fields["model"], fields["split"], fields["timm_kwargs"]
+        plain = isinstance(name, str) and type(split) is int and isinstance(architecture, dict)
+    except (ValueError, TypeError, KeyError):
+        plain = False
+    if not plain:
+        raise ValueError(f"path: the metadata {METADATA_KEY!r} of {path} do not describe a SplitViT")
+    refused = sorted(key for key, value in architecture.items() if key not in ARCHITECTURE or not _is_plain(value))
+    if refused:
+        raise ValueError(f"path: the metadata of {path} have arguments that no architecture has: {', '.join(refused)}")
+    return name, split, architecture
+
+
+def _is_plain(value: Any) -> bool:
+    """A number, a flag, None, a short word, or a list of numbers."""
+    if isinstance(value, list):
+        return len(value) <= 64 and all(isinstance(entry, int | float) for entry in value)
+    return value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 16)
 
 
 def _describe(model: SplitViT) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 import timm
@@ -420,3 +421,67 @@ def test_a_walk_ends_where_it_is_told_to() -> None:
 def test_layers_off_the_way_are_named(layers: tuple[int, ...], until: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SplitViT(PLAIN, 2, **TINY).encode(images_of(NATIVE), layers=layers, until=until)
+
+
+# ---------------------------------------------------------------- files from others
+
+
+HOSTILE = {
+    "pretrained_cfg": {"pretrained": True, "pretrained_cfg": {"url": "file://WEIGHTS"}, "cache_dir": "TARGET"},
+    "cache_dir": {"cache_dir": "TARGET"},
+    "checkpoint_path": {"checkpoint_path": "WEIGHTS"},
+    "pretrained": {"pretrained": True},
+    "norm_layer": {"norm_layer": "layernorm"},
+    "img_size": {"img_size": {"url": "x"}},
+    "global_pool": {"global_pool": "../" * 20},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_file_names_no_file_and_no_address(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replaced(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: replaced(entry) for key, entry in value.items()}
+        if isinstance(value, str):
+            return value.replace("WEIGHTS", str(tmp_path / "weights.pth")).replace("TARGET", str(tmp_path / "target"))
+        return value
+
+    torch.save({}, tmp_path / "weights.pth")
+    recipe = {"model": PLAIN, "split": 1, "timm_kwargs": {**TINY, **replaced(HOSTILE[case])}}
+    tensors = SplitViT(PLAIN, 1, **TINY).state_dict()
+    save_file(tensors, tmp_path / "hostile.safetensors", metadata={"split_vit": json.dumps(recipe)})
+    monkeypatch.setattr(timm, "create_model", None)  # is not reached
+    with pytest.raises(ValueError, match=r"hostile\.safetensors have arguments that no architecture has: .*" + case):
+        load_split_vit(tmp_path / "hostile.safetensors")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("name", ["hf-hub:somebody/model", "local-dir:/etc", "resnet18", "../x", ""])
+def test_a_file_names_a_known_model(name: str, tmp_path: Path) -> None:
+    recipe = {"model": name, "split": 1, "timm_kwargs": {}}
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"split_vit": json.dumps(recipe)})
+    with pytest.raises(ValueError, match=r"model: .* is not supported"):
+        load_split_vit(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", '{"model": 1, "split": 1, "timm_kwargs": {}}', "null"])
+def test_metadata_that_are_no_description_are_refused(text: str, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"split_vit": text})
+    with pytest.raises(ValueError, match=r"other\.safetensors do not describe a SplitViT"):
+        load_split_vit(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "unknown argument"])
+def test_weights_that_do_not_fit_their_description_are_refused(change: str, tmp_path: Path) -> None:
+    tensors = SplitViT(PLAIN, 1, **TINY).state_dict()
+    options: dict[str, object] = dict(TINY)
+    if change == "missing":
+        tensors.pop("norm.weight")
+    elif change == "shape":
+        tensors["norm.weight"] = torch.zeros(3)
+    else:
+        options["swiglu_mlp"] = True
+    recipe = {"model": PLAIN, "split": 1, "timm_kwargs": options}
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"split_vit": json.dumps(recipe)})
+    with pytest.raises(ValueError, match=r"other\.safetensors does not hold the weights"):
+        load_split_vit(tmp_path / "other.safetensors")
