@@ -40,6 +40,7 @@ lint: install
 	rm -rf build/typed && mkdir -p build/typed/ser_fast
 	ln -s $(CURDIR)/ser_fast/* $(CURDIR)/kernels build/typed/ser_fast
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+	tools/lint_cpp.sh $(BIN)/clang-format
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -71,13 +71,14 @@ def extension(build: Any, name: str, files: list[str], flags: list[str]) -> Any:
 
 
 class Build(BuildExtension):
-    """Errors of torch's build become those that setuptools takes for `optional`: a warning, instead of no installation."""
+    """What torch raises becomes an error that setuptools knows: of an optional extension, a warning."""
 
     def build_extension(self, ext: Any) -> None:
         try:
             super().build_extension(ext)
         except (RuntimeError, OSError) as error:
-            raise CompileError(f"{error}\n{ext.name} is left out; SER_FAST_REQUIRE_NATIVE=1 makes this an error") from error
+            hint = f"{ext.name} is left out; SER_FAST_REQUIRE_NATIVE=1 makes this an error"
+            raise CompileError(f"{error}\n{hint}") from error
 
 
 extensions = [extension(CppExtension, "ser_fast._C", ["csrc/bindings.cpp", *sources("cpu", ".cpp")], FLAGS)]

@@ -16,7 +16,7 @@ else
   make install && python=.venv/bin/python
 fi || exit 1
 # Kernels for this GPU alone: those for others take minutes to build.
-TORCH_CUDA_ARCH_LIST=$($python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
+SER_FAST_REQUIRE_NATIVE=1 TORCH_CUDA_ARCH_LIST=$($python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
   $python -m pip install --quiet --no-index --no-deps --no-build-isolation -e . || exit 1
 if [ -n "$wheels" ]; then
   $python -m pip install --quiet --no-index --no-deps "$wheels"/*.whl
@@ -26,7 +26,7 @@ status=0
 # Interrupted rather than killed, pytest still tells what it found, and the suite writes its table.
 timeout --signal=INT 150 $python -m pytest tests -m gpu -q 2>&1 | tee "$results/$name-tests.log" || status=1
 if command -v compute-sanitizer >/dev/null; then
-  benchmarks/sanitize.sh $python 30 2>&1 | tee "$results/$name-sanitizer.log" || status=1
+  tools/sanitize.sh $python 30 2>&1 | tee "$results/$name-sanitizer.log" || status=1
 fi
 timeout --signal=INT 170 $python -m pytest benchmarks --benchmark-only --continue-on-collection-errors --seconds 1 --results "$name" \
   -q 2>&1 | tail -30 | tee "$results/$name-suite.log" || status=1

@@ -1,7 +1,8 @@
-// The extension ser_fast._C: the schemas of all operators, the CPU kernels, and the constants that Python shares with C++.
+// The extension ser_fast._C: the schemas of all operators, the CPU kernels, and the constants that Python shares with
+// C++.
 //
-// Torch tensors come in, pointers go to the kernels, which include no torch header. The kernels for GPUs are an extension
-// of their own (bindings_cuda.cpp), so that this one loads with a torch that has no CUDA, or another one.
+// Torch tensors come in, pointers go to the kernels, which include no torch header. The kernels for GPUs are an
+// extension of their own (bindings_cuda.cpp), so that this one loads with a torch that has no CUDA, or another one.
 // Everything is validated in Python (ser_fast/ops); outputs are allocated there and written here.
 
 #include <Python.h>
@@ -267,9 +268,9 @@ bool add_stationary_blocks(PyObject* module) {
 
 bool add_constants(PyObject* module) {
   return PyModule_AddIntConstant(module, "SPAN", ser_fast::kSpan) == 0 &&
-         PyModule_AddIntConstant(module, "LIFT", ser_fast::kLift) == 0 &&
+         PyModule_AddIntConstant(module, "KEPT_EXPONENT", ser_fast::kKeptExponent) == 0 &&
          PyModule_AddIntConstant(module, "TILE", ser_fast::kTile) == 0 &&
-         add(module, "TOP", PyFloat_FromDouble(ser_fast::kLargestWeight)) && add_stationary_blocks(module) &&
+         add(module, "LARGEST_WEIGHT", PyFloat_FromDouble(ser_fast::kLargestWeight)) && add_stationary_blocks(module) &&
          add(module, "DTYPES", ser_fast::kTypeNames) && add(module, "INTERPOLATIONS", ser_fast::kInterpolationNames) &&
          add(module, "PADDINGS", ser_fast::kPaddingNames) && add(module, "SOURCES", ser_fast::kSourceNames) &&
          add(module, "SIDES", ser_fast::kSideNames);

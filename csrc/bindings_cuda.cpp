@@ -1,5 +1,5 @@
-// The extension ser_fast._C_cuda: the operators on tensors of a GPU. Their schemas are those of ser_fast._C, which has to
-// be loaded first.
+// The extension ser_fast._C_cuda: the operators on tensors of a GPU. Their schemas are those of ser_fast._C, which has
+// to be loaded first.
 //
 // With SER_FAST_HOST the kernels are those that a host runs (tests/host_cuda), and those of nt_xent are registered for
 // tensors of the CPU.
@@ -27,7 +27,7 @@ using ser_fast::data, ser_fast::make_resampling, ser_fast::output, ser_fast::Ten
 
 // launch(stream), on the device of x and on its current stream.
 template <typename Launch>
-void on_device_of(const Tensor& x, const char* what, const Launch& launch) {
+void on_device_of([[maybe_unused]] const Tensor& x, const char* what, const Launch& launch) {
 #ifdef SER_FAST_HOST
   const char* error = launch(nullptr);
 #else

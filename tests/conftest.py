@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from ser_fast.ops.backends import BACKENDS, reason_not
 
+pytest.register_assert_rewrite("cases")
 torch.set_num_threads(1)
 
 # What the interpreter runs whole by default: golden cases and every option, forward and backward. Of the other tests it

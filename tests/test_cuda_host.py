@@ -1,124 +1,37 @@
-"""The CUDA kernels executed on the host: csrc/cuda compiled by g++ against the twins in tests/host_cuda."""
+"""The CUDA kernels executed on the host: csrc/cuda compiled by g++ against tests/host_cuda."""
 
-import ctypes
-import os
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from inspect import signature
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from subprocess import CompletedProcess
+from typing import NamedTuple
 
 import pytest
-import test_group_action
 import torch
-from test_group_action import OPTIONS, assert_same_bits, assert_within, some_map, with_specials
-from torch import Tensor
+from cases.group_action import *  # noqa: F403, the operator's tests on one backend
+from cases.group_action import OPTIONS, assert_same_bits, assert_within, some_map, with_specials
+from cases.host_cuda import AMPLE, DTYPES, FLAGS, Device
+from cases.native_build import CSRC, HOST_CUDA, compiled, missing, reason_no_sanitizer, run
 
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops import reference
-from ser_fast.ops.backends import registered
 from ser_fast.ops.contract import GroupAction
 from ser_fast.ops.group_action import group_action
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-TYPES = (f32, f64, bf16, f16)  # as ser_fast::Type
-ROOT = Path(__file__).parent.parent
-CI = "CI" in os.environ  # there nothing may be missing: instead of a skip the tests fail, and say what is
-FLAGS = ["-std=c++20", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-pthread", "-x", "c++"]
-INCLUDE = ["-I", ROOT / "csrc", "-I", ROOT / "tests" / "host_cuda"]
-AMPLE = 163 << 10  # bytes of shared memory a block, as sm_80 has
-
-
-def missing(reason: str) -> NoReturn:
-    pytest.fail(reason) if CI else pytest.skip(reason)
-
-
-def run(*command: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        missing("no g++ here")
-    path = tmp_path_factory.mktemp("host_cuda") / "kernels.so"
-    sources = [ROOT / "csrc" / "cuda" / "group_action.cu", ROOT / "tests" / "host_cuda" / "library.cpp"]
-    built = run("g++", "-O1", "-fPIC", "-shared", *FLAGS, *INCLUDE, *sources, "-o", path)
-    assert built.returncode == 0, built.stderr
-    kernels = ctypes.CDLL(str(path))
-    kernels.group_action.restype = ctypes.c_char_p
-    return kernels
-
-
-class Device(NamedTuple):
-    """The host as a GPU with so many multiprocessors, and bytes of shared memory a block."""
-
-    library: ctypes.CDLL
-
-    def become(self, multiprocessors: int, shared: int) -> None:
-        self.library.set_device(multiprocessors, shared)
-
-    def act(self, x: Tensor, action: GroupAction, *, transpose: bool = False) -> Tensor:
-        """As the backends have it."""
-        tokens = action.size_in if transpose else action.size_out
-        x, linear, offset = x.contiguous(), action.linear.contiguous(), action.offset.contiguous()
-        out = x.new_full((x.shape[0], tokens[0] * tokens[1], x.shape[2]), 7)
-        error = self.library.group_action(
-            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, linear, offset, out)),
-            TYPES.index(x.dtype),
-            ctypes.c_int64(x.shape[0]),
-            ctypes.c_int64(x.shape[2]),
-            (ctypes.c_int64 * 4)(*action.size_in, *action.size_out),
-            INTERPOLATIONS.index(action.interpolation),
-            PADDINGS.index(action.padding),
-            ctypes.c_bool(action.antialias),
-            ctypes.c_bool(transpose),
-        )
-        if error is not None:
-            raise RuntimeError(error.decode())
-        return out
-
-    def group_action(self, x: Tensor, action: GroupAction) -> Tensor:
-        return self.act(x, action)
-
-    def group_action_transpose(self, x: Tensor, action: GroupAction) -> Tensor:
-        return self.act(x, action, transpose=True)
 
 
 @pytest.fixture
-def device(library) -> Device:
-    device = Device(library)
-    device.become(1, AMPLE)
-    return device
+def device() -> Device:
+    return Device()
 
 
 @pytest.fixture
 def backend(device) -> Iterator[str]:
     """The backend `cuda`, on CPU tensors."""
-    with registered("cuda", device, "cpu"):
+    with device.registered():
         yield "cuda"
-
-
-# ---------------------------------------------------------------- the operator's own tests
-
-
-# They ask what torch makes of the operator, or launch kernels by thousands; the values that they see, others see.
-NOT_OF_KERNELS = ("test_compiles", "test_opcheck", "test_gradcheck")
-
-
-def own_tests(module: ModuleType) -> dict[str, Callable[..., None]]:
-    """The tests of an operator that take a backend."""
-    return {
-        name: test
-        for name, test in vars(module).items()
-        if name.startswith("test_") and "backend" in signature(test).parameters and not name.startswith(NOT_OF_KERNELS)
-    }
-
-
-globals().update(own_tests(test_group_action))
 
 
 # ---------------------------------------------------------------- every way through the kernel
@@ -144,7 +57,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", SETTINGS, ids=lambda options: options[0])
 @pytest.mark.parametrize("g", MAPS.values(), ids=MAPS)
 @pytest.mark.parametrize("machine", DEVICES.values(), ids=DEVICES)
@@ -188,7 +101,7 @@ def test_large_lattices(device, shared, g, transpose):
 @pytest.mark.parametrize("machine", DEVICES.values(), ids=DEVICES)
 def test_the_gradient_of_a_d4_map_is_a_copy(device, backend, machine):
     device.become(*machine)
-    for dtype in TYPES:
+    for dtype in DTYPES:
         x = torch.zeros(8, 6, 6, 24, dtype=dtype, requires_grad=True)
         g = LatticeMap.d4((6, 6), torch.arange(8))
         gradient = with_specials(torch.randn(8, 6, 6, 24).to(dtype))
@@ -208,45 +121,37 @@ class Drive(NamedTuple):
     before_a_barrier: str
 
 
-CSRC, HOST_CUDA = ROOT / "csrc", ROOT / "tests" / "host_cuda"
 CPU_KERNELS = tuple(CSRC / "cpu" / name for name in ("channel_vectors.cpp", "group_action.cpp", "taps.cpp"))
 DRIVES = [
     Drive("group_action.cu", (*CPU_KERNELS, HOST_CUDA / "drive.cpp"), ""),
-    Drive("nt_xent_tiles.cu", (CSRC / "cuda" / "nt_xent_stationary.cu", HOST_CUDA / "drive_tiles.cpp"), "wait_copies<kStages - 2>();"),
+    Drive(
+        "nt_xent_tiles.cu",
+        (CSRC / "cuda" / "nt_xent_stationary.cu", HOST_CUDA / "drive_tiles.cpp"),
+        "wait_copies<kStages - 2>();",
+    ),
     Drive("nt_xent_panels.cu", (CSRC / "cuda" / "nt_xent_rows.cu", HOST_CUDA / "drive_rows.cpp"), ""),
 ]
 
 
-@pytest.fixture(scope="session")
-def sanitized(tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Builds kernels with a sanitizer, a thread of the system for each of CUDA's, and runs them."""
-
-    def build_and_run(sanitizer: str, kernels: Path, sources: Sequence[Path]) -> subprocess.CompletedProcess[str]:
-        folder = tmp_path_factory.mktemp("drive")
-        flags = ["-g", "-O0", *FLAGS, *INCLUDE, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-        empty = folder / "empty.cpp"
-        empty.write_text("int main() {}")
-        tried = run("g++", *flags, empty, "-o", folder / "empty") if shutil.which("g++") else None
-        if tried is None or tried.returncode != 0 or run(folder / "empty").returncode != 0:
-            missing(f"no {sanitizer} sanitizer here")
-        options = ["-DHOST_CUDA_THREADS", "-DSER_FAST_PORTABLE"]
-        built = run("g++", *flags, *options, kernels, *sources, "-o", folder / "drive")
-        assert built.returncode == 0, built.stderr
-        return run(folder / "drive")
-
-    return build_and_run
+def sanitized(sanitizer: str, kernels: Path, sources: Sequence[Path]) -> CompletedProcess[str]:
+    """What the kernels do in a program with a sanitizer, and with a thread of the system for each of CUDA's."""
+    reason = reason_no_sanitizer(sanitizer)
+    if reason is not None:
+        missing(reason)
+    options = ["-DHOST_CUDA_THREADS", "-DSER_FAST_PORTABLE", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    return run(compiled([kernels, *sources], ["-g", "-O0", *FLAGS, *options]))
 
 
 @pytest.mark.parametrize("drive", DRIVES, ids=lambda drive: drive.kernels)
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_kernels_are_clean(sanitized, sanitizer, drive):
-    ran = sanitized(sanitizer, ROOT / "csrc" / "cuda" / drive.kernels, drive.sources)
+def test_kernels_are_clean(sanitizer, drive):
+    ran = sanitized(sanitizer, CSRC / "cuda" / drive.kernels, drive.sources)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("drive", DRIVES, ids=lambda drive: drive.kernels)
-def test_a_missing_barrier_is_found(sanitized, drive, tmp_path):
-    whole = (ROOT / "csrc" / "cuda" / drive.kernels).read_text()
+def test_a_missing_barrier_is_found(drive, tmp_path):
+    whole = (CSRC / "cuda" / drive.kernels).read_text()
     start = whole.index("__syncthreads();", whole.index(drive.before_a_barrier))
     kernels = tmp_path / "kernels.cu"
     kernels.write_text(whole[:start] + whole[start:].replace("__syncthreads();", "", 1))
@@ -257,8 +162,6 @@ def test_a_missing_barrier_is_found(sanitized, drive, tmp_path):
 
 
 # ---------------------------------------------------------------- geometry
-
-WORDS = ("wide", "vector", "slab", "slabs", "group", "buffers", "tile", "tiles", "pool", "shared", "blocks")
 
 
 def geometry(
@@ -273,18 +176,11 @@ def geometry(
     transpose: bool = False,
     aligned: bool = True,
 ) -> dict[str, int]:
-    values = (ctypes.c_int64 * len(WORDS))()
-    device.library.group_action_geometry(
-        TYPES.index(dtype),
-        ctypes.c_int64(batch),
-        ctypes.c_int64(channels),
-        (ctypes.c_int64 * 4)(*size_in, *size_out),
-        INTERPOLATIONS.index(options[0]),
-        PADDINGS.index(options[1]),
-        *map(ctypes.c_bool, (options[2], transpose, aligned)),
-        values,
+    sizes = (*size_in, *size_out)
+    numbers = INTERPOLATIONS.index(options[0]), PADDINGS.index(options[1])
+    return device.kernels.geometry(
+        DTYPES.index(dtype), batch, channels, sizes, *numbers, options[2], transpose, aligned
     )
-    return dict(zip(WORDS, values, strict=True))
 
 
 LATTICES = [((14, 14), (12, 16)), ((1, 1), (3, 2)), ((64, 64), (64, 64)), ((200, 3), (9, 150))]
@@ -295,7 +191,7 @@ LATTICES = [((14, 14), (12, 16)), ((1, 1), (3, 2)), ((64, 64), (64, 64)), ((200,
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_launch_covers_everything_and_fits(device, options, transpose, shared):
     device.become(132, shared)
-    for dtype in TYPES:
+    for dtype in DTYPES:
         for channels in (1, 7, 64, 100, 384, 512, 4096):
             for size_in, size_out in [
                 ((14, 14), (12, 16)),
@@ -337,10 +233,7 @@ def test_offsets_past_the_range_of_32_bits(device):
 )
 def test_a_lattice_that_is_too_large_says_so(device, size, match):
     g = LatticeMap.rotate((2, 2), 30.0)
-    x, out = torch.zeros(1), torch.zeros(1)
-    error = device.library.group_action(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, g.linear, g.offset, out)),
-        *(0, ctypes.c_int64(1), ctypes.c_int64(1), (ctypes.c_int64 * 4)(*size, *size)),
-        *(INTERPOLATIONS.index("bicubic"), 0, ctypes.c_bool(False), ctypes.c_bool(False)),
-    )
-    assert match in error.decode()
+    pointers = (tensor.data_ptr() for tensor in (torch.zeros(1), g.linear, g.offset, torch.zeros(1)))
+    options = (INTERPOLATIONS.index("bicubic"), PADDINGS.index("zeros"), False, False)
+    with pytest.raises(RuntimeError, match=match):
+        device.kernels.group_action(*pointers, DTYPES.index(f32), 1, 1, (*size, *size), *options)

@@ -1,26 +1,20 @@
-"""The CUDA kernels of nt_xent and info_nce that need no product of rows, executed on the host, bindings included."""
+"""The CUDA kernels of nt_xent and info_nce executed on the host, bindings included."""
 
-import ctypes
 import functools
 import importlib
 import math
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import test_nt_xent
 import torch
-from test_cuda_host import AMPLE, FLAGS, INCLUDE, ROOT, missing, own_tests, run
-from test_nt_xent import loss_function, setting  # noqa: F401, fixtures of its tests
-from tiled_cases import KINDS, check, every_kind_of_tile, oracle, with_gradients
-from tiled_cases import rows as rows_of_views
+from cases.host_cuda import AMPLE, Device
+from cases.nt_xent import *  # noqa: F403, the operators' tests on one backend
+from cases.tiled import KINDS, check, every_kind_of_tile, oracle, with_gradients
+from cases.tiled import rows as rows_of_views
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from ser_fast.ops import gpu_losses
-from ser_fast.ops.backends import registered
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -31,42 +25,21 @@ NOTHING = torch.empty(0, dtype=torch.int64)
 TOP = 2.0**14  # as kernels have it
 
 
-@pytest.fixture(scope="session")
-def twin(tmp_path_factory) -> Path:
-    """A library that has the nt_xent_* of ser_fast_native run the CUDA kernels on tensors of the CPU."""
-    if shutil.which("g++") is None:
-        missing("no g++ here")
-    try:
-        importlib.import_module("ser_fast._C")  # the schemas
-    except ImportError as error:
-        missing(f"no native extension: {error}")
-    path = tmp_path_factory.mktemp("twin") / "twin.so"
-    sources = [
-        *sorted((ROOT / "csrc" / "cuda").glob("nt_xent_*.cu")),
-        ROOT / "csrc" / "bindings_cuda.cpp",
-        ROOT / "tests" / "host_cuda" / "library_nt_xent.cpp",
-    ]
-    # Its own copy of the twins' state, whatever other libraries of them there are.
-    options = [
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-fno-gnu-unique",
-        "-DSER_FAST_HOST",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    ]
-    torch_headers = [flag for folder in include_paths() for flag in ("-isystem", folder)]
-    torch_libraries = [*(f"-L{folder}" for folder in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
-    built = run("g++", *options, *FLAGS, *INCLUDE, *torch_headers, *sources, *torch_libraries, "-o", path)
-    assert (built.returncode, built.stderr) == (0, "")
-    torch.ops.load_library(str(path))
-    return path
+@pytest.fixture
+def device() -> Device:
+    return Device()
 
 
 @pytest.fixture
-def operators(twin) -> Any:
-    ctypes.CDLL(str(twin)).set_shared_limit(AMPLE)
+def operators(device) -> Any:
     return torch.ops.ser_fast_native
+
+
+@pytest.fixture
+def backend(device) -> Iterator[str]:
+    """The backend `cuda`, on CPU tensors."""
+    with device.registered():
+        yield "cuda"
 
 
 # ---------------------------------------------------------------- rows, and what they become by formula
@@ -452,16 +425,6 @@ def test_a_row_that_is_too_long_says_so(operators):
         )
 
 
-# ---------------------------------------------------------------- the operators' own tests
-
-
-@pytest.fixture
-def backend(operators) -> Iterator[str]:
-    """The backend `cuda`, on CPU tensors."""
-    with registered("cuda", importlib.import_module("ser_fast.ops.cuda").CUDABackend(), "cpu"):
-        yield "cuda"
-
-
 # ---------------------------------------------------------------- tiles, paths, sizes
 
 
@@ -506,9 +469,9 @@ def test_paths(backend, temperature, path, splits, monkeypatch):
 
 @pytest.mark.parametrize("shared", [99 << 10, AMPLE, 227 << 10])
 @pytest.mark.parametrize("columns", [64, 100, 200, 300, 512])
-def test_columns(backend, twin, columns, shared, monkeypatch):
+def test_columns(device, backend, columns, shared, monkeypatch):
     """Every width that has kernels of its own, on chips whose blocks have little shared memory and much."""
-    ctypes.CDLL(str(twin)).set_shared_limit(shared)
+    device.become(1, shared)
     monkeypatch.setattr(importlib.import_module("ser_fast.ops.cuda"), "_shared_memory", lambda device: shared)
     x, y = rows_of_views(135, columns)
     options = {"temperature": 0.2, "image": torch.arange(135) // 9}
@@ -522,11 +485,9 @@ def test_columns(backend, twin, columns, shared, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 128, 1000, 9408, 100_000, 400_000])
-def test_every_pair_of_tiles_has_a_block(twin, rows):
+def test_every_pair_of_tiles_has_a_block(device, rows):
     tiles = -(-rows // 128)
-    library = ctypes.CDLL(str(twin))
-    library.pairs_that_have_a_block.restype = ctypes.c_int64
-    assert library.pairs_that_have_a_block(ctypes.c_int64(128 * tiles)) == tiles * (tiles + 1) // 2
+    assert device.kernels.pairs_that_have_a_block(128 * tiles) == tiles * (tiles + 1) // 2
 
 
 def test_columns_that_have_no_kernel(operators):
@@ -536,11 +497,8 @@ def test_columns_that_have_no_kernel(operators):
         operators.nt_xent_detached_sums(u, table, u, table, state, out, 1.0, 128, True)
 
 
-def test_too_little_shared_memory_says_so(twin, operators):
-    ctypes.CDLL(str(twin)).set_shared_limit(48 << 10)
+def test_too_little_shared_memory_says_so(device, operators):
+    device.become(1, 48 << 10)
     u, table = torch.zeros(128, 64, dtype=f16), torch.zeros(2 * 128 + 12, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="more shared memory than a block has"):
         operators.nt_xent_symmetric_sums(u, table, torch.zeros(4, 128, dtype=torch.int64), u[:0], 1.0, 128)
-
-
-globals().update(own_tests(test_nt_xent))

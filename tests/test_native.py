@@ -3,14 +3,14 @@ on every backend, this one too, and are elsewhere."""
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
+from cases.native_build import CI, CSRC, ROOT, compiled, missing, reason_no_sanitizer, run
 from torch import Tensor
 
 from ser_fast.lattice import LatticeMap
@@ -19,19 +19,12 @@ from ser_fast.ops.group_action import group_action
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
-ROOT = Path(__file__).parent.parent
-CI = "CI" in os.environ  # there nothing may be missing: instead of a skip the tests fail, and say what is
 
 _REASON = reason_not("cpu", "cpu")
-pytestmark = pytest.mark.skipif(_REASON is not None and not CI, reason=str(_REASON))
-
-
-def missing(reason: str) -> NoReturn:
-    pytest.fail(reason) if CI else pytest.skip(reason)
-
-
-def run(*command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+pytestmark = [
+    pytest.mark.skipif(_REASON is not None and not CI, reason=str(_REASON)),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 
 def python(program: str, **options: Any) -> str:
@@ -357,32 +350,23 @@ def test_without_the_extension_the_reference_runs(how):
     assert python(program) == f"reference: the native extension ser_fast._C {reason}"
 
 
-SANITIZERS = {
+# Each built as the compiler is told: for any machine, with one sanitizer, or to dispatch on what the processor has.
+DRIVES = {
     "dispatching": ["-O3", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # GCC 12 warns of its own intrinsics
-    "address,undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-fsanitize=thread"],
+    "address,undefined": ["-g", "-O1", "-DSER_FAST_PORTABLE", "-fno-sanitize-recover=all"],
+    "thread": ["-g", "-O1", "-DSER_FAST_PORTABLE"],
 }
 
 
-@pytest.mark.parametrize("name", SANITIZERS)
-def test_kernels_are_clean(name, tmp_path):
-    flags = ["-std=c++20", "-Wall", "-Werror", *SANITIZERS[name]]
+@pytest.mark.parametrize("name", DRIVES)
+def test_kernels_are_clean(name):
+    flags = ["-std=c++20", "-Wall", "-pthread", "-I", CSRC, *DRIVES[name]]
     if name != "dispatching":
-        flags += ["-g", "-O1", "-DSER_FAST_PORTABLE"]
-    if shutil.which("g++") is None:
-        missing("no g++ here")
-    empty = tmp_path / "empty.cpp"
-    empty.write_text("int main() {}")
-    tried = run("g++", *flags, empty, "-o", tmp_path / "empty", "-pthread")
-    if tried.returncode == 0:
-        tried = run(tmp_path / "empty")
-    if tried.returncode != 0:
-        missing(f"no {name} sanitizer here: {tried.stderr}")
-
-    sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "tests" / "native" / "drive.cpp"]
-    built = run("g++", *flags, "-I", ROOT / "csrc", *sources, "-o", tmp_path / "drive", "-pthread")
-    assert built.returncode == 0, built.stderr
-    ran = run(tmp_path / "drive")
+        flags.append(f"-fsanitize={name}")
+        reason = reason_no_sanitizer(name)
+        if reason is not None:
+            missing(reason)
+    ran = run(compiled([*sorted((CSRC / "cpu").glob("*.cpp")), ROOT / "tests" / "native" / "drive.cpp"], flags))
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
@@ -394,7 +378,7 @@ def test_the_wheel_works_away_from_the_sources(tmp_path):
     source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
     for part in ("csrc", "kernels", "ser_fast"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     built = run(*pip, "wheel", source, "--no-build-isolation", "--no-deps", "-w", tmp_path, env=environment)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiled_cases import DEVICE, KINDS, check, every_kind_of_tile, oracle, rows, with_gradients
+from cases.tiled import DEVICE, KINDS, check, every_kind_of_tile, oracle, rows, with_gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

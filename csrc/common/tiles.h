@@ -6,11 +6,11 @@
 
 namespace ser_fast {
 
-constexpr int kSpan = 32;   // SPAN: rows that share a range of images
-constexpr int kLift = 15;   // LIFT: kept similarities are 2^15 P
-constexpr int kTile = 128;  // TILE: the side of a tile of the similarity matrix
+constexpr int kSpan = 32;          // SPAN: rows that share a range of images
+constexpr int kKeptExponent = 15;  // KEPT_EXPONENT: kept similarities are 2^15 P
+constexpr int kTile = 128;         // TILE: the side of a tile of the similarity matrix
 constexpr int kLargestWeightLog2 = 14;
-// TOP: the largest gradient weight, as float16 sees it in G, and about the largest term of a mean.
+// LARGEST_WEIGHT: the largest gradient weight, as float16 sees it in G, and about the largest term of a mean.
 constexpr double kLargestWeight = 1 << kLargestWeightLog2;
 
 // The table that `prepare` writes has, of each row, its image and whether it is valid, and of each span the lowest

@@ -7,8 +7,8 @@
 
 namespace ser_fast {
 
-// Scratch memory: a vector whose new elements hold anything, and that starts with a cache line, because a vector register
-// that lies in two of them takes twice as long to load.
+// Scratch memory: a vector whose new elements hold anything, and that starts with a cache line, because a vector
+// register that lies in two of them takes twice as long to load.
 template <typename T>
 struct Uninitialized {
   using value_type = T;

@@ -1,4 +1,5 @@
-// Vectors of channels: blended, converted, moved. Compiled for several instruction sets; the best one is picked at run time.
+// Vectors of channels: blended, converted, moved. Compiled for several instruction sets; the best one is picked at run
+// time.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,7 @@
 // writes each output token once, as a weighted sum of slab rows.
 //
 //   copy       D4, nearest, whole shifts: rows are moved, bit for bit.
-//   separable  maps along the axes (D4 with scales, SER's own family): taps of an axis, then the other's: 4 + 4, not 4 x 4.
+//   separable  maps along the axes (D4 with scales, SER's family): taps of an axis, then the other's: 4 + 4, not 4 x 4.
 //   general    any affine map: one list of taps a token.
 //
 // The transpose (the gradient) runs the same loops over the transposed lists: no atomics, and the same sums in the same
@@ -24,7 +24,8 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------ plans
 
-// What a map does to a slab. Token (p, q) of x is row p * p_in + q * q_in; token (s, r) of out is row s * s_out + r * r_out.
+// What a map does to a slab. Token (p, q) of x is row p * p_in + q * q_in; token (s, r) of out is row
+// s * s_out + r * r_out.
 template <typename Real>
 struct Plan {
   enum class Kind { copy, separable, general } kind;

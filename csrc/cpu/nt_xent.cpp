@@ -52,10 +52,10 @@ inline float exp2_of(float x) {
 
 inline double exp2_of(double x) { return std::exp2(x); }
 
-// The loops over a tile's rows, for one type. exp2_row: row[c] = 2^(row[c] - shift), also added to columns[c] where given;
-// returns the sum. gradient_row: row[c] = 2^(row[c] - shift) (a + b[c]), without b times a. gradient_row_from_kept: the
-// same of a row that holds the powers already. gradient_row_unbounded: row[c] = a 2^(row[c] - shift) +
-// b[c] 2^(row[c] - shifts[c]), without b the first term.
+// The loops over a tile's rows, for one type. exp2_row: row[c] = 2^(row[c] - shift), also added to columns[c] where
+// given; returns the sum. gradient_row: row[c] = 2^(row[c] - shift) (a + b[c]), without b times a.
+// gradient_row_from_kept: the same of a row that holds the powers already. gradient_row_unbounded:
+// row[c] = a 2^(row[c] - shift) + b[c] 2^(row[c] - shifts[c]), without b the first term.
 #define SER_FAST_ROWS(REAL)                                                                                       \
   SER_FAST_CLONES REAL exp2_row(REAL* row, REAL shift, int64_t count, REAL* columns) {                            \
     constexpr int64_t lanes = 16;                                                                                 \
@@ -132,8 +132,8 @@ struct Tile {
   int64_t i, j;  // blocks of query and key
 };
 
-// Rounds of tiles no two of which share a block of rows or a block of columns; within one set of rows (`same`) the tiles
-// on and above the diagonal, and no block twice in a round.
+// Rounds of tiles no two of which share a block of rows or a block of columns; within one set of rows (`same`) the
+// tiles on and above the diagonal, and no block twice in a round.
 std::vector<std::vector<Tile>> tournament(int64_t rows, int64_t columns, bool same) {
   std::vector<std::vector<Tile>> rounds;
   if (!same) {
@@ -225,8 +225,8 @@ void log_negatives(const Embeddings<Real>& query, const Embeddings<Real>& key, i
   });
 }
 
-// Every tile is computed for its rows, so that a block of rows can be finished on its own: the shift of a row may be its
-// running maximum, and its mean is at hand with its sum.
+// Every tile is computed for its rows, so that a block of rows can be finished on its own: the shift of a row may be
+// its running maximum, and its mean is at hand with its sum.
 template <typename Real>
 void log_and_mean_negatives(const Embeddings<Real>& query, const Embeddings<Real>& key, int64_t dim, Real temperature,
                             bool bounded, double* result, Real* mean, Gemm<Real> gemm, const ParallelFor& parallel) {

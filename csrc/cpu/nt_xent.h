@@ -22,9 +22,9 @@ struct Embeddings {
 
 // log sum over b of other images of e^(<q_t, k_b> / temperature), for each row of `query`; -inf where there is none.
 //
-// `bounded`: |s| <= 1/temperature, and 2/temperature is no exponent to fear. `query` and `key` may be one set (nt_xent):
-// then only half of the tiles are computed, and `kept`, if it is not null, takes them for negatives_gradient: it has room
-// for kept_similarities(count), and they must be bounded.
+// `bounded`: |s| <= 1/temperature, and 2/temperature is no exponent to fear. `query` and `key` may be one set
+// (nt_xent): then only half of the tiles are computed, and `kept`, if it is not null, takes them for
+// negatives_gradient: it has room for kept_similarities(count), and they must be bounded.
 template <typename Real>
 void log_negatives(const Embeddings<Real>& query, const Embeddings<Real>& key, int64_t dim, Real temperature,
                    bool bounded, double* result, Real* kept, Gemm<Real> gemm, const ParallelFor& parallel);
@@ -39,7 +39,8 @@ void log_and_mean_negatives(const Embeddings<Real>& query, const Embeddings<Real
 
 // Adds the negatives' part of the gradient of sum_t weight_t loss_t, with lse_t = s_tp + loss_t:
 //
-//   d_query[t] += sum_b G_tb k_b / temperature,  d_key[b] += sum_t G_tb q_t / temperature,  G_tb = weight_t e^(s_tb - lse_t)
+//   d_query[t] += sum_b G_tb k_b / temperature,  d_key[b] += sum_t G_tb q_t / temperature,
+//   G_tb = weight_t e^(s_tb - lse_t)
 //
 // d_query or d_key may be null: nothing is computed for it. If `query` and `key` are one set, d_query takes both sums.
 // `kept`: what log_negatives kept, or null.

@@ -65,7 +65,8 @@ struct TileLabels {
   }
 };
 
-// The gradient weight a of a row, and its shift. Where a is not asked for, it is 0, and the shift one that 2^(s - shift) is finite with.
+// The gradient weight a of a row, and its shift. Where a is not asked for, it is 0, and the shift one that 2^(s -
+// shift) is finite with.
 struct GradientWeight {
   float a, shift;
 };

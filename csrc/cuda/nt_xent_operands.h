@@ -8,7 +8,7 @@
 
 namespace ser_fast::cuda {
 
-constexpr float kKeptScale = 1 << kLift;  // kept similarities are this times P
+constexpr float kKeptScale = 1 << kKeptExponent;  // kept similarities are this times P
 
 struct Table {
   const int64_t* at;

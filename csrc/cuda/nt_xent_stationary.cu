@@ -1,5 +1,5 @@
-// The output-stationary steps of the losses: a block owns some rows and what it accumulates for them, and walks over the
-// keys. What P, G, a and the shifts are, ser_fast/ops says.
+// The output-stationary steps of the losses: a block owns some rows and what it accumulates for them, and walks over
+// the keys. What P, G, a and the shifts are, ser_fast/ops says.
 
 #include "cuda/nt_xent_stationary.h"
 
@@ -13,8 +13,8 @@ namespace {
 constexpr float kLargestTerm = kLargestWeightLog2;
 constexpr float kLargestBoundedTerm = kLargestWeightLog2 + 1;
 
-// A block keeps kRows rows, and what it accumulates for them, and walks over the keys, kKeys at a time. Its warps divide the
-// similarities as kRows / kM x kKeys / kN, and the result as kRows / kOutM x kColumns / kOutN.
+// A block keeps kRows rows, and what it accumulates for them, and walks over the keys, kKeys at a time. Its warps
+// divide the similarities as kRows / kM x kKeys / kN, and the result as kRows / kOutM x kColumns / kOutN.
 template <int columns, int rows, int keys, int warps, int m, int n, int out_m, int out_n>
 struct RowBlock {
   static constexpr int kColumns = columns, kRows = rows, kKeys = keys, kThreads = 32 * warps;

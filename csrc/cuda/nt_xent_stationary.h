@@ -14,8 +14,8 @@ namespace ser_fast::cuda {
 const char* stationary_gradient(const Operand& q, const Operand& k, int64_t columns, int64_t keys, float* out,
                                 int64_t splits, float scale, bool bounded, void* stream);
 
-// out (splits, q.padded, columns) = sum_j 2^(s_ij - max_i) k_j, and state (2, splits, q.padded): the row maxima, and the sums.
-// columns: 64, 128, 256 or 512.
+// out (splits, q.padded, columns) = sum_j 2^(s_ij - max_i) k_j, and state (2, splits, q.padded): the row maxima, and
+// the sums. columns: 64, 128, 256 or 512.
 const char* detached_sums(const Operand& q, const Operand& k, int64_t columns, int64_t keys, float* state, float* out,
                           int64_t splits, float scale, bool bounded, void* stream);
 

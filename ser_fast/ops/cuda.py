@@ -1,5 +1,8 @@
 """The backend `cuda`: the C++ kernels of csrc/cuda."""
 
+import importlib
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,23 @@ from ser_fast.ops.gpu_kernels import GradientWeights, Operand, Panel, Positives,
 from ser_fast.ops.gpu_losses import GPULosses
 
 _native = torch.ops.ser_fast_native
+_extension = importlib.import_module("ser_fast._C")  # registers the operators, and has csrc/cuda's own numbers
+_TILE: int = _extension.TILE
+
+
+class _StationaryBlock(NamedTuple):
+    """A build of the output-stationary kernels: for rows of up to `columns` columns, and what a block of it takes."""
+
+    columns: int
+    rows: int
+    keys: int
+    shared_memory: int
+
+
+def _stationary_blocks(device: torch.device) -> list[_StationaryBlock]:
+    """Those that fit the device, the first one of the same columns preferred."""
+    blocks = (_StationaryBlock(*block) for block in _extension.STATIONARY_BLOCKS)
+    return [block for block in blocks if block.shared_memory <= _shared_memory(device)]
 
 
 class CUDABackend(GPULosses):
@@ -28,24 +48,23 @@ class CUDAKernels:
     """`ser_fast.ops.gpu_kernels.Kernels`; tensors on the CPU are those of the kernels compiled for the host."""
 
     def row_block(self, device: torch.device) -> int:
-        return 128
+        return _TILE
 
     def largest_row_block(self) -> int:
-        return 128
+        return _TILE
 
     def row_sums_tile(self, device: torch.device) -> tuple[int, int]:
-        return 128, 128
+        return _TILE, _TILE
 
     def stationary_tile(self, device: torch.device, columns: int) -> tuple[int, int]:
-        if columns <= 256:
-            return 128, 64
-        return 64, 64 if _shared_memory(device) >= 204 << 10 else 32
+        block = next(block for block in _stationary_blocks(device) if columns <= block.columns)
+        return block.rows, block.keys
 
     def largest_stationary(self, device: torch.device) -> int:
-        return 256 if _shared_memory(device) >= 150 << 10 else 128
+        return min(256, self.largest_detached(device))
 
     def largest_detached(self, device: torch.device) -> int:
-        return 512 if _shared_memory(device) >= 150 << 10 else 128
+        return max(block.columns for block in _stationary_blocks(device))
 
     def prepare(self, rows: Rows, image: Tensor, valid: Tensor) -> None:
         _native.nt_xent_prepare(rows.x0, rows.x1, image, valid, rows.u, rows.table.packed, rows.normalize)

@@ -1,5 +1,5 @@
-// Runs the kernels of cuda/nt_xent_tiles.h and nt_xent_stationary.h on threads of the system, each on a few tiles: what the sanitizers watch.
-// Exits with 1, and says where, if a value is wrong.
+// Runs the kernels of cuda/nt_xent_tiles.h and nt_xent_stationary.h on threads of the system, each on a few tiles: what
+// the sanitizers watch. Exits with 1, and says where, if a value is wrong.
 
 #include <cmath>
 #include <cstdio>

@@ -358,7 +358,8 @@ void check_all_rows() {
 
 template <typename Real>
 void check_losses(const std::string& type) {
-  // Embeddings, rows of an image, rows of the first image: a ragged tail, blocks of one image, one image, one row, none.
+  // Rows, rows of an image, rows of the first image: a ragged tail, blocks of one image, one image, one row,
+  // none.
   const int64_t sets[][3] = {{1100, 7, 0}, {700, 3, 530}, {300, 1, 0}, {256, 300, 0}, {1, 1, 0}, {0, 1, 0}};
   for (bool bounded : {true, false}) {
     for (const auto& [count, run, large] : sets) {

@@ -1,7 +1,7 @@
-"""Compile every CUDA kernel for GPUs that need not be here, and hold the results to account: static.py for csrc/cuda.
+"""Compile every CUDA kernel for GPUs that need not be here, and hold the results to account.
 
-    python benchmarks/static_cuda.py           # compile, print the table, write results/cuda-static.{json,md}
-    python benchmarks/static_cuda.py --check   # compile, and fail on a spill, a missing instruction or a regression
+    python tools/check_cuda.py           # compile, print the table, write benchmarks/results/cuda-static.{json,md}
+    python tools/check_cuda.py --check   # compile, and fail on a spill, a limit, a missing instruction, a regression
 
 It takes nvcc, and a cuobjdump: the toolkit's or the one that comes with triton. Shared memory that a launch asks for is
 not in the table; tests/test_cuda_host.py holds it to the limits.
@@ -9,7 +9,6 @@ not in the table; tests/test_cuda_host.py holds it to the limits.
 
 import argparse
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -19,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gate import Gate, Row
+
 CSRC = Path(__file__).parents[1] / "csrc"
-RESULTS = Path(__file__).parent / "results" / "cuda-static"
 CAPABILITIES = (80, 90, 100)  # A100, H100, B200
 STATIC_SHARED = 48 << 10  # bytes of shared memory that a kernel may declare
 MORE_REGISTERS = 8  # what another release of the compiler may take without being called a regression
@@ -33,11 +33,14 @@ INSTRUCTIONS = {
     "matrix products": r"H[G]?MMA",
 }
 REQUIRED = {
-    r"resample<\w+, true, ": ("16-byte async copies", "16-byte loads", "16-byte stores"),
-    r"accumulate<|sum_pairs|sum_rows|fill_panel": ("16-byte async copies", "matrix products"),
-    r"fill_panel": ("16-byte stores",),
-    r"write_(operands|gradients|detached)<|weigh_": ("16-byte loads", "16-byte stores"),
-    r"write_(losses|coefficients)<|add_rows<": ("16-byte loads",),
+    r"group_action_kernel<\w+, true, ": ("16-byte async copies", "16-byte loads", "16-byte stores"),
+    r"(stationary_gradient|detached_sums)_kernel<|(symmetric_sums|row_sums|gradient_panel)_kernel$": (
+        "16-byte async copies",
+        "matrix products",
+    ),
+    r"gradient_panel_kernel$": ("16-byte stores",),
+    r"(prepare|finish_gradient|finish_detached)_kernel<|gradient_panel_from_": ("16-byte loads", "16-byte stores"),
+    r"(losses|gradient_weights|panel_row_sums)_kernel<": ("16-byte loads",),
 }
 
 _PROPERTIES = re.compile(
@@ -72,12 +75,12 @@ def kernel_name(symbol: str) -> str:
     return found[1] if found else demangled
 
 
-def measure(source: Path, capability: int) -> list[dict[str, Any]]:
+def measure(source: Path, capability: int) -> list[Row]:
     """The rows of the kernels of one file."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         flags = ("-std=c++20", "-O3", "-I", CSRC, f"-arch=sm_{capability}", "-Xptxas", "-v", "-cubin")
-        said = run("nvcc", *flags, source, "-o", cubin)
+        messages = run("nvcc", *flags, source, "-o", cubin)
         listing = run(cuobjdump(), "-sass", cubin)
     code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL))
     return [
@@ -89,29 +92,29 @@ def measure(source: Path, capability: int) -> list[dict[str, Any]]:
             "shared": int(found["shared"] or 0),
             **{name: len(re.findall(pattern, code[found["symbol"]])) for name, pattern in INSTRUCTIONS.items()},
         }
-        for found in _PROPERTIES.finditer(said)
+        for found in _PROPERTIES.finditer(messages)
         if found["symbol"] in code
     ]
 
 
-def faults(row: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+def violations(row: Row, before: Row | None) -> list[str]:
     """What is wrong with a row, against the chip's limits and against the committed row of the same kernel."""
-    found = []
+    wrong = []
     if row["spilled"]:
-        found.append(f"spills, or keeps on a stack, {row['spilled']} bytes a thread")
+        wrong.append(f"spills, or keeps on a stack, {row['spilled']} bytes a thread")
     if row["registers"] > 255:
-        found.append(f"{row['registers']} registers, the limit is 255")
+        wrong.append(f"{row['registers']} registers, the limit is 255")
     if row["shared"] > STATIC_SHARED:
-        found.append(f"{row['shared']} bytes of shared memory, the limit is {STATIC_SHARED}")
+        wrong.append(f"{row['shared']} bytes of shared memory, the limit is {STATIC_SHARED}")
     for kernels, instructions in REQUIRED.items():
         if re.match(kernels, row["kernel"]):
-            found += [f"no {name}" for name in instructions if not row[name]]
+            wrong += [f"no {name}" for name in instructions if not row[name]]
     if before is not None and row["registers"] > before["registers"] + MORE_REGISTERS:
-        found.append(f"{row['registers']} registers, were {before['registers']}")
-    return found
+        wrong.append(f"{row['registers']} registers, were {before['registers']}")
+    return wrong
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     lines = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
     lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -119,34 +122,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail on a fault or a regression; write nothing")
+    parser.add_argument("--check", action="store_true", help="fail on a violation or a regression; write nothing")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
 
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    jobs = [(source, capability) for source in sorted((CSRC / "cuda").glob("*.cu")) for capability in CAPABILITIES]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        parts = pool.map(measure, *zip(*((s, c) for s in sources for c in CAPABILITIES), strict=True))
-        rows = sorted((row for part in parts for row in part), key=lambda row: (row["kernel"], row["capability"]))
-    print(table(rows), end="")
-
-    committed, before = RESULTS.with_suffix(".json"), {}
-    if arguments.check:
-        before = {(row["kernel"], row["capability"]): row for row in json.loads(committed.read_text())["kernels"]}
-    else:
-        release = re.search(r"release ([\d.]+)", run("nvcc", "--version"))
-        version = release[1] if release else "?"
-        committed.write_text(json.dumps({"nvcc": version, "kernels": rows}, indent=1) + "\n")
-        head = f"What nvcc {version} makes of every CUDA kernel (`python benchmarks/static_cuda.py`)."
-        RESULTS.with_suffix(".md").write_text(f"{head}\n\n{table(rows)}")
-    bad = 0
-    for row in rows:
-        for fault in faults(row, before.get((row["kernel"], row["capability"]))):
-            print(f"{row['kernel']} sm_{row['capability']}: {fault}", file=sys.stderr)
-            bad += 1
-    if arguments.check and before.keys() != {(row["kernel"], row["capability"]) for row in rows}:
-        print(f"{committed.name} is not of these kernels: run benchmarks/static_cuda.py", file=sys.stderr)
-        bad += 1
-    return int(bad > 0)
+        rows = [row for part in pool.map(lambda job: measure(*job), jobs) for row in part]
+    release = re.search(r"release ([\d.]+)", run("nvcc", "--version"))
+    gate = Gate("tools/check_cuda.py", "cuda-static", "nvcc", "kernel", table, violations)
+    return gate.run(rows, release[1] if release else "?", check=arguments.check)
 
 
 if __name__ == "__main__":

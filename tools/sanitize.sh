@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: compute-sanitizer's four tools over small cases of the CUDA kernels, forward and backward.
 #
-#   benchmarks/sanitize.sh [PYTHON [SECONDS]]      SECONDS: the most that one tool may take (default: 600)
+#   tools/sanitize.sh [PYTHON [SECONDS]]      SECONDS: the most that one tool may take (default: 600)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-.venv/bin/python}

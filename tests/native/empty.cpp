@@ -1,0 +1,2 @@
+// What a sanitizer is tried with.
+int main() {}
