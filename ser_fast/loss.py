@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
+from ser_fast.ops.contract import GroupAction
 from ser_fast.ops.group_action import group_action
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 from ser_fast.ops.reference import resampling_matrix
@@ -221,9 +222,8 @@ class SERLoss(nn.Module):
     def _all_taps(self, mask: Tensor, g: LatticeMap) -> Tensor:
         """(B, N1) bool: whether all tokens that a moved one is blended of are among those of the mask (B, N0)."""
         g = g.to(mask.device)
-        weights = resampling_matrix(
-            g.linear, g.offset, g.size_in, g.size_out, self.interpolation, self.padding, self.antialias
-        )
+        options = self.interpolation, self.padding, self.antialias
+        weights = resampling_matrix(GroupAction(g.linear, g.offset, g.size_in, g.size_out, *options))
         return ~((weights != 0) & ~mask[:, None]).any(-1)
 
     def _contrast_with_all_ranks(
