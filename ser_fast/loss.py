@@ -222,9 +222,8 @@ class SERLoss(nn.Module):
     def _all_taps(self, mask: Tensor, g: LatticeMap) -> Tensor:
         """(B, N1) bool: whether all tokens that a moved one is blended of are among those of the mask (B, N0)."""
         g = g.to(mask.device)
-        weights = resampling_matrix(
-            GroupAction(g.linear, g.offset, g.size_in, g.size_out, self.interpolation, self.padding, self.antialias)
-        )
+        options = self.interpolation, self.padding, self.antialias
+        weights = resampling_matrix(GroupAction(g.linear, g.offset, g.size_in, g.size_out, *options))
         return ~((weights != 0) & ~mask[:, None]).any(-1)
 
     def _contrast_with_all_ranks(
