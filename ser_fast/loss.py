@@ -1,6 +1,6 @@
 """`SERLoss`: projector, group action and contrast, as one module that returns one scalar."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +170,9 @@ class SERLoss(nn.Module):
         if back is not None:
             loss = (loss + self._contrast(*back, g.inverse(), masks[::-1], detached=keys0 is not None)) / 2
         return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module declares its own as Callable[..., Any]
 
     @torch.no_grad()
     def _project_keys(self, keys: Tensor) -> Tensor:

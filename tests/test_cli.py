@@ -153,6 +153,7 @@ def test_options_that_are_none_show_usage(argv: list[str], named: str, capsys: p
 # ---------------------------------------------------------------- evaluations of a run
 
 
+@pytest.mark.slow
 def test_equivariance_compares_with_a_random_initialisation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_cli("equivariance", run, "--images", 50)
     table = rows(run / "equivariance.csv")
@@ -185,6 +186,7 @@ def test_equivariance_compares_with_a_random_initialisation(run: Path, capsys: p
     assert numbers_in(line) == pytest.approx([float(row["relative_error"]) for row in of_rot90], abs=0.006)
 
 
+@pytest.mark.slow
 def test_equivariance_takes_other_data_sizes_and_folders(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     run_cli("equivariance", run / ENCODER, "--data=photos", "--images=3", "--image-size=48", "--out", out)
@@ -257,6 +259,7 @@ def test_linear_names_what_it_refuses(run: Path, tmp_path: Path, options: list[s
     assert re.match(message, refusal("linear", run, "--out", tmp_path, *options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classifier", ["knn", "linear"])
 def test_corruptions_compare_with_a_random_initialisation(
     run: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], classifier: str

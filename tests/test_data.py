@@ -454,6 +454,7 @@ def test_batches_are_pinned_and_reach_the_device(workers):
     assert torch.equal(batch.to("cuda", non_blocking=True).indices.cpu(), torch.arange(5))
 
 
+@pytest.mark.slow
 def test_datasets_reach_workers_that_do_not_fork(broken_folder):
     dataset = open_dataset(f"folder:{broken_folder}", train=True, image_size=8)
     loader = make_loader(dataset, batch_size=12, train=True, workers=1)

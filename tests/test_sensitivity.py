@@ -639,6 +639,7 @@ def test_the_main_figure_shows_shares_of_the_errors_of_the_default(finished: Pat
     assert "interpolation: bicubic" not in shown
 
 
+@pytest.mark.slow
 def test_the_report_stands_alone(finished: Path, tmp_path: Path) -> None:
     summary = write_report(read_rows(finished / TABLE), made_up_scores(), tmp_path)
     page = (tmp_path / REPORT).read_text()
