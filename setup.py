@@ -77,7 +77,9 @@ class Build(BuildExtension):
         try:
             super().build_extension(ext)
         except (RuntimeError, OSError) as error:
-            raise CompileError(f"{error}\n{ext.name} is left out; SER_FAST_REQUIRE_NATIVE=1 makes this an error") from error
+            raise CompileError(
+                f"{error}\n{ext.name} is left out; SER_FAST_REQUIRE_NATIVE=1 makes this an error"
+            ) from error
 
 
 extensions = [extension(CppExtension, "ser_fast._C", ["csrc/bindings.cpp", *sources("cpu", ".cpp")], FLAGS)]

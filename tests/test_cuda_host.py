@@ -212,7 +212,11 @@ CSRC, HOST_CUDA = ROOT / "csrc", ROOT / "tests" / "host_cuda"
 CPU_KERNELS = tuple(CSRC / "cpu" / name for name in ("channel_vectors.cpp", "group_action.cpp", "taps.cpp"))
 DRIVES = [
     Drive("group_action.cu", (*CPU_KERNELS, HOST_CUDA / "drive.cpp"), ""),
-    Drive("nt_xent_tiles.cu", (CSRC / "cuda" / "nt_xent_stationary.cu", HOST_CUDA / "drive_tiles.cpp"), "wait_copies<kStages - 2>();"),
+    Drive(
+        "nt_xent_tiles.cu",
+        (CSRC / "cuda" / "nt_xent_stationary.cu", HOST_CUDA / "drive_tiles.cpp"),
+        "wait_copies<kStages - 2>();",
+    ),
     Drive("nt_xent_panels.cu", (CSRC / "cuda" / "nt_xent_rows.cu", HOST_CUDA / "drive_rows.cpp"), ""),
 ]
 
