@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ser_fast.demo import demo_runs
 from ser_fast.training.config import TrainConfig, with_options
+from ser_fast.training.recipes import demo_recipes
 from ser_fast.training.trainer import Trainer
 
 
@@ -24,7 +24,7 @@ def _step(config: TrainConfig, device: torch.device) -> Callable[[Tensor], Tenso
 
 
 def bench_training_step(compare, backends, device, tmp_path: Path) -> None:
-    config = demo_runs(tmp_path, data="photos", steps=1000, seed=0, image_size=64, patch_size=8)["lambda = 1"]
+    config = demo_recipes(tmp_path, data="photos", steps=1000, seed=0)["ser"]
     rivals = {backend: _step(with_options(config, {"ser.backend": backend}), device) for backend in backends}
     batch, side = config.optim.batch_size, config.model.image_size
     images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -1,59 +1,58 @@
 """The command line: `ser-fast COMMAND`, of which `ser-fast --help` tells the names."""
 
-import csv
-import json
+# A command imports what it needs when it runs, so that each starts as fast as it can.
+
 import sys
-from collections.abc import Callable
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from ser_fast.data.loader import make_loader
-from ser_fast.data.sources import open_dataset
-from ser_fast.demo import demo
-from ser_fast.device import choose_device
-from ser_fast.evaluation import detection as transfer
-from ser_fast.evaluation import equivariance as scores
-from ser_fast.evaluation import prediction, robustness
-from ser_fast.evaluation.classification import (
-    Rows,
-    grade,
-    plot_confusion,
-    print_rows,
-    rank,
-    write_confusion,
-    write_rows,
-)
-from ser_fast.evaluation.features import check_labelled, embed, embed_cached, spread_images, spread_items
-from ser_fast.evaluation.knn import knn_predictions, knn_scores
-from ser_fast.evaluation.linear_probe import RATES, probe_scores, train_probe
-from ser_fast.evaluation.shapes import write_shapes
-from ser_fast.export import export as export_encoder
-from ser_fast.io import write_atomically
-from ser_fast.ops.backends import BACKENDS, PREFERRED, fastest, preferred, reason_not
-from ser_fast.report import read_runs, write_report
-from ser_fast.sensitivity import report as sensitivity_report
-from ser_fast.sensitivity import training as training_side
-from ser_fast.sensitivity.rows import TABLE, read_rows
-from ser_fast.sensitivity.study import Protocol, run_study
-from ser_fast.training.options import parse
-from ser_fast.training.run_folder import RunFolder, find_encoder
-from ser_fast.training.trainer import NonFiniteLossError
-from ser_fast.training.trainer import train as run_training
-from ser_fast.vit import SplitViT, load_split_vit
+from ser_fast.evaluation import RATES
+from ser_fast.sensitivity import VARIANTS
 
 
 def train() -> None:
     """Pretrain a vision transformer with an invariance objective and equivariance terms (also under torchrun)."""
-    run_training(parse(sys.argv[2:]))
+    from ser_fast.training.options import parse
+
+    config = parse(sys.argv[2:])
+    from ser_fast.training.trainer import train as run_training
+
+    run_training(config)
+
+
+def demo(
+    out: Path = Path("runs/demo"),
+    data: str = "photos",
+    steps: int = 60,
+    images: int = 64,
+    image_size: int = 64,
+    patch_size: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Pretrain a small ViT three times (lambda 0, lambda 1, lambda 1 on crops) and compare, on held-out images.
+
+    Args:
+        out: folder of the runs, of demo.csv and of demo.png. Runs that are finished there are not repeated.
+        data: "photos", "folder:PATH" or "cifar10:PATH".
+        steps: optimiser steps of each run.
+        images: held-out images that the equivariance error is measured on.
+        image_size: side of the images, in pixels.
+        patch_size: side of a token, in pixels.
+        seed: of all three runs.
+        device: "auto", "cpu" or "cuda".
+    """
+    from ser_fast.demo import run_demo
+
+    sizes = {"image_size": image_size, "patch_size": patch_size}
+    result = run_demo(out, data=data, steps=steps, images=images, seed=seed, device=device, **sizes)
+    table, figure = result.write(out)
+    result.print()
+    Console().print(f"{figure} and {table} hold every layer and every element.")
 
 
 def equivariance(
@@ -77,21 +76,10 @@ def equivariance(
         out: folder for equivariance.csv, prediction.csv and equivariance.png; default the checkpoint's.
         device: "auto", "cpu" or "cuda".
     """
-    model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
-    held_out = open_dataset(data, train=False, image_size=image_size)
-    pictures = spread_images(held_out, images).to(where)
-    models = {"checkpoint": model, "random": scores.random_control(model)}
-    records = {name: scores.equivariance_errors(of, pictures, progress=True) for name, of in models.items()}
-    predictions = {
-        name: prediction.predict_transformations(of, pictures, pairs=pairs, progress=True)
-        for name, of in models.items()
-    }
-    scores.print_table(records)
-    prediction.print_table(predictions)
-    scores.write_table(records, out / "equivariance.csv")
-    scores.write_table(predictions, out / "prediction.csv")
-    scores.plot(records, out / "equivariance.png", split=model.split)
-    _written(out, "equivariance.csv", "prediction.csv", "equivariance.png")
+    from ser_fast.evaluation.equivariance import evaluate
+
+    model, data, out = _open(checkpoint, data, out, device)
+    _show(evaluate(model, data, images=images, image_size=image_size, pairs=pairs, progress=True), out)
 
 
 def sensitivity(
@@ -104,7 +92,7 @@ def sensitivity(
     out: Path = Path("runs/sensitivity"),
     seed: int = 0,
     device: str = "auto",
-    variants: tuple[str, ...] = tuple(training_side.VARIANTS),
+    variants: tuple[str, ...] = tuple(VARIANTS),
     seeds: int = 3,
     steps: int = 60,
 ) -> None:
@@ -128,23 +116,27 @@ def sensitivity(
         seeds: with --train, how many runs of each.
         steps: with --train, optimiser steps of a run.
     """
-    console = Console()
+    from ser_fast.device import choose_device
+    from ser_fast.sensitivity import retraining
+    from ser_fast.sensitivity.evaluation import REPORT, TABLE, SensitivityResult, evaluate
+    from ser_fast.sensitivity.sources import open_model
+
     if train:
-        runs = training_side.study_runs(out / "runs", variants, seeds, data=data, steps=steps)
-        scores = training_side.train_and_score(runs, images=4 * images, device=device)
-        training_side.write_scores(scores, out)
-        console.print(training_side.table(scores))
-        for line in training_side.judge(scores):
-            console.print(line, highlight=False)
-        console.print(f"written: {out / training_side.TABLE}, {out / training_side.FIGURE}")
+        protocol: dict[str, Any] = {"variants": variants, "seeds": seeds, "steps": steps, "images": 4 * images}
+        trained = retraining.evaluate(out / "runs", data, device=device, **protocol)
+        written = trained.write(out)
+        trained.print()
+        Console().print(f"written: {', '.join(map(str, written))}")
+        if not (out / TABLE).exists():
+            return
+        result = SensitivityResult.read(out)
     else:
-        protocol = Protocol(data, images, image_size, seed)
-        run_study(checkpoints, protocol, out, full=preset == "full", device=choose_device(device), progress=True)
-    if (out / TABLE).exists():
-        scores = training_side.read_scores(out)
-        for number, line in enumerate(sensitivity_report.write_report(read_rows(out / TABLE), scores, out), start=1):
-            console.print(f"{number}. {line}", highlight=False, markup=False)
-        console.print(f"written: {out / TABLE}, {out / sensitivity_report.REPORT}")
+        models = {name: open_model(name) for name in checkpoints}
+        options: dict[str, Any] = {"preset": preset, "images": images, "image_size": image_size, "seed": seed}
+        result = evaluate(models, data, folder=out, device=choose_device(device), progress=True, **options)
+    result.write(out)
+    result.print()
+    Console().print(f"written: {out / TABLE}, {out / REPORT}")
 
 
 def knn(
@@ -171,30 +163,11 @@ def knn(
         workers: processes that load images.
         device: "auto", "cpu" or "cuda".
     """
-    model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
-    known, held_out = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
-    loaders = [
-        make_loader(dataset, batch_size=batch_size, train=False, workers=workers) for dataset in (known, held_out)
-    ]
-    rows: Rows = []
-    for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items():
-        train, (features, labels) = (embed(of, loader, where, progress=True) for loader in loaders)
-        check_labelled("test", features, labels)
-        ranked = knn_predictions(*train, features, k=k, temperature=temperature)
-        for count, predicted in ranked.items():
-            rows.append(({"model": name, "k": count}, grade(predicted, labels, len(known.classes))))
+    from ser_fast.evaluation.knn import evaluate
 
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for name in ("checkpoint", "random"):
-        top1 = [result.top1 for of, result in rows if of["model"] == name]
-        axes.plot(k, [share.value for share in top1], marker="o", label=name)
-        axes.fill_between(k, [share.low for share in top1], [share.high for share in top1], alpha=0.2)
-    axes.set(xlabel="k", ylabel="kNN top-1, 95 % interval", ylim=(0, 1))
-    axes.legend()
-    figure.savefig(out / "knn.png", dpi=150)
-    _write_classifiers(rows, known.classes, out, "knn", f"kNN on held-out images of {data}")
-    _written(out, "knn.csv", "knn.png", "knn_confusion.csv", "knn_confusion.png")
+    model, data, out = _open(checkpoint, data, out, device)
+    loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    _show(evaluate(model, data, k=k, temperature=temperature, progress=True, **loading), out)
 
 
 def linear(
@@ -235,48 +208,13 @@ def linear(
         workers: processes that load images.
         device: "auto", "cpu" or "cuda".
     """
-    model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
-    known, asked = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
-    rows: Rows = []
-    with (out / "linear_rates.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("model", "head", "rate", "held_out_top1", "chosen"))
-        for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items():
-            train, (features, labels) = (
-                embed_cached(
-                    of,
-                    dataset,
-                    where,
-                    cache=cache or out / "features",
-                    blocks=blocks,
-                    batch_size=batch_size,
-                    workers=workers,
-                    progress=True,
-                )
-                for dataset in (known, asked)
-            )
-            check_labelled("test", features, labels)
-            for head in heads:
-                probe = train_probe(
-                    *train,
-                    classes=len(known.classes),
-                    hidden=hidden if head == "mlp" else None,
-                    rates=rates,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    held_out=held_out,
-                    seed=seed,
-                    device=where,
-                    progress=True,
-                )
-                ranked = rank(probe_scores(probe.head, features, where))
-                best = probe.held_out[probe.rate]
-                graded = grade(ranked, labels, len(known.classes))
-                rows.append(({"model": name, "head": head, "rate": probe.rate, "held_out_top1": best}, graded))
-                for rate, accuracy in probe.held_out.items():
-                    writer.writerow((name, head, rate, accuracy, rate == probe.rate))
-    _write_classifiers(rows, known.classes, out, "linear", f"Probes on held-out images of {data}")
-    _written(out, "linear.csv", "linear_rates.csv", "linear_confusion.csv", "linear_confusion.png")
+    from ser_fast.evaluation.linear_probe import evaluate
+
+    model, data, out = _open(checkpoint, data, out, device)
+    probe: dict[str, Any] = {"rates": rates, "epochs": epochs, "hidden": hidden, "held_out": held_out, "seed": seed}
+    loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    loading["cache"] = cache or out / "features"
+    _show(evaluate(model, data, heads=heads, blocks=blocks, progress=True, **probe, **loading), out)
 
 
 def corruptions(
@@ -299,7 +237,7 @@ def corruptions(
     workers: int = 0,
     device: str = "auto",
 ) -> None:
-    """How a classifier on a checkpoint's features bears corrupted, perturbed and shifted images.
+    """How robust is a classifier on a checkpoint's features to corrupted, perturbed and shifted images?
 
     It is trained on the clean training images. Beside it stands a random initialisation.
 
@@ -326,69 +264,15 @@ def corruptions(
         workers: processes that load images.
         device: "auto", "cpu" or "cuda".
     """
-    model, data, image_size, out, where = _open(checkpoint, data, image_size, out, device)
-    known, asked = (open_dataset(data, train=train, image_size=image_size) for train in (True, False))
-    folders = [robustness.ClassFolder(folder, known.classes, image_size=image_size) for folder in shifted]
-    others = None if baseline is None else robustness.read_errors(baseline)
-    classifiers: dict[str, robustness.Classifier] = {}
-    for name, of in {"checkpoint": model, "random": scores.random_control(model)}.items():
-        train = embed_cached(
-            of, known, where, cache=cache or out / "features", batch_size=batch_size, workers=workers, progress=True
-        )
-        head: robustness.Head
-        if classifier == "linear":
-            head = train_probe(*train, classes=len(known.classes), seed=seed, device=where, progress=True).head
-        else:
-            head = partial(_vote, *(part.to(where) for part in train), k=k, temperature=temperature)
-        classifiers[name] = robustness.image_classifier(of, head, where)
+    from ser_fast.evaluation.robustness import evaluate
 
-    pictures, labels = spread_items(asked, images)
-    if corrupted is None:
-        sets = robustness.generate_corruptions(pictures, labels, seed=seed, batch_size=batch_size)
-    else:
-        sets = robustness.read_corruptions(
-            corrupted, known.classes, image_size=image_size, batch_size=batch_size, workers=workers
-        )
-    clean = robustness.clean_images(pictures, labels, batch_size=batch_size)
-    errors = robustness.error_rates(classifiers, chain([clean], sets), progress=True)
-    if perturbed is None:
-        kinds = robustness.generate_perturbations(spread_images(asked, sequences), seed=seed)
-    else:
-        kinds = robustness.read_perturbations(perturbed, image_size=image_size)
-    flips = robustness.flip_rates(classifiers, kinds, progress=True)
-    shifts: Rows = []
-    for folder in folders:
-        for name, classify in classifiers.items():
-            graded = folder.grade(classify, batch_size=batch_size, workers=workers)
-            shifts.append(({"model": name, "folder": folder.name, "classes": len(folder.indices)}, graded))
-
-    robustness.print_errors(errors, others)
-    robustness.print_flips(flips)
-    scores.write_table(errors, out / "corruptions.csv")
-    scores.write_table(flips, out / "perturbations.csv")
-    robustness.plot_errors(errors, out / "corruptions.png")
-    written = ["corruptions.csv", "perturbations.csv", "corruptions.png"]
-    if shifts:
-        print_rows(shifts, "Shifted images, among the classes of their folder")
-        write_rows(shifts, out / "shifts.csv")
-        written.append("shifts.csv")
-    _written(out, *written)
-
-
-def _vote(train_features: Tensor, train_labels: Tensor, features: Tensor, *, k: int, temperature: float) -> Tensor:
-    return knn_scores(train_features, train_labels, features, k=k, temperature=temperature)[k]
-
-
-def _write_classifiers(rows: Rows, classes: list[str], out: Path, stem: str, title: str) -> None:
-    """The table on the terminal and as STEM.csv, the confusion matrices as STEM_confusion.csv and .png."""
-    print_rows(rows, title)
-    write_rows(rows, out / f"{stem}.csv")
-    write_confusion(rows, classes, out / f"{stem}_confusion.csv")
-    plot_confusion(rows, classes, out / f"{stem}_confusion.png")
-
-
-def _written(out: Path, *names: str) -> None:
-    Console().print(f"written: {', '.join(str(out / name) for name in names)}")
+    model, data, out = _open(checkpoint, data, out, device)
+    sets: dict[str, Any] = {"images": images, "sequences": sequences, "corrupted": corrupted, "perturbed": perturbed}
+    sets |= {"shifted": shifted, "baseline": baseline, "seed": seed}
+    vote: dict[str, Any] = {"classifier": classifier, "k": k, "temperature": temperature}
+    loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    loading["cache"] = cache or out / "features"
+    _show(evaluate(model, data, progress=True, **sets, **vote, **loading), out)
 
 
 def detection(
@@ -422,39 +306,12 @@ def detection(
         seed: of the heads' weights, the order of the images and the generated set.
         device: "auto", "cpu" or "cuda".
     """
-    model, _, size, out, where = _open(checkpoint, None, image_size, out, device)
-    folder = out / "detection"
-    if data is None:
-        data = folder / f"shapes_{seed}"
-        if not (data / "annotations" / "instances_val.json").is_file():  # what is written last
-            write_shapes(data, seed=seed)
-    train_images, held_out = (transfer.CocoFolder(data, train=part) for part in (True, False))
-    records, results = {}, {}
-    for name, encoder in {"checkpoint": model, "random": scores.random_control(model)}.items():
-        torch.manual_seed(seed)  # the same initial head on both
-        detector = transfer.build_detector(
-            encoder, categories=len(train_images.categories), image_size=image_size or 2 * size
-        ).to(where)
-        transfer.train_head(
-            detector,
-            train_images,
-            folder / f"{name}.pt",
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            seed=seed,
-            save_every=save_every,
-            workers=workers,
-            progress=True,
-        )
-        results[name] = transfer.predict(detector, held_out, batch_size=batch_size, workers=workers, progress=True)
-        write_atomically(folder / f"{name}.json", partial(Path.write_text, data=json.dumps(results[name])))
-        records[name] = transfer.score(held_out.coco, results[name])
+    from ser_fast.evaluation.detection import evaluate
 
-    transfer.print_table(records)
-    transfer.write_table(records, out / "detection.csv")
-    transfer.plot(held_out, results, out / "detection.png")
-    Console().print(f"written: {out / 'detection.csv'}, {out / 'detection.png'}, {folder}")
+    model, _, out = _open(checkpoint, None, out, device)
+    head: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "save_every": save_every}
+    head |= {"image_size": image_size, "heads": out / "detection"}
+    _show(evaluate(model, data, workers=workers, progress=True, **head), out)
 
 
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report.html")) -> None:
@@ -464,8 +321,9 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/
         runs: folders of training runs, or any folders with CSV files.
         out: the file, which needs no other.
     """
-    write_report(read_runs(runs), out)
-    Console().print(f"written: {out}")
+    from ser_fast.report.runs import read_runs, write_report
+
+    Console().print(f"written: {write_report(read_runs(runs), out)}")
 
 
 def export(
@@ -478,71 +336,63 @@ def export(
         format: "timm", weights that plain timm loads, where the split is 0; "onnx"; "torch", a torch.export program.
         out: the file; default encoder_timm.safetensors, encoder.onnx or encoder.pt2 beside the weights.
     """
+    from ser_fast.export import export as export_encoder
+
     Console().print(f"written: {export_encoder(run, format, out)}")
 
 
 def doctor() -> None:
     """What can run here: the backends of the kernels on each device, why another one can't, and what auto takes."""
-    table = Table(title=f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'absent'}")
-    for heading in ("backend", "on cpu tensors", "on cuda tensors"):
-        table.add_column(heading)
-    for backend in BACKENDS:
-        table.add_row(backend, *(reason_not(backend, device) or "runs" for device in ("cpu", "cuda")))
-    automatic = Table(title='what backend="auto" takes')
-    for heading in ("tensors on", *PREFERRED):
-        automatic.add_column(heading)
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in (torch.device("cpu"), *gpus):
-        automatic.add_row(str(device), *(fastest(op, device) for op in PREFERRED))
-    if not gpus:
-        starts = sorted({start for table in PREFERRED.values() for start in table})
-        for start, end in zip(starts, [*starts[1:], None], strict=True):
-            of = f"from {start}.0 on" if end is None else f"below {end}.0"
-            automatic.add_row(f"a GPU of compute capability {of}", *(preferred(op, start) for op in PREFERRED))
-    Console().print(table, automatic)
+    from ser_fast.doctor import backend_tables
+
+    Console().print(*backend_tables())
 
 
-def _open(
-    checkpoint: Path, data: str | None, image_size: int | None, out: Path | None, device: str
-) -> tuple[SplitViT, str, int, Path, torch.device]:
-    """The encoder on its device, and what an evaluation takes from the run where it isn't told."""
-    weights = find_encoder(checkpoint)
-    chosen = choose_device(device)
-    model = load_split_vit(weights).to(chosen)
-    run = RunFolder(weights.parent)
-    if data is None:
-        data = run.read_config().data if run.config.is_file() else "photos"
-    out = weights.parent if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
-    if image_size is None:
-        image_size = model.image_size[0]
-    return model, data, image_size, out, chosen
+def _open(checkpoint: Path, data: str | None, out: Path | None, device: str) -> tuple[Any, str, Path]:
+    """The encoder on its device, and the data and folder that an evaluation takes where it isn't told."""
+    from ser_fast.evaluation.protocol import make_folder, open_encoder
+
+    opened = open_encoder(checkpoint, device=device)
+    return opened.model, data or opened.data, make_folder(out or opened.folder)
+
+
+def _show(result: Any, out: Path) -> None:
+    """Write an evaluation's result, print it, and say what was written."""
+    written = result.write(out)
+    result.print()
+    # Beside tables and figures, the folder of what isn't for reading.
+    shown = dict.fromkeys(path if path.parent == out else path.parent for path in written)
+    Console().print(f"written: {', '.join(map(str, shown))}")
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(train, demo, equivariance, sensitivity, knn, linear, corruptions, detection, report, export, doctor),
+)
 
 
 def main() -> None:
     """Run the command line; errors of the user's making are one line, not a traceback."""
-    commands: dict[str, Callable[..., Any]] = {
-        "train": train,
-        "demo": demo,
-        "equivariance": equivariance,
-        "sensitivity": sensitivity,
-        "knn": knn,
-        "linear": linear,
-        "corruptions": corruptions,
-        "detection": detection,
-        "report": report,
-        "export": export,
-        "doctor": doctor,
-    }
     try:
-        if sys.argv[1:2] == ["train"]:  # its options depend on the objective
-            train()
-        else:
-            tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    except (ValueError, NonFiniteLossError) as error:
+        _run(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"ser-fast: {error}")
+    except RuntimeError as error:
+        from ser_fast.training.trainer import NonFiniteLossError
+
+        if not isinstance(error, NonFiniteLossError):
+            raise
         sys.exit(f"ser-fast: {error}")
     except KeyboardInterrupt:
         sys.exit("ser-fast: stopped")
+
+
+def _run(arguments: Sequence[str]) -> None:
+    commands = {command.__name__: command for command in COMMANDS}
+    name = next(iter(arguments), "")
+    if name == "train":  # its options depend on the objective
+        train()
+    else:
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The command line: what each command prints, writes and refuses."""
 
-import csv
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -15,12 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases.command_line import PNG, assert_same_files, refusal, rows, run_cli
 from PIL import Image
 
 from ser_fast import cli
+from ser_fast.evaluation import equivariance, knn, linear_probe, robustness
+from ser_fast.evaluation.protocol import open_encoder
 from ser_fast.ops import backends, reference
 from ser_fast.ops.backends import BACKENDS, reason_not, registered
-from ser_fast.training.checkpoint import ENCODER, list_checkpoints
+from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.trainer import NonFiniteLossError
 
 TINY = [
@@ -30,7 +34,6 @@ TINY = [
     *("--optim.batch-size=8", "--optim.steps=2", "--workers=0", "--device=cpu"),
 ]
 Rows = list[list[str]]
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -52,34 +55,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"folder:{folder}"
 
 
-def run_cli(*argv: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ser-fast", *map(str, argv)])
-        cli.main()
-
-
-def refusal(*argv: object) -> str:
-    """What a command of the user's making ends with: one line, with exit status 1."""
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(*argv)
-    message = stopped.value.code
-    assert isinstance(message, str)  # sys.exit prints it and exits with 1
-    assert message.startswith("ser-fast: ")
-    assert "\n" not in message
-    return message.removeprefix("ser-fast: ")
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     """The folder of a run of 2 steps."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     run_cli("train", "--out", out, "--data", data, *TINY)
     return out
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def numbers_in(line: str) -> list[float]:
@@ -90,7 +71,7 @@ def numbers_in(line: str) -> list[float]:
 
 
 def test_train_writes_a_run(run: Path, data: str) -> None:
-    assert [path.name for path in list_checkpoints(run)] == ["step_00000002.pt"]
+    assert [path.name for path in RunFolder(run).list_checkpoints()] == ["step_00000002.pt"]
     config = json.loads((run / "config.json").read_text())
     assert (config["data"], config["model"]["embed_dim"], config["views"]["share"]) == (data, 48, 0.5)
     assert len((run / "log.jsonl").read_text().splitlines()) == 2
@@ -98,12 +79,13 @@ def test_train_writes_a_run(run: Path, data: str) -> None:
 
 def test_train_reads_every_kind_of_option(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(cli, "run_training", given.append)
+    monkeypatch.setattr("ser_fast.training.trainer.train", given.append)
     options = ["--views.crop-area", "0.3", "0.9", "--views.sampler=crop", "--ser.preset", "released"]
     run_cli("train", *options, "--ser.momentum-keys", "--ser.max-tokens=None", "--optim.steps=7", "--resume=auto")
     (config,) = given
     assert (config.views.crop_area, config.views.sampler) == ((0.3, 0.9), "crop")
-    assert (config.ser.preset, config.ser.momentum_keys, config.ser.max_tokens) == ("released", True, None)
+    ser = config.addons["ser"]
+    assert (ser.preset, ser.momentum_keys, ser.max_tokens) == ("released", True, None)
     assert (config.optim.steps, config.resume, config.optim.epochs) == (7, "auto", 100)
 
 
@@ -113,7 +95,7 @@ def test_train_reads_every_kind_of_option(monkeypatch: pytest.MonkeyPatch) -> No
         (["--views.share=1.5"], "share: got 1.5, takes a number in"),
         (["--ser.temperature=-1"], "temperature: got -1.0"),
         (["--model.split=9"], "split: .* got 9"),
-        (["--data=photographs"], "data must be 'photos'"),
+        (["--data=photographs"], "data: got 'photographs', takes 'photos'"),
         (["--resume=nowhere.pt"], "resume: nowhere.pt is no file"),
         (["--save-every=0"], "save_every: got 0"),
     ],
@@ -127,7 +109,7 @@ def test_train_says_which_loss_is_not_finite(monkeypatch: pytest.MonkeyPatch) ->
     def fails(config: Any) -> None:
         raise NonFiniteLossError("loss is nan at step 3")
 
-    monkeypatch.setattr(cli, "run_training", fails)
+    monkeypatch.setattr("ser_fast.training.trainer.train", fails)
     assert refusal("train") == "loss is nan at step 3"
 
 
@@ -189,7 +171,7 @@ def test_equivariance_compares_with_a_random_initialisation(run: Path, capsys: p
 @pytest.mark.slow
 def test_equivariance_takes_other_data_sizes_and_folders(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
-    run_cli("equivariance", run / ENCODER, "--data=photos", "--images=3", "--image-size=48", "--out", out)
+    run_cli("equivariance", RunFolder(run).encoder, "--data=photos", "--images=3", "--image-size=48", "--out", out)
     table = rows(out / "equivariance.csv")
     assert {row["images"] for row in table} == {"3"}
     # 6 x 6 tokens: each of the four scales has a lattice of its own.
@@ -308,10 +290,10 @@ def test_corruptions_read_published_layouts_and_a_baseline(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--corrupted=nowhere"], "nowhere holds neither"),
-        (["--perturbed=nowhere", "--corrupted", "c"], "c holds neither"),
-        (["--shifted", "nowhere"], "there is no folder nowhere"),
-        (["--baseline=nowhere.csv"], "baseline: there is no file nowhere.csv"),
+        (["--corrupted=nowhere"], "corrupted: got nowhere, takes"),
+        (["--perturbed=nowhere", "--corrupted", "c"], "corrupted: got c, takes"),
+        (["--shifted", "nowhere"], "shifted: got nowhere, and there is no such folder"),
+        (["--baseline=nowhere.csv"], "baseline: got nowhere.csv, and there is no such file"),
         (["--images=0"], "images: got 0"),
     ],
     ids=str,
@@ -324,15 +306,85 @@ def test_corruptions_name_what_they_refuse(run: Path, tmp_path: Path, options: l
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data=nowhere"], "data must be 'photos'"),
-        (["--data=folder:nowhere"], "data='folder:nowhere': there is no folder"),
+        (["--data=nowhere"], "data: got 'nowhere', takes 'photos'"),
+        (["--data=folder:nowhere"], "data: got 'folder:nowhere', and there is no folder"),
         (["--image-size=30"], "images: .* multiples of the patch size"),
-        (["--image-size=0"], "image_size must be at least 1"),
+        (["--image-size=0"], "image_size: got 0, takes a positive number"),
     ],
     ids=str,
 )
 def test_evaluations_name_what_they_refuse(run: Path, command: str, options: list[str], message: str) -> None:
     assert re.match(message, refusal(command, run, *options))
+
+
+NOTEBOOK: dict[str, tuple[Any, dict[str, Any], tuple[object, ...]]] = {
+    "equivariance": (equivariance, {"images": 8, "pairs": 1}, ("--images=8", "--pairs=1")),
+    "knn": (knn, {"k": (1, 5)}, ("--k", 1, 5)),
+    "linear": (linear_probe, {"rates": (0.1,), "epochs": 2}, ("--rates", 0.1, "--epochs=2")),
+    "corruptions": (
+        robustness,
+        {"images": 1, "sequences": 1, "classifier": "knn", "k": 5},
+        ("--images=1", "--sequences=1", "--classifier=knn", "--k=5"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", NOTEBOOK)
+def test_python_gives_what_the_command_writes(
+    run: Path, data: str, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, options, arguments = NOTEBOOK[command]
+    run_cli(command, run, "--device=cpu", "--out", tmp_path / "command", *arguments)
+    shown = capsys.readouterr().out
+    model, run_data, folder = open_encoder(run, device="cpu")
+    assert (run_data, folder, model.training) == (data, run, True)
+    result = module.evaluate(model, data, **options)
+    assert_same_files(result.write(tmp_path / "python"), tmp_path / "command")
+    assert not capsys.readouterr().out  # no bar, and nothing printed unasked
+    result.print()
+    assert shown.startswith(capsys.readouterr().out)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (knn, {"k": (65,)}, r"k: got \(65,\), takes 1 to 64, the number of training images"),
+        (knn, {"temperature": 0.0}, "temperature: got 0.0, takes a positive number"),
+        (knn, {"image_size": 30}, "images: .* multiples of the patch size"),
+        (linear_probe, {"heads": ("cubic",)}, "heads: got"),
+        (linear_probe, {"blocks": 3}, "blocks: got 3, takes 1 to 2"),
+        (linear_probe, {"rates": ()}, "rates: got"),
+        (robustness, {"classifier": "knn", "k": 65}, "k: got 65"),
+        (robustness, {"sequences": 0}, "sequences: got 0"),
+        (robustness, {"corrupted": Path("nowhere")}, "corrupted: got nowhere"),
+        (robustness, {"baseline": Path("nowhere.csv")}, "baseline: got nowhere.csv"),
+        (equivariance, {"pairs": 0}, "pairs: got 0"),
+        (equivariance, {"images": 1}, "test_share: got 0.25, which holds out 0 of 1"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_before_the_work(
+    run: Path, data: str, module: Any, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("ser_fast.evaluation.protocol.random_control", "ser_fast.evaluation.features.embed_cached"):
+        monkeypatch.setattr(work, lambda *a, **k: pytest.fail("worked before it checked"))
+    with pytest.raises(ValueError, match=message):
+        module.evaluate(open_encoder(run, device="cpu").model, data, **options)
+
+
+@pytest.mark.parametrize("module", [knn, linear_probe, robustness])
+def test_images_without_classes_are_refused(run: Path, tmp_path: Path, module: Any) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / part / "0.png")
+    with pytest.raises(ValueError, match=r"data: got 'folder:.*', whose images have no classes"):
+        module.evaluate(open_encoder(run, device="cpu").model, f"folder:{tmp_path}")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(run: Path) -> None:
+    assert refusal("knn", run, "--out", run / "config.json").startswith(f"out: got {run / 'config.json'}, takes")
 
 
 @pytest.mark.parametrize("options", [["--k", "1000"], ["--temperature=0", "--k", "1"], ["--batch-size=0"]], ids=str)
@@ -341,7 +393,7 @@ def test_knn_names_what_it_refuses(run: Path, options: list[str]) -> None:
 
 
 def test_a_checkpoint_that_is_none_is_refused(run: Path, tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nowhere", run / "log.jsonl", list_checkpoints(run)[0]):
+    for path in (tmp_path, tmp_path / "nowhere", run / "log.jsonl", RunFolder(run).list_checkpoints()[0]):
         assert refusal("knn", path) == (
             f"checkpoint: {path} is neither a run's folder with encoder.safetensors nor a .safetensors file"
         )
@@ -378,7 +430,6 @@ def test_doctor_says_what_auto_would_take_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(backends, "PREFERRED", {"this": {0: "triton", 8: "cuda"}, "that": {0: "cuda", 9: "triton"}})
-    monkeypatch.setattr(cli, "PREFERRED", backends.PREFERRED)
     shown, _, takes = doctors_tables(capsys, monkeypatch)
     assert re.search("tensors on .* this .* that ", shown)
     assert takes[1:] == [
@@ -441,10 +492,34 @@ def test_the_demo_compares_three_runs_and_reuses_them(
         if model != "random":
             assert printed[:-7] == pytest.approx(final_losses[model], abs=6e-3)
     logs = {path: path.read_text() for path in tmp_path.glob("*/log.jsonl")}
-    monkeypatch.setattr("ser_fast.training.trainer._Run._step", None)  # no step may be taken again
+    monkeypatch.setattr("ser_fast.training.trainer.Trainer.step", None)  # no step may be taken again
     run_cli(*argv)
     assert rows(tmp_path / "demo.csv") == table
     assert {path: path.read_text() for path in logs} == logs
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.__name__)
+def test_every_option_has_a_help_text(command: Callable[..., None]) -> None:
+    described = re.findall(r"^        (\w+): .", command.__doc__ or "", re.MULTILINE)
+    assert described == list(inspect.signature(command).parameters)
+
+
+LIGHT = """
+import sys
+from ser_fast import cli
+sys.argv = ["ser-fast", "linear", "--help"]
+try:
+    cli.main()
+except SystemExit:
+    heavy = {"matplotlib", "pycocotools", "scipy", "skimage", "timm", "torchvision"}
+    print(*heavy & sys.modules.keys(), file=sys.stderr)
+"""
+
+
+def test_help_loads_no_more_than_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert "--rates" in done.stdout
+    assert done.stderr.strip() == ""
 
 
 @pytest.mark.slow

@@ -14,23 +14,25 @@ from torch import Tensor
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation import robustness
 from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES, corrupt, perturb
-from ser_fast.evaluation.equivariance import write_table
 from ser_fast.evaluation.features import spread_images
-from ser_fast.evaluation.robustness import (
+from ser_fast.evaluation.image_sets import (
     ClassFolder,
-    ErrorRate,
-    FlipRate,
     clean_images,
-    error_rates,
     find_videos,
-    flip_probability,
-    flip_rates,
     generate_corruptions,
     generate_perturbations,
-    mean_corruption_error,
     read_corruptions,
-    read_errors,
     read_perturbations,
+)
+from ser_fast.evaluation.robustness import (
+    CorruptionsResult,
+    ErrorRate,
+    FlipRate,
+    error_rates,
+    flip_probability,
+    flip_rates,
+    mean_corruption_error,
+    read_errors,
 )
 
 
@@ -222,12 +224,12 @@ def flips_of(sets: Iterable) -> list[FlipRate]:
     return flip_rates({"first pixel": first_pixel}, sets)["first pixel"]
 
 
-def pictures(reds: list[int], size: int = 8) -> Tensor:
+def flat_images(reds: list[int], size: int = 8) -> Tensor:
     return torch.tensor(reds, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, size, size).clone()
 
 
 def test_error_rates_count_errors_over_batches() -> None:
-    images, labels = pictures([0, 70, 140, 210, 250]), torch.tensor([0, 1, 1, 3, 2])
+    images, labels = flat_images([0, 70, 140, 210, 250]), torch.tensor([0, 1, 1, 3, 2])
     (rate,) = errors_of([clean_images(images, labels, batch_size=2)])
     assert (rate.kind, rate.severity, rate.error, rate.images) == ("clean", 0, 2 / 5, 5)
     assert rate.low < 0.4 < rate.high
@@ -238,10 +240,10 @@ def test_error_rates_count_errors_over_batches() -> None:
 
 
 def test_flip_rates_compare_noise_with_the_first_frame() -> None:
-    sequence = pictures([0, 70, 70, 0])
+    sequence = flat_images([0, 70, 70, 0])
     found = flips_of([("snow", [sequence]), ("shot_noise", [sequence, sequence])])
     assert found == [FlipRate("snow", 2 / 3, 1), FlipRate("shot_noise", 2 / 3, 2)]
-    drift = pictures([0, 70, 70, 70])
+    drift = flat_images([0, 70, 70, 70])
     assert [rate.flip_probability for rate in flips_of([("snow", [drift]), ("a_noise", [drift])])] == [
         1 / 3,
         1.0,
@@ -322,7 +324,7 @@ def test_sequences_are_found_as_imagenet_p_has_them(tmp_path: Path) -> None:
 
 def test_videos_without_a_decoder_are_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)  # what an import of it finds where it is not installed
-    with pytest.raises(ValueError, match=r"snow/n01/b\.mp4 is a video: .*pip install av"):
+    with pytest.raises(ValueError, match=r"perturbed: got the video .*snow/n01/b\.mp4, takes PyAV .*pip install av"):
         flips_of(read_perturbations(imagenet_p(tmp_path), image_size=8))
 
 
@@ -369,18 +371,30 @@ def no_arrays(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "read", "message"),
     [
-        (lambda f: None, lambda f: read_corruptions(f, CLASSES, image_size=8), "holds neither kind/severity/class"),
-        (no_arrays, lambda f: read_corruptions(f, CLASSES, image_size=8), r"fog.npy is \(9, 8, 8, 3\)"),
+        (lambda f: None, lambda f: read_corruptions(f, CLASSES, image_size=8), "takes a folder of kind/severity/class"),
+        (no_arrays, lambda f: read_corruptions(f, CLASSES, image_size=8), r"got \(9, 8, 8, 3\) in .*fog.npy"),
         (
             lambda f: None,
             lambda f: read_perturbations(f, image_size=8),
-            "neither kind/class/name.mp4 nor kind.npy",
+            "takes a folder of kind/class/name.mp4 or kind.npy",
         ),
-        (no_arrays, lambda f: read_perturbations(f, image_size=8), r"fog.npy is \(9, 8, 8, 3\)"),
-        (lambda f: write(f / "emu", 9), lambda f: [ClassFolder(f, CLASSES, image_size=8)], "no training class: emu"),
-        (lambda f: write(f / "7", 9), lambda f: [ClassFolder(f, CLASSES, image_size=8)], "no training class: 7"),
-        (lambda f: write(f, 9), lambda f: [ClassFolder(f, CLASSES, image_size=8)], "has no folders of classes"),
-        (lambda f: None, lambda f: [ClassFolder(f / "a", CLASSES, image_size=8)], "there is no folder"),
+        (no_arrays, lambda f: read_perturbations(f, image_size=8), r"got \(9, 8, 8, 3\) in .*fog.npy"),
+        (
+            lambda f: write(f / "emu", 9),
+            lambda f: [ClassFolder(f, CLASSES, image_size=8)],
+            "with emu, takes folders of training classes",
+        ),
+        (
+            lambda f: write(f / "7", 9),
+            lambda f: [ClassFolder(f, CLASSES, image_size=8)],
+            "with 7, takes folders of training classes",
+        ),
+        (
+            lambda f: write(f, 9),
+            lambda f: [ClassFolder(f, CLASSES, image_size=8)],
+            "takes a folder with one folder a class",
+        ),
+        (lambda f: None, lambda f: [ClassFolder(f / "a", CLASSES, image_size=8)], "and there is no such folder"),
     ],
 )
 def test_folders_in_no_known_layout_are_refused(
@@ -396,11 +410,12 @@ def test_folders_in_no_known_layout_are_refused(
 
 def test_errors_survive_their_file(tmp_path: Path) -> None:
     mine = rates({"clean": [0.25], "fog": [0.1, 1 / 3]})
-    write_table({"checkpoint": mine, "random": rates({"fog": [0.9]})}, tmp_path / "corruptions.csv")
+    both = {"checkpoint": mine, "random": rates({"fog": [0.9]})}
+    CorruptionsResult(both, {"checkpoint": [FlipRate("tilt", 0.125, 3)]}, []).write(tmp_path)
     assert read_errors(tmp_path / "corruptions.csv") == mine
-    with pytest.raises(ValueError, match="baseline: there is no file"):
+    with pytest.raises(ValueError, match=r"baseline: got .*nowhere\.csv, and there is no such file"):
         read_errors(tmp_path / "nowhere.csv")
-    with pytest.raises(ValueError, match="holds no error rates of 'other'"):
+    with pytest.raises(ValueError, match="takes a file with error rates of 'other'"):
         read_errors(tmp_path / "corruptions.csv", model="other")
 
 

@@ -130,7 +130,7 @@ def test_photos_are_the_files_in_the_wheel_and_need_no_network(monkeypatch):
 
 @pytest.mark.parametrize("size", [144, 600])
 def test_photos_too_small(size):
-    with pytest.raises(ValueError, match=rf"image_size={size} .*\.png"):
+    with pytest.raises(ValueError, match=rf"image_size: got {size}, takes 128 at most .*\.png"):
         open_dataset("photos", train=True, image_size=size)
 
 
@@ -231,16 +231,16 @@ def test_folder_makes_every_format_8_bit_rgb(tmp_path, save, name, top, bottom):
 @pytest.mark.parametrize(
     ("source", "train", "message"),
     [
-        ("folder:{}/missing", True, "folder:.*no folder .*missing"),
-        ("folder:{}/empty", True, "empty holds no readable image"),
-        ("folder:{}/unreadable", True, "unreadable holds no readable image .1 file"),
-        ("folder:{}/train", False, "train holds no folder named val or test"),
-        ("folder:{}/alone", True, "alone holds no folder named train"),
+        ("folder:{}/missing", True, "got 'folder:.*and there is no folder .*missing"),
+        ("folder:{}/empty", True, "got .*empty without a readable image among 0 files"),
+        ("folder:{}/unreadable", True, "got .*unreadable without a readable image among 1 file"),
+        ("folder:{}/train", False, "got .*train, takes a folder that holds one named val or test"),
+        ("folder:{}/alone", True, "got .*alone, takes a folder that holds one named train"),
         ("folder:{}/strange", False, "wasp"),
-        ("cifar10:{}/train", True, "neither cifar-10-batches-py/ nor train/ and test/"),
+        ("cifar10:{}/train", True, "takes a folder with cifar-10-batches-py/, or train/ and test/"),
         ("folder:", True, "'photos', 'folder:PATH' or 'cifar10:PATH'"),
         ("photos:{}", True, "'photos', 'folder:PATH' or 'cifar10:PATH'"),
-        ("imagenet", True, "'photos', 'folder:PATH' or 'cifar10:PATH', got 'imagenet'"),
+        ("imagenet", True, "data: got 'imagenet', takes 'photos', 'folder:PATH' or 'cifar10:PATH'"),
     ],
 )
 def test_bad_source(class_folder, source, train, message):
@@ -255,7 +255,7 @@ def test_bad_source(class_folder, source, train, message):
 
 
 def test_bad_image_size():
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size: got 0, takes a positive number"):
         open_dataset("photos", train=True, image_size=0)
 
 
@@ -295,7 +295,7 @@ def test_unreadable_files_are_skipped_counted_and_named(broken_folder, workers, 
 def test_nothing_left_to_read(broken_folder):
     dataset = open_dataset(f"folder:{broken_folder}", train=True, image_size=8)
     shutil.rmtree(broken_folder / "train")
-    with pytest.raises(ValueError, match="none of the 12 images can be read any more"):
+    with pytest.raises(ValueError, match="got 12 images, none of which can be read any more"):
         next(iter(make_loader(dataset, batch_size=4, train=True)))
     batch = next(iter(make_loader(dataset, batch_size=4, train=False)))
     assert batch.images.shape == (0, 3, 8, 8)
@@ -336,7 +336,7 @@ def test_cifar10_batches(cifar_batches):
 
 def test_cifar10_batches_damaged(cifar_batches):
     (cifar_batches / "cifar-10-batches-py/data_batch_2").unlink()
-    with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or damaged"):
+    with pytest.raises(ValueError, match="cifar-10-batches-py, incomplete or damaged"):
         open_dataset(f"cifar10:{cifar_batches}", train=True, image_size=32)
 
 
@@ -419,12 +419,12 @@ def test_loading_leaves_the_global_random_state_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 11}, "batch_size=11 exceeds the 10 images"),
-        ({"batch_size": 0}, "batch_size must be a positive multiple of world_size=1, got 0"),
-        ({"batch_size": 4, "world_size": 3}, "batch_size must be a positive multiple of world_size=3, got 4"),
-        ({"batch_size": 4, "world_size": 2, "rank": 2}, "rank=2 and world_size=2"),
-        ({"batch_size": 4, "seed": -1}, "seed=-1"),
-        ({"batch_size": 4, "workers": -1}, "workers=-1"),
+        ({"batch_size": 11}, "batch_size: got 11, takes the 10 images"),
+        ({"batch_size": 0}, "batch_size: got 0, takes a positive multiple of world_size=1"),
+        ({"batch_size": 4, "world_size": 3}, "batch_size: got 4, takes a positive multiple of world_size=3"),
+        ({"batch_size": 4, "world_size": 2, "rank": 2}, "rank: got 2 of world_size=2"),
+        ({"batch_size": 4, "seed": -1}, "seed: got -1"),
+        ({"batch_size": 4, "workers": -1}, "workers: got -1"),
     ],
 )
 def test_bad_loader_options(options, message):

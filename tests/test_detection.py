@@ -1,10 +1,8 @@
 """Detection transfer: the generated set, the folder, the detector on a frozen encoder, and COCO's measures."""
 
-import csv
 import io
 import json
 import math
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases.command_line import PNG, assert_same_files, rows, run_cli
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from ser_fast import cli
-from ser_fast.evaluation import shapes
-from ser_fast.evaluation.detection import CocoFolder, FeaturePyramid, build_detector, predict, score, train_head
+from ser_fast.evaluation import detection, synthetic_coco
+from ser_fast.evaluation.coco import CocoFolder, score
+from ser_fast.evaluation.detector import FeaturePyramid, build_detector, predict, train_head
+from ser_fast.evaluation.protocol import open_encoder
 from ser_fast.vit import SplitViT, save_split_vit
 
 SIZE = 64
@@ -34,7 +34,7 @@ class Flat:
     """Images of one grey, in place of the photographs."""
 
     def __init__(self, grey: int) -> None:
-        self.image = torch.full((3, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE), grey, dtype=torch.uint8)
+        self.image = torch.full((3, synthetic_coco.IMAGE_SIZE, synthetic_coco.IMAGE_SIZE), grey, dtype=torch.uint8)
 
     def __len__(self) -> int:
         return 3
@@ -82,7 +82,7 @@ def hand_made(tmp_path: Path) -> CocoFolder:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_boxes_are_those_of_the_pasted_pixels(seed: int) -> None:
-    image, objects = shapes.paste_shapes(Flat(0)[0][0], Flat(255), np.random.default_rng(seed))
+    image, objects = synthetic_coco.paste_shapes(Flat(0)[0][0], Flat(255), np.random.default_rng(seed))
     colours = image.flatten(1).unique(dim=1).T  # each object has one, the background is black
     found = []
     for colour in colours[colours.sum(1) > 0]:
@@ -96,20 +96,20 @@ def test_boxes_are_those_of_the_pasted_pixels(seed: int) -> None:
 def test_each_shape_has_its_category() -> None:
     rng, shares = np.random.default_rng(0), {}
     for _ in range(60):
-        for pasted in shapes.paste_shapes(Flat(0)[0][0], Flat(255), rng)[1]:
+        for pasted in synthetic_coco.paste_shapes(Flat(0)[0][0], Flat(255), rng)[1]:
             _, _, width, height = pasted["bbox"]
             shares.setdefault(pasted["category_id"], []).append(pasted["area"] / (width * height))
-    means = {list(shapes.SHAPES)[number - 1]: float(np.mean(of)) for number, of in shares.items()}
-    assert set(means) == set(shapes.SHAPES)
+    means = {list(synthetic_coco.SHAPES)[number - 1]: float(np.mean(of)) for number, of in shares.items()}
+    assert set(means) == set(synthetic_coco.SHAPES)
     assert means["disc"] == pytest.approx(math.pi / 4, abs=0.01)  # at any angle
     assert means["square"] == pytest.approx(0.64, abs=0.1)  # .5 to 1, by the angle
     assert means["triangle"] == pytest.approx(0.49, abs=0.05)  # at most a half
 
 
 def test_the_set_is_seeded_and_its_parts_are_not_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "IMAGES", {"train": 3, "val": 2})
+    monkeypatch.setattr(synthetic_coco, "IMAGES", {"train": 3, "val": 2})
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        shapes.write_shapes(tmp_path / name, seed=seed)
+        synthetic_coco.write_shapes(tmp_path / name, seed=seed)
     a, b, c = (
         {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
         for name in "abc"
@@ -119,7 +119,7 @@ def test_the_set_is_seeded_and_its_parts_are_not_alike(tmp_path: Path, monkeypat
     parts = [CocoFolder(tmp_path / "a", train=train) for train in (True, False)]
     assert [len(part) for part in parts] == [3, 2]
     image, target = parts[0][0]
-    assert image.shape == (3, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
+    assert image.shape == (3, synthetic_coco.IMAGE_SIZE, synthetic_coco.IMAGE_SIZE)
     assert len(target["boxes"]) == len(target["labels"]) >= 1
 
 
@@ -147,11 +147,11 @@ def test_examples_have_corners_and_labels_from_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds 0 files annotations/instances_val"),
-        ({"instances_val1": "{}", "instances_val2": "{}"}, "holds 2 files"),
+        ({}, "got 0 files annotations/instances_val"),
+        ({"instances_val1": "{}", "instances_val2": "{}"}, "got 2 files"),
         ({"instances_valid": "{}"}, "no folder .*valid"),
-        ({"instances_val": "[1]"}, "isn't in COCO's format"),
-        ({"instances_val": "{}"}, "has 0 images, 0 categories and 0 annotations"),
+        ({"instances_val": "[1]"}, "takes COCO's format"),
+        ({"instances_val": "{}"}, "got 0 images, 0 categories and 0 annotations"),
         (
             {
                 "instances_val": '{"images": [{"id": 1}], "categories": [{"id": 1}], "annotations": [{"id": 1, '
@@ -251,8 +251,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> CocoFolder:
     """Two images of the generated set."""
     folder = tmp_path_factory.mktemp("pair")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "IMAGES", {"train": 2, "val": 1})
-        shapes.write_shapes(folder, seed=3)
+        patch.setattr(synthetic_coco, "IMAGES", {"train": 2, "val": 1})
+        synthetic_coco.write_shapes(folder, seed=3)
     return CocoFolder(folder, train=True)
 
 
@@ -274,7 +274,7 @@ def test_the_pyramid_has_four_scales_of_the_last_tokens() -> None:
 
 @pytest.mark.parametrize("patch_size", [7, (8, 16)])
 def test_patches_that_roi_align_cannot_take_are_refused(patch_size: Any) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint: patches of \d+ x \d+ pixels"):
+    with pytest.raises(ValueError, match=r"checkpoint: got patches of \d+ x \d+ pixels"):
         build_detector(make_encoder(patch_size), categories=2, image_size=64)
 
 
@@ -318,7 +318,7 @@ def test_interrupted_training_goes_on_to_the_same_head(
     resumed, _ = train(pair, tmp_path / "parts.pt")
     expected = whole.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
-    with pytest.raises(ValueError, match=r"out: .*parts.pt was trained with another lr, seed; delete"):
+    with pytest.raises(ValueError, match=r"out: got .*parts.pt, trained with another lr, seed; delete"):
         train(pair, tmp_path / "parts.pt", lr=1e-2, seed=5)
 
 
@@ -331,7 +331,7 @@ def test_counts_are_positive(pair: CocoFolder, tmp_path: Path, name: str) -> Non
 @pytest.mark.slow
 def test_two_images_are_learned_by_heart(pair: CocoFolder, tmp_path: Path) -> None:
     encoder = make_encoder()
-    detector = build_detector(encoder, categories=len(pair.categories), image_size=shapes.IMAGE_SIZE)
+    detector = build_detector(encoder, categories=len(pair.categories), image_size=synthetic_coco.IMAGE_SIZE)
     train_head(detector, pair, tmp_path / "head.pt", steps=100, batch_size=2)
     assert score(pair.coco, predict(detector, pair))[0].ap > 0.5
 
@@ -339,25 +339,18 @@ def test_two_images_are_learned_by_heart(pair: CocoFolder, tmp_path: Path) -> No
 # ---------------------------------------------------------------- the command
 
 
-def run_cli(*argv: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ser-fast", "detection", *map(str, argv)])
-        cli.main()
-
-
 @pytest.mark.slow
 def test_the_command_compares_with_a_random_initialisation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shapes, "IMAGES", {"train": 4, "val": 2})
+    monkeypatch.setattr(synthetic_coco, "IMAGES", {"train": 4, "val": 2})
     checkpoint = tmp_path / "encoder.safetensors"
     save_split_vit(checkpoint, make_encoder())
     argv = [checkpoint, "--steps=2", "--batch-size=2", "--image-size=64", "--device=cpu"]
-    run_cli(*argv)
-    with (tmp_path / "detection.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
+    run_cli("detection", *argv)
+    table = rows(tmp_path / "detection.csv")
     assert [(row["model"], row["category"]) for row in table] == [
-        (model, category) for model in ("checkpoint", "random") for category in ("all", *shapes.SHAPES)
+        (model, category) for model in ("checkpoint", "random") for category in ("all", *synthetic_coco.SHAPES)
     ]
     held_out = CocoFolder(tmp_path / "detection" / "shapes_0", train=False)
     for model in ("checkpoint", "random"):
@@ -367,6 +360,21 @@ def test_the_command_compares_with_a_random_initialisation(
             [record.ar for record in expected], nan_ok=True
         )
         assert torch.load(tmp_path / "detection" / f"{model}.pt", weights_only=True)["step"] == 2
-    assert (tmp_path / "detection.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert (tmp_path / "detection.png").read_bytes().startswith(PNG)
     shown = "".join(capsys.readouterr().out.split())  # a path may be broken over lines
     assert all(word in shown for word in ("checkpoint", "random", "ap_small", "detection.csv"))
+
+    # Python gives the same files, from heads that go on and from heads of its own.
+    encoder, _, _ = open_encoder(checkpoint, device="cpu")
+    result = detection.evaluate(encoder, steps=2, batch_size=2, image_size=64)
+    written = result.write(tmp_path / "python")
+    assert_same_files(written[:2], tmp_path)
+    assert_same_files(written[2:], tmp_path / "detection")
+
+
+def test_options_are_checked_before_the_set_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps: got 0, takes a positive number"):
+        detection.evaluate(make_encoder(), steps=0, heads=tmp_path)
+    with pytest.raises(ValueError, match="data: got 0 files"):
+        detection.evaluate(make_encoder(), tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -18,16 +18,16 @@ from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation import knn
 from ser_fast.evaluation.equivariance import (
-    Record,
+    LayerRecord,
     default_elements,
     equivariance_errors,
     plot,
     print_table,
-    random_control,
-    write_table,
 )
 from ser_fast.evaluation.features import embed, evaluating, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
+from ser_fast.evaluation.protocol import random_control
+from ser_fast.evaluation.tables import write_table
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops.group_action import group_action
 from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -123,9 +123,9 @@ def brute_force_knn(train: Tensor, labels: Tensor, test: Tensor, test_labels: Te
     return correct / len(test)
 
 
-@pytest.mark.parametrize("similarities", [knn._SIMILARITIES, 100, 1])  # one chunk; 3 rows each; 1 row each
+@pytest.mark.parametrize("similarities", [knn.SIMILARITIES, 100, 1])  # one chunk; 3 rows each; 1 row each
 def test_knn_is_the_brute_force_vote(similarities: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "_SIMILARITIES", similarities)
+    monkeypatch.setattr(knn, "SIMILARITIES", similarities)
     centres = torch.randn(4, 6)
     labels, test_labels = torch.randint(4, (33,)), torch.randint(4, (20,))
     train = centres[labels] + 1.5 * torch.randn(33, 6)
@@ -158,7 +158,7 @@ def test_knn_counts_a_class_it_never_saw_as_wrong() -> None:
         ({"k": [1, 0]}, r"k: got \[1, 0\]"),
         ({"k": []}, "k: got"),
         ({"temperature": 0.0}, "temperature"),
-        ({"train_features": torch.full((5, 2), math.nan)}, "train_features: every value must be finite"),
+        ({"train_features": torch.full((5, 2), math.nan)}, "train_features: got NaN or Inf"),
         ({"train_features": torch.zeros(5, 2).long()}, "train_features: got torch.int64"),
         ({"test_features": torch.zeros(3, 4)}, "test_features: got 4 channels"),
         ({"test_features": torch.zeros(0, 2), "test_labels": torch.zeros(0).long()}, "test_features"),
@@ -243,7 +243,7 @@ def smooth(n: int) -> Tensor:
     return (F.interpolate(torch.rand(n, 3, 4, 4), (32, 32), mode="bicubic").clamp(0, 1) * 255).byte()
 
 
-def of_group(records: list[Record], group: str) -> list[Record]:
+def of_group(records: list[LayerRecord], group: str) -> list[LayerRecord]:
     chosen = [record for record in records if record.group == group]
     assert chosen
     return chosen
@@ -393,7 +393,7 @@ def test_a_constant_map_has_no_measures() -> None:
         assert math.isnan(record.mrr)
 
 
-def test_tokens_from_outside_the_image_take_no_part() -> None:
+def test_tokens_from_outside_the_image_are_left_out() -> None:
     # Up by half the image: the lower half of the result comes from outside, where zero pixels aren't zero tokens.
     shift = LatticeMap.crop((8, 8), (4, 0, 8, 8), (8, 8))
     (record,) = equivariance_errors(Encoder(patch_mean), noise(2), elements={"shift": shift}, padding="zeros")
@@ -474,11 +474,11 @@ def test_a_split_vit_on_photographs() -> None:
 # ---------------------------------------------------------------- what is written and shown
 
 
-def some_records(layers: int) -> dict[str, list[Record]]:
+def some_records(layers: int) -> dict[str, list[LayerRecord]]:
     elements = {"identity": "identity", "rot90": "D4", "hflip": "D4", "7x9": "resampled"}
     return {
         name: [
-            Record(
+            LayerRecord(
                 layer,
                 element,
                 group,
@@ -516,15 +516,15 @@ def test_the_csv_holds_every_record_in_full(tmp_path: Path) -> None:
 
 def test_the_figure_shows_the_split_and_every_model(tmp_path: Path) -> None:
     records = some_records(3)
-    pictures = []
+    figures = []
     for i, (shown, split) in enumerate([(records, 2), (records, None), ({"checkpoint": records["checkpoint"]}, 2)]):
         plot(shown, tmp_path / f"{i}.png", split=split)
-        pictures.append((tmp_path / f"{i}.png").read_bytes())
-        assert pictures[-1].startswith(b"\x89PNG")
-    assert len(set(pictures)) == 3
+        figures.append((tmp_path / f"{i}.png").read_bytes())
+        assert figures[-1].startswith(b"\x89PNG")
+    assert len(set(figures)) == 3
 
 
-def printed(records: dict[str, list[Record]]) -> list[str]:
+def printed(records: dict[str, list[LayerRecord]]) -> list[str]:
     out = io.StringIO()
     print_table(records, Console(file=out, width=80))
     return [line.rstrip() for line in out.getvalue().splitlines()]

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ser_fast.data.loader import make_loader
 from ser_fast.data.sources import ImageDataset, open_dataset
-from ser_fast.evaluation import features, prediction
-from ser_fast.evaluation.classification import grade, plot_confusion, rank, share_of, write_confusion, write_rows
+from ser_fast.evaluation import transformations
+from ser_fast.evaluation.classification import grade, rank, share_of
 from ser_fast.evaluation.features import embed, embed_cached, embedder, spread_items
+from ser_fast.evaluation.figures import plot_confusion
 from ser_fast.evaluation.knn import knn_predictions
 from ser_fast.evaluation.linear_probe import probe_scores, train_probe
-from ser_fast.evaluation.prediction import Prediction, predict_transformations
+from ser_fast.evaluation.tables import write_confusion, write_rows
+from ser_fast.evaluation.transformations import Prediction, predict_transformations
 from ser_fast.vit import SplitViT
 
 VIT, TINY = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -110,15 +112,15 @@ def tiny(seed: int = 0, **other: int) -> SplitViT:
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one entry for each time that a data set is embedded."""
+    """Grows by one entry for each time that a model sees a batch."""
     calls: list[int] = []
-    embed_batches = features._embed_batches
+    encode = SplitViT.encode
 
     def counted(*args: object, **options: object) -> object:
         calls.append(1)
-        return embed_batches(*args, **options)
+        return encode(*args, **options)
 
-    monkeypatch.setattr(features, "_embed_batches", counted)
+    monkeypatch.setattr(SplitViT, "encode", counted)
     return calls
 
 
@@ -380,11 +382,11 @@ def test_predictions_are_repeatable_and_leave_the_model_as_it_was() -> None:
 def test_the_table_shows_every_score(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         Prediction(layer, target, regressor, layer / 10 + 0.01 * i, 0.0, 6, 2)
-        for target in prediction.TARGETS
-        for i, regressor in enumerate(prediction.REGRESSORS)
+        for target in transformations.TARGETS
+        for i, regressor in enumerate(transformations.REGRESSORS)
         for layer in (1, 2)
     ]
-    prediction.print_table({"checkpoint": rows, "random": rows})
+    transformations.print_predictions({"checkpoint": rows, "random": rows})
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert sum(line == "checkpoint linear 0.10 0.20" for line in lines) == 3
     assert sum(line == "random MLP 0.11 0.21" for line in lines) == 3

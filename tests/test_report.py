@@ -9,15 +9,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from cases.command_line import run_cli
 from matplotlib.figure import Figure
 
-from ser_fast import cli
-from ser_fast.report import Run, read_runs, write_report
+from ser_fast.report.runs import Run, read_runs, write_report
 
 STEPS = 40
 WEIGHTS = {"plain": 0.0, "<script>document.title='broken'<script>": 1.0, "third & last": 0.5}
@@ -51,9 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def page(folders: list[Path]) -> Path:
     path = folders[0].parent / "reports" / "report.html"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ser-fast", "report", *map(str, folders), "--out", str(path)])
-        cli.main()
+    run_cli("report", *folders, "--out", path)
     return path
 
 
@@ -152,7 +149,14 @@ def test_long_tables_are_cut_and_say_so(tmp_path: Path) -> None:
     assert "The first 1000 rows of a run; there are: long 1001." in (tmp_path / "long.html").read_text()
 
 
-def test_colours_and_names_tell_runs_apart(tmp_path: Path) -> None:
+def test_every_run_is_marked_with_its_color(page: Path, folders: list[Path]) -> None:
+    colors = [run.color for run in read_runs(folders)]
+    marks = [attributes["style"] for _, attributes in Parsed(page).tags if attributes.get("class") == "swatch"]
+    assert marks[: len(colors)] == [f"background: {color}" for color in colors]  # of the legend
+    assert set(marks) == set(marks[: len(colors)])
+
+
+def test_colors_and_names_tell_runs_apart(tmp_path: Path) -> None:
     folders = []
     for number in range(12):
         (tmp_path / str(number)).mkdir()
@@ -163,7 +167,11 @@ def test_colours_and_names_tell_runs_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [((), "runs: got none"), (("empty",), "holds neither log.jsonl nor a CSV"), (("empty", "empty"), "comes twice")],
+    [
+        ((), "runs: got none"),
+        (("empty",), "takes a folder that holds log.jsonl or a CSV"),
+        (("empty", "empty"), "takes each folder once"),
+    ],
 )
 def test_what_is_no_run_is_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
     (tmp_path / "empty").mkdir()

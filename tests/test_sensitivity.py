@@ -3,7 +3,6 @@
 import base64
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,15 +12,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from cases.command_line import assert_same_files, run_cli
 from scipy.stats import ttest_1samp
 from torch import Tensor, nn
 
-from ser_fast import cli
-from ser_fast.evaluation.equivariance import random_control
+from ser_fast.evaluation.protocol import random_control
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.ops.group_action import group_action
-from ser_fast.sensitivity import measures, rows, study, training
+from ser_fast.sensitivity import measures, retraining, study
+from ser_fast.sensitivity.analysis import combine, mean, recommend, trusted
+from ser_fast.sensitivity.evaluation import SensitivityResult, evaluate
 from ser_fast.sensitivity.factors import (
     DEFAULT,
     ELEMENTS,
@@ -34,20 +35,20 @@ from ser_fast.sensitivity.factors import (
     one_at_a_time,
     whole_grid,
 )
-from ser_fast.sensitivity.report import (
-    REPORT,
-    SUMMARY,
-    combine,
-    draw,
-    mean,
-    recommend,
-    summarise,
-    trusted,
-    write_report,
+from ser_fast.sensitivity.figures import draw
+from ser_fast.sensitivity.page import REPORT, SUMMARY, write_report
+from ser_fast.sensitivity.sources import (
+    CONTROL,
+    Features,
+    Fields,
+    Photographs,
+    open_model,
+    random_controls,
+    resized_positions,
 )
-from ser_fast.sensitivity.rows import TABLE, Results, Row, read_rows
-from ser_fast.sensitivity.sources import CONTROL, Features, Fields, Photographs, open_models, resized_positions
-from ser_fast.training.checkpoint import list_checkpoints
+from ser_fast.sensitivity.table import COLUMNS, TABLE, Row, StudyTable, read_rows
+from ser_fast.sensitivity.words import summarize
+from ser_fast.training.run_folder import RunFolder
 from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT, save_split_vit
 
@@ -216,14 +217,15 @@ def test_position_kernels_act_inside_the_block_alone() -> None:
 def test_models_are_opened_beside_random_controls(tmp_path: Path) -> None:
     vit = tiny_vit()
     save_split_vit(tmp_path / "encoder.safetensors", vit)
-    name = str(tmp_path)
-    models = open_models([name, f"{name}/encoder.safetensors"], vit, seed=0)
-    assert list(models) == [name, f"{name}/encoder.safetensors", CONTROL]  # one control for one architecture
-    assert torch.equal(models[name].patch_embed.proj.weight, vit.patch_embed.proj.weight)
-    assert torch.equal(models[CONTROL].patch_embed.proj.weight, random_control(vit).patch_embed.proj.weight)
-    assert list(open_models([], vit, seed=0)) == [CONTROL]
-    with pytest.raises(ValueError, match="checkpoint: nowhere is neither a run's folder"):
-        open_models(["nowhere"], vit, seed=0)
+    models = {name: open_model(name) for name in (str(tmp_path), f"{tmp_path}/encoder.safetensors")}
+    assert all(torch.equal(model.patch_embed.proj.weight, vit.patch_embed.proj.weight) for model in models.values())
+    controls = random_controls(models, seed=0)
+    assert list(controls) == [CONTROL]  # one control for one architecture
+    assert torch.equal(controls[CONTROL].patch_embed.proj.weight, random_control(vit).patch_embed.proj.weight)
+    both = random_controls({"a": vit, "b": tiny_vit(depth=1)}, seed=0)
+    assert list(both) == [CONTROL, f"{CONTROL} (b)"]
+    with pytest.raises(ValueError, match="checkpoint: got nowhere, takes a run's folder"):
+        open_model("nowhere")
 
 
 def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +238,7 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match="the weights of vit_tiny_patch16_224 can't be had: no network here"):
-        open_models(["vit_tiny_patch16_224"], tiny_vit(), seed=0)
+        open_model("vit_tiny_patch16_224")
 
 
 # ---------------------------------------------------------------- bootstrap
@@ -440,8 +442,8 @@ def test_antialias_takes_what_would_alias() -> None:
 
 
 def test_the_time_is_relative_to_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {measures._copy: 2.0}
-    monkeypatch.setattr(measures, "_seconds", lambda run, x, g: seconds.get(run, 6.0))
+    seconds = {measures.copy_tokens: 2.0}
+    monkeypatch.setattr(measures, "time_once", lambda run, x, g: seconds.get(run, 6.0))
     assert [e[3:6] for e in measures.cost((4, 4), "scale 0.75", [DEFAULT.resampling], CPU)] == [(3.0, 3.0, 3.0)]
 
 
@@ -457,8 +459,8 @@ def small_sources() -> list[Any]:
     return [Fields(5, seed=0), Photographs(images), Features(f"{CONTROL} <b>&", tiny_vit(depth=1), images)]
 
 
-def small_study(out: Path, *, elements: Sequence[str] = FEW, settings: Sequence[Setting] | None = None) -> Results:
-    results = Results(out, PROTOCOL)
+def small_study(out: Path, *, elements: Sequence[str] = FEW, settings: Sequence[Setting] | None = None) -> StudyTable:
+    results = StudyTable(out, PROTOCOL)
     settings = one_at_a_time() if settings is None else settings
     study.measure(results, small_sources(), settings, elements, seed=0, device=CPU)
     return results
@@ -526,15 +528,15 @@ def test_a_study_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_protocol_and_other_files_are_refused(tmp_path: Path) -> None:
-    Results(tmp_path, PROTOCOL)
-    with pytest.raises(ValueError, match=r"out: .* holds a study of .*'images': 5.*this one is of .*'images': 6"):
-        Results(tmp_path, {**PROTOCOL, "images": 6})
+    StudyTable(tmp_path, PROTOCOL)
+    with pytest.raises(ValueError, match=r"out: got .* with a study of .*'images': 5.*takes one of .*'images': 6"):
+        StudyTable(tmp_path, {**PROTOCOL, "images": 6})
     (tmp_path / TABLE).write_text("a,b\r\n1,2\r\n")
-    with pytest.raises(ValueError, match="got columns"):
-        Results(tmp_path, PROTOCOL)
-    columns = ",".join(rows._COLUMNS)
+    with pytest.raises(ValueError, match="with columns"):
+        StudyTable(tmp_path, PROTOCOL)
+    columns = ",".join(COLUMNS)
     (tmp_path / TABLE).write_text(f"{columns}\r\nequivariance,fields\r\n")
-    with pytest.raises(ValueError, match="line 2 can't be read"):
+    with pytest.raises(ValueError, match="whose line 2 can't be read"):
         read_rows(tmp_path / TABLE)
 
 
@@ -598,7 +600,7 @@ def test_means_weigh_sources_alike_and_leave_nan_out() -> None:
 
 def test_the_summary_is_ten_lines_of_the_rows(finished: Path) -> None:
     table = read_rows(finished / TABLE)
-    summary = summarise(table)
+    summary = summarize(table)
     assert len(summary) == 10
     assert str(recommend(table)[0]) in summary[1]
     zeros = [r.value for r in table if r.measure == "dc_gain" and r.padding == "zeros" and r.group != "D4"]
@@ -606,11 +608,11 @@ def test_the_summary_is_ten_lines_of_the_rows(finished: Path) -> None:
     assert "composition and round trip are exact" in summary[8]
 
     # Were nearest the best of all and the corners convention fatal, it would say so.
-    told = summarise([_bent(r) for r in table])
+    told = summarize([_bent(r) for r in table])
     assert "Recommended: nearest" in told[1]
     assert re.search(r"corners \+[1-9]\d{3,}", told[6])
-    with pytest.raises(ValueError, match="rows: hold no relative_error"):
-        summarise([r for r in table if r not in trusted(table)])
+    with pytest.raises(ValueError, match="rows: got no relative_error"):
+        summarize([r for r in table if r not in trusted(table)])
 
 
 def _bent(row: Row) -> Row:
@@ -641,18 +643,19 @@ def test_the_main_figure_shows_shares_of_the_errors_of_the_default(finished: Pat
 
 @pytest.mark.slow
 def test_the_report_stands_alone(finished: Path, tmp_path: Path) -> None:
-    summary = write_report(read_rows(finished / TABLE), made_up_scores(), tmp_path)
+    table = read_rows(finished / TABLE)
+    write_report(table, made_up_scores(), tmp_path)
     page = (tmp_path / REPORT).read_text()
     assert not re.search(r"https?:|//", re.sub(r'src="data:[^"]*"', "", page))
     embedded = re.findall(r'src="([^"]*)"', page)
     assert len(embedded) == 8
-    pictures = {path.read_bytes() for path in tmp_path.glob("*.png")}
+    figures = {path.read_bytes() for path in tmp_path.glob("*.png")}
     prefix = "data:image/png;base64,"
-    assert {base64.b64decode(source.removeprefix(prefix)) for source in embedded} == pictures
-    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert {base64.b64decode(source.removeprefix(prefix)) for source in embedded} == figures
+    assert all(figure.startswith(b"\x89PNG") for figure in figures)
     assert f"{CONTROL} &lt;b&gt;&amp;" in page
     assert "<b>" not in page
-    assert (tmp_path / SUMMARY).read_text().splitlines() == summary
+    assert (tmp_path / SUMMARY).read_text().splitlines() == summarize(table)
     assert "After training" in page
     assert "After training" not in _page_without_training(finished, tmp_path)
 
@@ -665,11 +668,11 @@ def _page_without_training(finished: Path, out: Path) -> str:
 # ---------------------------------------------------------------- after training
 
 
-def made_up_scores() -> list[training.Score]:
+def made_up_scores() -> list[retraining.Score]:
     """Nearest is worse by .1 on scales whatever the seed; the rest is noise of about .01."""
     noise = (0.0, 0.01, -0.01)
     return [
-        training.Score(variant, seed, 0.3 + n, 0.4 + n + worse * (variant == "nearest"), 0.5 + n, 0.6 + n)
+        retraining.Score(variant, seed, 0.3 + n, 0.4 + n + worse * (variant == "nearest"), 0.5 + n, 0.6 + n)
         for variant in ("random", "bicubic", "nearest", "bilinear")
         for seed, (n, worse) in enumerate(zip(noise, (0.1, 0.11, 0.09), strict=True))
     ]
@@ -677,12 +680,12 @@ def made_up_scores() -> list[training.Score]:
 
 def test_differences_are_judged_against_chance() -> None:
     scores = made_up_scores()
-    difference, error = training.paired_difference(scores, "nearest", "resampled_error")
+    difference, error = retraining.paired_difference(scores, "nearest", "resampled_error")
     assert difference == pytest.approx(0.1)
     assert error == pytest.approx(0.01 / math.sqrt(3))
-    p = training.chance(difference, error, 3)
+    p = retraining.chance(difference, error, 3)
     assert p == pytest.approx(ttest_1samp([0.1, 0.11, 0.09], 0).pvalue)
-    d4, scales, retrieval, last = training.judge(scores)
+    d4, scales, retrieval, last = retraining.judge(scores)
     assert "error on scales: the choice matters after training" in scales
     assert f"more than chance: nearest +0.1000 (standard error 0.0058, p {8 * p:.2g})" in scales  # of 2 settings x 4
     assert "bilinear +0.0000" in scales.split("; more than chance")[0]
@@ -694,13 +697,13 @@ def test_one_of_many_comparisons_is_no_finding() -> None:
     noisy = [
         replace(s, d4_error=s.d4_error + 0.1 * (1 + s.seed)) if s.variant == "nearest" else s for s in made_up_scores()
     ]
-    difference, error = training.paired_difference(noisy, "nearest", "d4_error")
+    difference, error = retraining.paired_difference(noisy, "nearest", "d4_error")
     assert difference > 2 * error
-    assert "the choice does not show" in training.judge(noisy)[0]
+    assert "the choice does not show" in retraining.judge(noisy)[0]
 
 
 def test_the_figure_shows_differences_at_the_same_seed() -> None:
-    scales = training.draw_scores(made_up_scores()).axes[1]
+    scales = retraining.draw_scores(made_up_scores()).axes[1]
     assert [label.get_text() for label in scales.get_xticklabels()] == ["nearest", "bilinear"]
     nearest, bilinear = (drawn.get_offsets()[:, 1].tolist() for drawn in scales.collections[::2])
     assert nearest == pytest.approx([0.1, 0.11, 0.09])
@@ -708,10 +711,10 @@ def test_the_figure_shows_differences_at_the_same_seed() -> None:
 
 
 def test_scores_are_kept(tmp_path: Path) -> None:
-    assert training.read_scores(tmp_path) == []
-    training.write_scores(made_up_scores(), tmp_path)
-    assert training.read_scores(tmp_path) == made_up_scores()
-    assert (tmp_path / training.FIGURE).read_bytes().startswith(b"\x89PNG")
+    assert retraining.read_scores(tmp_path) == []
+    retraining.RetrainingResult(made_up_scores()).write(tmp_path)
+    assert retraining.read_scores(tmp_path) == made_up_scores()
+    assert (tmp_path / retraining.FIGURE).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -720,40 +723,34 @@ def test_scores_are_kept(tmp_path: Path) -> None:
 )
 def test_training_studies_that_cannot_be_judged(variants: list[str], seeds: int, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        training.study_runs(tmp_path, variants, seeds, data="photos", steps=1)
+        retraining.study_runs(tmp_path, variants, seeds, data="photos", steps=1)
 
 
 @pytest.mark.slow
 def test_runs_differ_in_the_setting_alone_and_are_trained_once(tmp_path: Path) -> None:
-    runs = training.study_runs(tmp_path, ["bicubic", "zeros"], 2, data="photos", steps=1, image_size=32, patch_size=8)
+    runs = retraining.study_runs(tmp_path, ["bicubic", "zeros"], 2, data="photos", steps=1, image_size=32, patch_size=8)
     small = {"embed_dim": 24, "depth": 2, "num_heads": 2}
     runs = {
         key: replace(run, model=replace(run.model, **small), optim=replace(run.optim, batch_size=8))
         for key, run in runs.items()
     }
-    assert [(name, seed, run.seed, run.ser.padding) for (name, seed), run in runs.items()] == [
+    assert [(name, seed, run.seed, run.addons["ser"].padding) for (name, seed), run in runs.items()] == [
         ("bicubic", 0, 0, "border"),
         ("zeros", 0, 0, "zeros"),
         ("bicubic", 1, 1, "border"),
         ("zeros", 1, 1, "zeros"),
     ]
-    assert all(run.ser.weight == 1 for run in runs.values())
-    scores = training.train_and_score(runs, images=4, device="cpu")
+    assert all(run.addons["ser"].weight == 1 for run in runs.values())
+    scores = retraining.train_and_score(runs, images=4, device="cpu")
     assert [(score.variant, score.seed) for score in scores] == [("random", 0), ("random", 1), *runs]
     assert len({score.resampled_error for score in scores}) == 6
-    saved = [path.stat().st_mtime_ns for run in runs.values() for path in list_checkpoints(run.out)]
+    saved = [path.stat().st_mtime_ns for run in runs.values() for path in RunFolder(run.out).list_checkpoints()]
     assert len(saved) == 4
-    assert training.train_and_score(runs, images=4, device="cpu") == scores
-    assert saved == [path.stat().st_mtime_ns for run in runs.values() for path in list_checkpoints(run.out)]
+    assert retraining.train_and_score(runs, images=4, device="cpu") == scores
+    assert saved == [path.stat().st_mtime_ns for run in runs.values() for path in RunFolder(run.out).list_checkpoints()]
 
 
 # ---------------------------------------------------------------- the command
-
-
-def run_cli(*argv: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ser-fast", "sensitivity", *map(str, argv)])
-        cli.main()
 
 
 @pytest.mark.slow
@@ -764,13 +761,35 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     options = (tmp_path, "--images=3", "--image-size=56", "--device=cpu", f"--out={out}")
     settings = [DEFAULT, Setting(Resampling("nearest")), Setting(Resampling(padding="zeros"))]
     monkeypatch.setattr(study, "one_at_a_time", lambda: settings)
-    run_cli(*options)
+    run_cli("sensitivity", *options)
     printed = capsys.readouterr().out
     assert [f"{n}. " in printed for n in range(1, 11)] == [True] * 10
     assert {row.model for row in read_rows(out / TABLE)} == {"", str(tmp_path), CONTROL}
     assert (out / REPORT).exists()
-    with pytest.raises(SystemExit, match=r"ser-fast: out: .* holds a study of .*'seed': 0"):
-        run_cli(*options, "--seed=1")
-    with pytest.raises(SystemExit, match="ser-fast: checkpoint: nowhere is neither"):
-        run_cli("nowhere", f"--out={tmp_path / 'other'}")
+    with pytest.raises(SystemExit, match=r"ser-fast: out: got .* with a study of .*'seed': 0"):
+        run_cli("sensitivity", *options, "--seed=1")
+    with pytest.raises(SystemExit, match="ser-fast: checkpoint: got nowhere, takes"):
+        run_cli("sensitivity", "nowhere", f"--out={tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_python_gives_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "FEW_ELEMENTS", ("rot90", "scale 0.75"))
+    monkeypatch.setattr(measures, "time_once", lambda run, x, g: 1.0 if run is measures.copy_tokens else 2.0)
+    settings = [DEFAULT, Setting(Resampling("nearest")), Setting(Resampling(padding="zeros"))]
+    monkeypatch.setattr(study, "one_at_a_time", lambda: settings)
+    save_split_vit(tmp_path / "encoder.safetensors", tiny_vit())
+    run_cli("sensitivity", tmp_path, "--images=2", "--image-size=56", "--device=cpu", f"--out={tmp_path / 'command'}")
+    models = {str(tmp_path): open_model(str(tmp_path))}
+    result = evaluate(models, images=2, image_size=56)  # in memory
+    assert len(result.summary()) == 10
+    written = result.write(tmp_path / "python")
+    assert_same_files(written, tmp_path / "command")
+    assert SensitivityResult.read(tmp_path / "python") == result
+    # The folder can be gone on from.
+    monkeypatch.setattr(measures, "equivariance", lambda *a, **k: pytest.fail("measured again"))
+    again = evaluate(models, images=2, image_size=56, folder=tmp_path / "python")
+    assert sorted(map(repr, again.rows)) == sorted(map(repr, result.rows))
+    with pytest.raises(ValueError, match="preset: got 'slow'"):
+        evaluate(models, preset="slow")  # type: ignore[arg-type]

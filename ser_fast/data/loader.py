@@ -15,13 +15,16 @@ from ser_fast.data.sources import ImageDataset, UnreadableImageError
 class Batch:
     """One rank's part of a batch.
 
-    indices are the items' own: where an unreadable file was replaced, those of the replacement. skipped: (path, reason)
-    of the files that could not be read for this batch.
+    Attributes:
+        images: (B, 3, S, S) uint8.
+        labels: (B,) int64; -1 for none.
+        indices: (B,) int64, the items' own: where an unreadable file was replaced, those of the replacement.
+        skipped: (path, reason) of the files that could not be read for this batch.
     """
 
-    images: Tensor  # uint8 (B, 3, S, S)
-    labels: Tensor  # int64 (B,)
-    indices: Tensor  # int64 (B,)
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
     skipped: list[tuple[str, str]]
 
     def pin_memory(self) -> "Batch":
@@ -43,7 +46,17 @@ class EpochSampler(Sampler[list[int]]):
 
     The order of an epoch is a permutation of the dataset that depends on (seed, epoch) alone. Batch b is its entries
     [b * batch_size, (b + 1) * batch_size), and rank r takes the r-th of world_size equal slices of it: a batch
-    holds the same images for any number of ranks. train=False keeps the order of the dataset and its last, short batch.
+    holds the same images for any number of ranks.
+
+    Args:
+        length: of the dataset.
+        batch_size: images in a batch over all ranks.
+        seed: of the order.
+        rank, world_size: which of how many parts of a batch.
+        train: False keeps the order of the dataset and its last, short batch.
+
+    Attributes:
+        batches: in an epoch.
     """
 
     def __init__(self, length: int, *, batch_size: int, seed: int, rank: int, world_size: int, train: bool) -> None:
@@ -57,9 +70,13 @@ class EpochSampler(Sampler[list[int]]):
         self.epoch, self.start = epoch, 0
 
     def set_start(self, batch: int) -> None:
-        """Begin this epoch at a batch, to resume in its middle; the images before it are not loaded."""
+        """Begin this epoch at a batch, to resume in its middle; the images before it are not loaded.
+
+        Raises:
+            ValueError: an epoch has no such batch.
+        """
         if not 0 <= batch <= self.batches:
-            raise ValueError(f"batch must be in 0..{self.batches}, the batches of an epoch, got {batch}")
+            raise ValueError(f"batch: got {batch}, takes 0 to {self.batches}, the batches of an epoch")
         self.start = batch
 
     def __len__(self) -> int:
@@ -97,7 +114,9 @@ class _BatchReader(Dataset[Batch]):
                     skipped.append((error.path, error.reason))
             else:
                 if self.train:
-                    raise ValueError(f"none of the {len(self.images)} images can be read any more: {skipped[-1]}")
+                    raise ValueError(
+                        f"data: got {len(self.images)} images, none of which can be read any more: {skipped[-1]}"
+                    )
         size = self.images.image_size
         return Batch(
             images=torch.stack([image for image, _, _ in items]) if items else torch.empty(0, 3, size, size).byte(),
@@ -115,9 +134,9 @@ class Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # Worker processes read copies of the dataset: what they could not read becomes known here, with the batch.
-        known = self.dataset.images.skipped
+        skipped = self.dataset.images.skipped
         for batch in super().__iter__():
-            known += [entry for entry in dict.fromkeys(batch.skipped) if entry not in known]
+            skipped += [entry for entry in dict.fromkeys(batch.skipped) if entry not in skipped]
             yield batch
 
 
@@ -133,27 +152,37 @@ def make_loader(
 ) -> Loader:
     """Load a dataset in batches, in an order that (seed, epoch) decides whatever the number of ranks and workers.
 
-    batch_size: images in a batch over all ranks; each of world_size ranks loads batch_size / world_size of them.
-    train=True: shuffled, whole batches only, an unreadable file replaced by the next readable one. train=False: the
-    order of the dataset, all of it, an unreadable file left out (a rank's last batches may be shorter).
-    workers: processes that load, kept between epochs; 0 loads in this process. With CUDA, batches are in pinned memory.
     loader.sampler.set_epoch(epoch) begins an epoch and set_start(batch) resumes in it; len(loader) counts what is left.
+    With CUDA, batches are in pinned memory.
 
-    Raises ValueError if batch_size is not a positive multiple of world_size or, in training, exceeds the dataset, if
-    rank is not in 0..world_size-1, or if seed or workers are negative.
+    Args:
+        dataset: of `open_dataset`, or alike.
+        batch_size: images in a batch over all ranks; each of world_size ranks loads batch_size / world_size of them.
+        train: True shuffles, gives whole batches only, and replaces an unreadable file by the next readable one. False
+            gives all of the dataset in its order, an unreadable file left out (a rank's last batches may be shorter).
+        seed: of the order.
+        rank, world_size: which of how many parts of a batch.
+        workers: processes that load, kept between epochs; 0 loads in this process.
 
-        loader = make_loader(dataset, batch_size=256, train=True, seed=0, workers=2)
-        loader.sampler.set_epoch(3)
-        for batch in loader: ...  # Batch: images (256, 3, S, S), labels, indices, skipped
+    Raises:
+        ValueError: batch_size is not a positive multiple of world_size or, in training, exceeds the dataset; rank is
+            not in 0 .. world_size - 1; or seed or workers are negative.
+
+    Example:
+        >>> loader = make_loader(dataset, batch_size=256, train=True, seed=0, workers=2)
+        >>> loader.sampler.set_epoch(3)
+        >>> for batch in loader:
+        ...     batch.images  # (256, 3, S, S) uint8
     """
     if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in 0..world_size-1, got rank={rank} and world_size={world_size}")
+        raise ValueError(f"rank: got {rank} of world_size={world_size}, takes 0 to world_size - 1")
     if batch_size < 1 or batch_size % world_size:
-        raise ValueError(f"batch_size must be a positive multiple of world_size={world_size}, got {batch_size}")
+        raise ValueError(f"batch_size: got {batch_size}, takes a positive multiple of world_size={world_size}")
     if train and batch_size > len(dataset):
-        raise ValueError(f"batch_size={batch_size} exceeds the {len(dataset)} images of the dataset")
-    if seed < 0 or workers < 0:
-        raise ValueError(f"seed and workers must not be negative, got seed={seed} and workers={workers}")
+        raise ValueError(f"batch_size: got {batch_size}, takes the {len(dataset)} images of the dataset at most")
+    for name, number in (("seed", seed), ("workers", workers)):
+        if number < 0:
+            raise ValueError(f"{name}: got {number}, takes 0 or more")
     return Loader(
         _BatchReader(dataset, train=train),
         sampler=EpochSampler(

@@ -41,7 +41,12 @@ PHOTOGRAPHS = (
 
 
 class UnreadableImageError(Exception):
-    """An image file that cannot be decoded; `path` and `reason` say which and why."""
+    """An image file that cannot be decoded.
+
+    Attributes:
+        path: of the file.
+        reason: what the decoder said.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -51,8 +56,13 @@ class UnreadableImageError(Exception):
 class ImageDataset(Protocol):
     """What open_dataset returns: item i is (image uint8 (3, S, S), label, i).
 
-    A file that cannot be decoded raises UnreadableImageError. The loaders of make_loader skip it instead, and enter it
-    once in `skipped` as (path, reason).
+    Attributes:
+        image_size: S, in pixels.
+        classes: their names, in the order of the labels; none where images have no label (-1).
+        skipped: (path, reason) of the files that the loaders of make_loader could not read, each once.
+
+    Raises:
+        UnreadableImageError: an item whose file cannot be decoded.
     """
 
     image_size: int
@@ -68,35 +78,44 @@ class ImageDataset(Protocol):
 
 
 def open_dataset(source: str, *, train: bool, image_size: int) -> ImageDataset:
-    """Open the training images (train=True) or the held-out images of a source.
+    """Open the training images or the held-out images of a source.
 
-    source: "photos" (tiles of photographs that scikit-image carries, see PhotoTiles), "folder:PATH" (see ImageFolder)
-    or "cifar10:PATH" (PATH holds torchvision's cifar-10-batches-py, or an image folder with train/ and test/).
-    image_size: the side of the square images in pixels.
+    Args:
+        source: "photos" (tiles of photographs that scikit-image carries, see `PhotoTiles`), "folder:PATH" (see
+            `ImageFolder`) or "cifar10:PATH" (PATH holds torchvision's cifar-10-batches-py, or an image folder with
+            train/ and test/).
+        train: the training images, else the held-out ones.
+        image_size: the side of the square images, in pixels.
 
-    Raises ValueError if the source is none of these, is missing, holds no readable image or no held-out part, or if
-    its photographs are too small for image_size.
+    Returns:
+        A dataset whose item i is (image uint8 (3, S, S), label, i).
 
-        dataset = open_dataset("photos", train=True, image_size=64)
-        image, label, index = dataset[0]  # uint8 (3, 64, 64), 0, 0
-        dataset.classes[label]  # "astronaut"
+    Raises:
+        ValueError: the source is none of these, is missing, holds no readable image or no held-out part, or its
+            photographs are too small for image_size.
+
+    Example:
+        >>> dataset = open_dataset("photos", train=True, image_size=64)
+        >>> image, label, index = dataset[0]  # uint8 (3, 64, 64), 0, 0
+        >>> dataset.classes[label]
+        'astronaut'
     """
     if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
+        raise ValueError(f"image_size: got {image_size}, takes a positive number")
     kind, _, location = source.partition(":")
     if source == "photos":
         return PhotoTiles(train=train, image_size=image_size)
     if kind not in ("folder", "cifar10") or not location:
-        raise ValueError(f"data must be 'photos', 'folder:PATH' or 'cifar10:PATH', got {source!r}")
+        raise ValueError(f"data: got {source!r}, takes 'photos', 'folder:PATH' or 'cifar10:PATH'")
     path = Path(location).expanduser().resolve()
     if not path.is_dir():
-        raise ValueError(f"data={source!r}: there is no folder {path}")
+        raise ValueError(f"data: got {source!r}, and there is no folder {path}")
     if kind == "folder":
         return ImageFolder(path, train=train, image_size=image_size)
     if (path / CIFAR10.base_folder).is_dir():
         return Cifar10(path, train=train, image_size=image_size)
     if not (path / "train").is_dir() or not (path / "test").is_dir():
-        raise ValueError(f"data={source!r}: {path} holds neither {CIFAR10.base_folder}/ nor train/ and test/")
+        raise ValueError(f"data: got {source!r}, takes a folder with {CIFAR10.base_folder}/, or train/ and test/")
     return ImageFolder(path, train=train, image_size=image_size)
 
 
@@ -117,7 +136,12 @@ class PhotoTiles:
     overlap, a third of their side apart. At image_size=64 there are 3752 training and 361 held-out tiles of 16 classes.
     Photographs longer than 800 pixels (hubble_deep_field, retina) are halved so that they do not outnumber the others.
 
-    image_size: up to 128 pixels; ValueError where a photograph is too small to give both training and held-out tiles.
+    Args:
+        train: the training tiles, else the held-out ones.
+        image_size: their side, up to 128 pixels.
+
+    Raises:
+        ValueError: a photograph is too small to give both training and held-out tiles.
     """
 
     def __init__(self, *, train: bool, image_size: int) -> None:
@@ -133,7 +157,9 @@ class PhotoTiles:
                 photograph = photograph.reduce(2)
             corners = _tile_corners(photograph.height, photograph.width, train=train, size=image_size)
             if not corners:
-                raise ValueError(f"image_size={image_size} is too large for 'photos': {name} is {photograph.size}")
+                raise ValueError(
+                    f"image_size: got {image_size}, takes 128 at most for 'photos': {name} has {photograph.size} pixels"
+                )
             self.photographs.append(transforms.pil_to_tensor(photograph))
             self.tiles += [Tile(label, top, left, image_size) for top, left in corners]
 
@@ -176,13 +202,19 @@ def _tile_corners(height: int, width: int, *, train: bool, size: int) -> list[tu
 
 
 class ImageFolder:
-    """Image files below a folder, each resized (shorter side, antialiased) and centre-cropped to image_size.
+    """Image files below a folder, each resized (shorter side, antialiased) and center-cropped to image_size.
 
-    path: holds one folder a class, or image files alone (label -1, no classes), or either of these below train/ and
-    val/ (else test/). Held-out images need val/ or test/; their labels follow the class folders of train/.
     Grey, palette, CMYK, 16-bit and transparent files become 8-bit RGB, turned upright by their EXIF orientation.
 
-    Raises ValueError naming the folder if it has no held-out part, classes unknown to train/ or no readable image.
+    Args:
+        path: holds one folder a class, or image files alone (label -1, no classes), or either of these below train/
+            and val/ (else test/). Held-out images need val/ or test/; their labels follow the class folders of train/.
+        train: the training images, else the held-out ones.
+        image_size: the side of the images, in pixels.
+
+    Raises:
+        ValueError: the folder has no held-out part, classes unknown to train/ or no readable image.
+
     Source: torchvision.datasets.ImageFolder, for the layout and the file name extensions.
     """
 
@@ -192,12 +224,12 @@ class ImageFolder:
         wanted = ("train",) if train else ("val", "test")
         parts = [path / name for name in wanted if (path / name).is_dir()]
         if not parts and (not train or any((path / name).is_dir() for name in ("val", "test"))):
-            raise ValueError(f"{path} holds no folder named {' or '.join(wanted)}")
+            raise ValueError(f"data: got {path}, takes a folder that holds one named {' or '.join(wanted)}")
         folder = parts[0] if parts else path
         names = path / "train" if (path / "train").is_dir() else folder
         self.classes = _class_folders(names)
         if unknown := sorted(set(_class_folders(folder)) - set(self.classes)):
-            raise ValueError(f"{folder} has classes that {names} has not: {', '.join(unknown)}")
+            raise ValueError(f"data: got {', '.join(unknown)} in {folder}, takes the classes of {names}")
         parent, labels = folder, {name: label for label, name in enumerate(self.classes)}
         if not self.classes:
             parent, labels = folder.parent, {folder.name: -1}
@@ -205,7 +237,9 @@ class ImageFolder:
         self.files = make_dataset(parent, labels, extensions=IMG_EXTENSIONS, allow_empty=True)  # (path, label) each
         if not any(self._is_readable(index) for index in range(len(self.files))):
             accepted = ", ".join(IMG_EXTENSIONS)
-            raise ValueError(f"{folder} holds no readable image ({len(self.files)} files named {accepted})")
+            raise ValueError(
+                f"data: got {folder} without a readable image among {len(self.files)} files, takes {accepted}"
+            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -236,9 +270,16 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 class Cifar10:
-    """CIFAR-10 as torchvision stores it; the test set is held out. Resized where image_size is not 32.
+    """CIFAR-10 as torchvision stores it; the test set is held out.
 
-    path: the folder that holds cifar-10-batches-py. Raises ValueError if its files are incomplete or damaged.
+    Args:
+        path: the folder that holds cifar-10-batches-py.
+        train: the training images, else the test set.
+        image_size: the side of the images in pixels; resized where it is not 32.
+
+    Raises:
+        ValueError: its files are incomplete or damaged.
+
     Source: torchvision.datasets.CIFAR10.
     """
 
@@ -246,7 +287,7 @@ class Cifar10:
         try:
             self.cifar = CIFAR10(path, train=train, download=False)
         except RuntimeError as error:
-            raise ValueError(f"{path / CIFAR10.base_folder} is incomplete or damaged") from error
+            raise ValueError(f"data: got {path / CIFAR10.base_folder}, incomplete or damaged") from error
         self.image_size = image_size
         self.classes: list[str] = self.cifar.classes
         self.skipped: list[tuple[str, str]] = []

@@ -3,7 +3,7 @@
 The kinds are those of Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations", 2019. Their numbers are from the tables of its CIFAR-10-C and CIFAR-10-P, whose lengths are pixels of
 32 x 32 images: on images of side S they are multiplied by S / 32. What differs from the published sets: fractal noise
-takes the place of their photographs of frost and of their diamond-square fog; glass draws a neighbour for all pixels at
+takes the place of their photographs of frost and of their diamond-square fog; glass draws a neighbor for all pixels at
 once instead of swapping one pixel after another; beyond the image lies its mirror image, never black. For numbers to
 compare with published ones, read the published sets (`ser_fast.evaluation.robustness`).
 """
@@ -114,8 +114,8 @@ def _elastic(x: Pixels, rng: np.random.Generator, amplitude: float, sigma: float
     noise = rng.uniform(-1, 1, (2, _SIDE, _SIDE))
     field = amplitude * ndimage.gaussian_filter(noise, (0, sigma, sigma), truncate=3)  # (2, 32, 32)
     field = np.stack([_stretch(axis, size) for axis in field])
-    centred = (np.indices((size, size)) + 0.5) / size * _SIDE - _SIDE / 2  # (2, S, S)
-    target = np.einsum("kji,kl->lji", np.concatenate([centred, np.ones((1, size, size))]), matrix) + field
+    centered = (np.indices((size, size)) + 0.5) / size * _SIDE - _SIDE / 2  # (2, S, S)
+    target = np.einsum("kji,kl->lji", np.concatenate([centered, np.ones((1, size, size))]), matrix) + field
     source = (target + _SIDE / 2) * size / _SIDE - 0.5
     channels = [ndimage.map_coordinates(x[..., c], source, order=1, mode="reflect") for c in range(3)]
     return np.stack(channels, -1)
@@ -320,11 +320,11 @@ def _smear(x: Pixels, radius: float, sigma: float, degrees: float) -> Pixels:
 
 
 def _warp(x: Pixels, matrix: NDArray[np.float64]) -> Pixels:
-    """Move the image by a 3 x 3 matrix that acts on (x, y, 1), in pixels about the centre."""
-    centre = (len(x) - 1) / 2
-    to_centre = transform.AffineTransform(translation=(-centre, -centre)).params
-    inverse = np.linalg.inv(matrix @ to_centre)
-    inverse = inverse @ to_centre
+    """Move the image by a 3 x 3 matrix that acts on (x, y, 1), in pixels about the center."""
+    center = (len(x) - 1) / 2
+    to_center = transform.AffineTransform(translation=(-center, -center)).params
+    inverse = np.linalg.inv(matrix @ to_center)
+    inverse = inverse @ to_center
     return transform.warp(x, inverse, order=1, mode="symmetric")
 
 

@@ -3,10 +3,9 @@
 g moves the pixels of an image x, rho(g) moves the tokens f(x) of a layer along it (`group_action`).
 """
 
-import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -17,14 +16,31 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
-from ser_fast.evaluation.features import evaluating
+from ser_fast.data.sources import open_dataset
+from ser_fast.evaluation.features import evaluating, spread_images
+from ser_fast.evaluation.figures import save
+from ser_fast.evaluation.protocol import (
+    DEFAULT_DATA,
+    check_image_size,
+    check_images,
+    check_positive,
+    device_of,
+    with_control,
+)
+from ser_fast.evaluation.tables import write_table
+from ser_fast.evaluation.transformations import (
+    Prediction,
+    check_prediction,
+    predict_transformations,
+    print_predictions,
+)
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action
+from ser_fast.progress import track
 from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT
 
@@ -52,7 +68,7 @@ _Key = tuple[str, int]  # element and layer
 
 
 @dataclass(frozen=True)
-class Record:
+class LayerRecord:
     """How equivariant one layer is to one g, over all images and all valid tokens (see `equivariance_errors`).
 
     Attributes:
@@ -86,10 +102,16 @@ class Record:
 
 
 def default_elements(size: Size) -> dict[str, LatticeMap]:
-    """The eight elements of D4 and four changes of scale in whole tokens, on a lattice of (H, W) tokens.
+    """The eight elements of D4 and four changes of scale in whole tokens.
 
     The scales are the corners of SER's recipe: areas 0.7 and 1.3, and aspects 3/4 and 4/3 at the same area, each
     rounded to h x w whole tokens and named so. Those that a small lattice rounds to itself are left out.
+
+    Args:
+        size: (H, W) of the lattice, in tokens.
+
+    Returns:
+        Name: one map of that lattice.
     """
     elements = {name: LatticeMap.d4(size, code) for code, name in enumerate(D4_NAMES)}
     for area, aspect in [*((area, 1.0) for area in AREAS), *((1.0, aspect) for aspect in ASPECTS)]:
@@ -108,10 +130,10 @@ def equivariance_errors(
     interpolation: str = "bicubic",
     padding: str = "border",
     progress: bool = False,
-) -> list[Record]:
+) -> list[LayerRecord]:
     """Compare f(g x) with rho(g) f(x), for the tokens f of every block and every g.
 
-    Tokens whose preimage lies outside the image take no part. The mean tokens are taken off so that a constant f gains
+    Tokens whose preimage lies outside the image are left out. The mean tokens are taken off so that a constant f gains
     nothing: a layer whose tokens are all alike has nan for its measures. A map that says only which image it is from,
     the same everywhere, still has error 0: read retrieval beside it, which looks for a token among those of its own
     image and where tokens that tie share their ranks. Sums are float64, over two passes: the first for the means.
@@ -148,7 +170,7 @@ def equivariance_errors(
 
     resampling = {"interpolation": interpolation, "padding": padding}
     pairs = partial(_pairs, model, elements=elements, resampling=resampling)
-    bar = partial(track, images.split(batch_size), transient=True, disable=not progress)
+    bar = partial(track, images.split(batch_size), show=progress)
     with evaluating(model):
         sums = _sum(
             (key, torch.stack([moved.sum((0, 1)), target.sum((0, 1))]))  # (2, C)
@@ -159,39 +181,7 @@ def equivariance_errors(
     return [_record(key, elements[key[0]], len(images), total) for key, total in totals.items()]
 
 
-def random_control(model: SplitViT, *, seed: int = 0) -> SplitViT:
-    """The same architecture, split and device with fresh random weights: what `model` was before it was trained.
-
-    Fixed sin-cos positions are kept, for training did not make them either. Global random state stays as it was.
-
-    Raises:
-        ValueError: model wraps a timm instance, which can't be built again.
-    """
-    if model.recipe is None:
-        raise ValueError("model: wraps a timm instance; only a SplitViT built from a timm name can be built again")
-    name, timm_kwargs = model.recipe
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
-        control = SplitViT(name, model.split, **timm_kwargs)
-    positions = control.state_dict().get("pos_embed")  # (1, P + H*W, C), the model's own memory
-    if positions is not None and model.embed_dim % 4 == 0:
-        drawn = positions.clone()
-        control.fix_sincos_positions()
-        if not torch.equal(positions, model.state_dict()["pos_embed"].cpu()):
-            positions.copy_(drawn)
-    return control.to(next(model.parameters()).device)
-
-
-def write_table(records: Mapping[str, Sequence[Any]], path: str | Path) -> None:
-    """Write the records of each model, by name, to a CSV file: a column "model", then the fields of their dataclass."""
-    (kind,) = {type(record) for of_model in records.values() for record in of_model}
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["model", *(field.name for field in fields(kind))])
-        writer.writeheader()
-        writer.writerows({"model": name, **asdict(record)} for name, of_model in records.items() for record in of_model)
-
-
-def plot(records: Mapping[str, Sequence[Record]], path: str | Path, *, split: int | None = None) -> None:
+def plot(records: Mapping[str, Sequence[LayerRecord]], path: Path, *, split: int | None = None) -> Path:
     """Draw relative error against layer: one line a model, one panel the mean over D4, one that over the scales.
 
     Args:
@@ -202,8 +192,8 @@ def plot(records: Mapping[str, Sequence[Record]], path: str | Path, *, split: in
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, len(_GROUPS), sharey=True)
     for axes, (group, title) in zip(panels, _GROUPS.items(), strict=True):
-        for name, of_model in records.items():
-            errors = _means(of_model, group, "relative_error")
+        for name, model_records in records.items():
+            errors = _means(model_records, group, "relative_error")
             axes.plot(list(errors), list(errors.values()), marker="o", label=name)
         axes.axhline(1, color="grey", linewidth=1, linestyle=":", label="mean token")
         if split is not None:
@@ -212,13 +202,13 @@ def plot(records: Mapping[str, Sequence[Record]], path: str | Path, *, split: in
         axes.set(title=title, xlabel="layer", ylim=(0, None))
     panels[0].set_ylabel("relative error")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    return save(figure, path)
 
 
-def print_table(records: Mapping[str, Sequence[Record]], console: Console | None = None) -> None:
+def print_table(records: Mapping[str, Sequence[LayerRecord]], console: Console | None = None) -> None:
     """Print a table for each measure: a section a model, by name, a row an element and a column a layer."""
     console = console or Console()
-    layers = sorted({record.layer for of_model in records.values() for record in of_model})
+    layers = sorted({record.layer for model_records in records.values() for record in model_records})
     for metric, title in _METRICS.items():
         console.print(title, highlight=False)
         for start in range(0, len(layers), _LAYERS_WIDE):
@@ -226,9 +216,9 @@ def print_table(records: Mapping[str, Sequence[Record]], console: Console | None
             columns = layers[start : start + _LAYERS_WIDE]
             for layer in columns:
                 table.add_column(str(layer), justify="right")
-            for name, of_model in records.items():
-                rows = {f"mean {group}": _means(of_model, group, metric) for group in _GROUPS}
-                for record in of_model:
+            for name, model_records in records.items():
+                rows = {f"mean {group}": _means(model_records, group, metric) for group in _GROUPS}
+                for record in model_records:
                     rows.setdefault(record.element, {})[record.layer] = getattr(record, metric)
                 table.add_section()
                 table.add_row(name, style="bold")
@@ -236,36 +226,18 @@ def print_table(records: Mapping[str, Sequence[Record]], console: Console | None
                     if values:
                         table.add_row(element, *(f"{values[layer]:.2f}" for layer in columns))
                 if metric in _CHANCES:
-                    guess = fmean(getattr(record, _CHANCES[metric]) for record in of_model)
+                    guess = fmean(getattr(record, _CHANCES[metric]) for record in model_records)
                     table.add_row("a guess, mean", *(f"{guess:.2f}" for _ in columns))
             console.print(table)
 
 
-def _means(records: Sequence[Record], group: str, metric: str) -> dict[int, float]:
+def _means(records: Sequence[LayerRecord], group: str, metric: str) -> dict[int, float]:
     """Layer: the mean of a measure over the elements of a group."""
     values: dict[int, list[float]] = {}
     for record in records:
         if record.group == group:
             values.setdefault(record.layer, []).append(getattr(record, metric))
     return {layer: fmean(values[layer]) for layer in sorted(values)}
-
-
-def check_images(model: SplitViT, images: Tensor) -> Size:
-    """The lattice (H, W) of the tokens of images (N, 3, Hp, Wp) uint8, as `equivariance_errors` takes them.
-
-    Raises:
-        TypeError: images of another type.
-        ValueError: images of another shape.
-    """
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise TypeError(f"images: got {getattr(images, 'dtype', type(images))}, takes a uint8 tensor (N, 3, Hp, Wp)")
-    patch_height, patch_width = model.patch_size
-    if images.ndim != 4 or not images.numel() or images.shape[2] % patch_height or images.shape[3] % patch_width:
-        raise ValueError(
-            f"images: got {tuple(images.shape)}, takes (N, 3, Hp, Wp), N > 0, the sides multiples of the patch size "
-            f"{patch_height, patch_width}"
-        )
-    return images.shape[2] // patch_height, images.shape[3] // patch_width
 
 
 def _pairs(
@@ -330,24 +302,100 @@ def _compare(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Ten
     return torch.cat([token_sums(*tokens), retrieval_sums(*tokens)], 1).sum(0)
 
 
-def _record(key: _Key, g: LatticeMap, images: int, sums: Tensor) -> Record:
+def _record(key: _Key, g: LatticeMap, images: int, sums: Tensor) -> LayerRecord:
     error, variance, energy, cosine, hit1, hit5, reciprocal = sums.tolist()
     valid, code = g.valid(), int(g.d4_code)
-    of_image = int(valid.sum())
-    tokens = images * of_image
+    image_tokens = int(valid.sum())
+    tokens = images * image_tokens
     no_variance = variance <= NO_VARIANCE * energy
-    return Record(
+    return LayerRecord(
         layer=key[1],
         element=key[0],
         group="resampled" if code < 0 else "D4" if code else "identity",
         relative_error=math.nan if no_variance else math.sqrt(error / variance),
         aligned_cosine=math.nan if no_variance else cosine / tokens,
         retrieval=math.nan if no_variance else hit1 / tokens,
-        chance=1 / of_image,
+        chance=1 / image_tokens,
         valid_share=float(valid.double().mean()),
         images=images,
         hit5=math.nan if no_variance else hit5 / tokens,
         mrr=math.nan if no_variance else reciprocal / tokens,
-        chance_hit5=min(5, of_image) / of_image,
-        chance_mrr=sum(1 / rank for rank in range(1, of_image + 1)) / of_image,
+        chance_hit5=min(5, image_tokens) / image_tokens,
+        chance_mrr=sum(1 / rank for rank in range(1, image_tokens + 1)) / image_tokens,
+    )
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+@dataclass(frozen=True)
+class EquivarianceResult:
+    """How equivariant a checkpoint and its random control are, and how well g is predicted from their tokens.
+
+    Attributes:
+        records: of each layer and element, by model.
+        predictions: of each layer, target and regressor, by model.
+        split: blocks before the prefix tokens enter.
+    """
+
+    records: dict[str, list[LayerRecord]]
+    predictions: dict[str, list[Prediction]]
+    split: int
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write equivariance.csv, prediction.csv and equivariance.png; returns their paths."""
+        return [
+            write_table(self.records, folder / "equivariance.csv"),
+            write_table(self.predictions, folder / "prediction.csv"),
+            plot(self.records, folder / "equivariance.png", split=self.split),
+        ]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print a table for each measure and for each target of the prediction."""
+        print_table(self.records, console)
+        print_predictions(self.predictions, console)
+
+
+def evaluate(
+    model: SplitViT,
+    data: str = DEFAULT_DATA,
+    *,
+    images: int = 256,
+    image_size: int | None = None,
+    pairs: int = 4,
+    progress: bool = False,
+) -> EquivarianceResult:
+    """Measure the equivariance of every layer, and predict g from its tokens, beside a random initialization.
+
+    Args:
+        model: on its device.
+        data: whose held-out images are used, as `open_dataset` takes it.
+        images: how many of them, spread evenly.
+        image_size: their side in pixels; default the model's.
+        pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
+            images tests it.
+        progress: show bars on the terminal.
+
+    Raises:
+        ValueError: data that can't be opened, an image size that the model can't take, too few images, or options out
+            of range; before anything is measured.
+
+    Example:
+        >>> result = evaluate(load_split_vit("encoder.safetensors"), "folder:images")
+        >>> [r.relative_error for r in result.records["checkpoint"] if r.element == "rot90"]  # by layer
+        [0.21, 0.25, 0.40]
+        >>> result.write(Path("results"))
+    """
+    check_positive(images=images, pairs=pairs)
+    size = check_image_size(model, image_size)
+    held_out = spread_images(open_dataset(data, train=False, image_size=size), images).to(device_of(model))
+    check_images(model, held_out)
+    check_prediction(len(held_out), pairs=pairs)
+    models = with_control(model)
+    return EquivarianceResult(
+        records={name: equivariance_errors(vit, held_out, progress=progress) for name, vit in models.items()},
+        predictions={
+            name: predict_transformations(vit, held_out, pairs=pairs, progress=progress) for name, vit in models.items()
+        },
+        split=model.split,
     )

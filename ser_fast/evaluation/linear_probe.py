@@ -3,17 +3,33 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
+from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from ser_fast.evaluation.features import check_labelled
+from ser_fast.evaluation import RATES
+from ser_fast.evaluation.classification import Rows, grade, rank
+from ser_fast.evaluation.features import check_labelled, embed_cached, embedder
+from ser_fast.evaluation.figures import plot_confusion
+from ser_fast.evaluation.protocol import (
+    DEFAULT_DATA,
+    check_image_size,
+    check_positive,
+    device_of,
+    open_labelled,
+    with_control,
+)
+from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows, write_table
+from ser_fast.progress import track
+from ser_fast.vit import SplitViT
 
-RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+Head = Literal["linear", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ def train_probe(
     """Train a probe at every learning rate side by side, choose the rate, and train it on all training images.
 
     SGD with momentum 0.9, without weight decay, the rate falling to 0 along a cosine. The features are first
-    standardised by the mean and deviation of each channel over the training images: the affine-free BatchNorm of MAE's
+    standardized by the mean and deviation of each channel over the training images: the affine-free BatchNorm of MAE's
     linear probing, with the statistics of the whole set. All rates start from the same weights and see the same
     batches, each read once. The split is drawn by image; where images overlap, as tiles of the photographs do, its
     accuracies are too high, but no test image takes part in the choice.
@@ -66,6 +82,9 @@ def train_probe(
         device: where the probe is trained.
         progress: show a bar on the terminal.
 
+    Returns:
+        The probe, trained at the chosen rate on all training images.
+
     Raises:
         ValueError: features or labels that don't fit or aren't finite, a label of `classes` or more, no rate or one
             that isn't positive, numbers below 1, or a share that leaves nothing held out or nothing to train on.
@@ -80,29 +99,21 @@ def train_probe(
     check_labelled("train", train_features, train_labels)
     if int(train_labels.max()) >= classes:
         raise ValueError(f"train_labels: got {int(train_labels.max())}, takes 0 to {classes - 1}")
-    if not rates or min(rates) <= 0:
-        raise ValueError(f"rates: got {tuple(rates)}, takes positive numbers")
-    for name, value in {"epochs": epochs, "batch_size": batch_size, "hidden": hidden}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, takes a positive number")
-    count = len(train_features)
-    chosen = round(held_out * count)
-    if not 0 < chosen < count:
-        raise ValueError(f"held_out: got {held_out}, which holds out {chosen} of {count} training images")
+    check_probe(rates, epochs, batch_size, hidden, held_out, len(train_features))
 
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
-    asked, rest = order[:chosen], order[chosen:]
+    order = torch.randperm(len(train_features), generator=generator)
+    validation, rest = order.tensor_split([round(held_out * len(order))])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         start = _head(train_features, classes, hidden).to(device)
 
-    def fit(rows: Tensor, of_rates: Sequence[float], title: str) -> list[nn.Module]:
-        heads = [deepcopy(start) for _ in of_rates]
-        groups = [{"params": head.parameters(), "lr": rate} for head, rate in zip(heads, of_rates, strict=True)]
+    def fit(rows: Tensor, head_rates: Sequence[float], title: str) -> list[nn.Module]:
+        heads = [deepcopy(start) for _ in head_rates]
+        groups = [{"params": head.parameters(), "lr": rate} for head, rate in zip(heads, head_rates, strict=True)]
         optimizer = SGD(groups, momentum=0.9)
         schedule = CosineAnnealingLR(optimizer, epochs * -(-len(rows) // batch_size))
-        for _ in track(range(epochs), title, transient=True, disable=not progress):
+        for _ in track(range(epochs), title, show=progress):
             for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
                 features, labels = train_features[batch].float().to(device), train_labels[batch].to(device)
                 # No head's gradient depends on another head: the sum trains each as it would be alone.
@@ -115,26 +126,185 @@ def train_probe(
 
     accuracy = {}
     for rate, head in zip(rates, fit(rest, rates, "learning rates"), strict=True):
-        predicted = probe_scores(head, train_features[asked], device).argmax(1)
-        accuracy[rate] = (predicted == train_labels[asked]).float().mean().item()
+        predicted = probe_scores(head, train_features[validation], device).argmax(1)
+        accuracy[rate] = (predicted == train_labels[validation]).float().mean().item()
     rate = max(accuracy, key=lambda rate: accuracy[rate])
     (head,) = fit(order, [rate], "probe")
     return Probe(head, rate, accuracy)
 
 
 def probe_scores(head: nn.Module, features: Tensor, device: torch.device | str, *, rows: int = 8192) -> Tensor:
-    """Scores (M, K), on the CPU, of features (M, C) that may be memory-mapped, so many rows at a time."""
+    """The scores of a probe.
+
+    Args:
+        head: features (B, C) to scores (B, K), on `device`.
+        features: (M, C), on the CPU, may be memory-mapped.
+        device: of the head.
+        rows: how many features at a time.
+
+    Returns:
+        (M, K), on the CPU.
+    """
     with torch.no_grad():
         return torch.cat([head(part.float().to(device)).cpu() for part in features.split(rows)])
 
 
+def check_probe(
+    rates: Sequence[float], epochs: int, batch_size: int, hidden: int | None, held_out: float, images: int
+) -> None:
+    """Raise ValueError for options that `train_probe` can't take with so many training images."""
+    if not rates or min(rates) <= 0:
+        raise ValueError(f"rates: got {tuple(rates)}, takes positive numbers")
+    check_positive(epochs=epochs, batch_size=batch_size, hidden=hidden)
+    if not 0 < round(held_out * images) < images:
+        raise ValueError(
+            f"held_out: got {held_out}, which holds out {round(held_out * images)} of {images} training images, takes "
+            "a share that leaves some on both sides"
+        )
+
+
 def _head(features: Tensor, classes: int, hidden: int | None) -> nn.Module:
-    """Standardisation, then one layer or two."""
+    """Standardization, then one layer or two."""
     channels = features.shape[1]
     # In eval mode, where it stays: the fixed mean and variance of the training images.
-    standardise = nn.BatchNorm1d(channels, affine=False, eps=1e-6)
+    standardize = nn.BatchNorm1d(channels, affine=False, eps=1e-6)
     variance, mean = torch.var_mean(features.float(), 0, correction=0)
-    standardise.running_mean, standardise.running_var = mean, variance
+    standardize.running_mean, standardize.running_var = mean, variance
     if hidden is None:
-        return nn.Sequential(standardise, nn.Linear(channels, classes)).eval()
-    return nn.Sequential(standardise, nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, classes)).eval()
+        return nn.Sequential(standardize, nn.Linear(channels, classes)).eval()
+    return nn.Sequential(standardize, nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, classes)).eval()
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate of one head: its top-1 accuracy on the held-out training images, and whether it was chosen."""
+
+    head: str
+    rate: float
+    held_out_top1: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """How probes did, on a checkpoint's features and on those of its random control.
+
+    Attributes:
+        rows: {"model": "checkpoint" or "random", "head", "rate": chosen, "held_out_top1": at that rate}, and how they
+            did.
+        rates: what was tried, by model.
+        classes: the names of the K classes.
+        data: the source of the images.
+    """
+
+    rows: Rows
+    rates: dict[str, list[Rate]]
+    classes: list[str]
+    data: str
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write linear.csv, linear_rates.csv, linear_confusion.csv and linear_confusion.png; returns their paths."""
+        return [
+            write_rows(self.rows, folder / "linear.csv"),
+            write_table(self.rates, folder / "linear_rates.csv"),
+            write_confusion(self.rows, self.classes, folder / "linear_confusion.csv"),
+            plot_confusion(self.rows, self.classes, folder / "linear_confusion.png"),
+        ]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print top-1 and top-5 of each model and head."""
+        print_rows(self.rows, f"Probes on held-out images of {self.data}", console)
+
+
+def evaluate(
+    model: SplitViT,
+    data: str = DEFAULT_DATA,
+    *,
+    heads: Sequence[Head] = ("linear",),
+    blocks: int | None = None,
+    rates: Sequence[float] = RATES,
+    epochs: int = 100,
+    hidden: int = 512,
+    held_out: float = 0.1,
+    seed: int = 0,
+    image_size: int | None = None,
+    cache: Path | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> LinearResult:
+    """Classify held-out images by probes of frozen features, beside a random initialization.
+
+    Args:
+        model: on its device.
+        data: whose training images train the probe and whose held-out images are classified, as `open_dataset` takes
+            it.
+        heads: "linear", and "mlp" of two layers.
+        blocks: read [CLS] of so many last blocks, concatenated (DINO's protocol: 4); default the embedding.
+        rates: learning rates, trained side by side; one is chosen on held-out training images.
+        epochs: passes over the training images.
+        hidden: width of the hidden layer of "mlp".
+        held_out: share of the training images that the rate is chosen on.
+        seed: of that share, the order and the weights.
+        image_size: side of the images in pixels; default the model's.
+        cache: folder of the features, computed once for each checkpoint and data set; None keeps them in memory.
+        batch_size: images at a time.
+        workers: processes that load images.
+        progress: show bars on the terminal.
+
+    Raises:
+        ValueError: data that can't be opened or has no classes, an image size or blocks that the model can't take, or
+            options out of range; before anything is embedded.
+
+    Example:
+        >>> result = evaluate(load_split_vit("encoder.safetensors"), "folder:images", heads=("linear", "mlp"))
+        >>> result.rows[0]
+        ({'model': 'checkpoint', 'head': 'linear', 'rate': 0.1, 'held_out_top1': 0.74}, Classification(...))
+        >>> result.write(Path("results"))
+    """
+    if not heads or not set(heads) <= {"linear", "mlp"}:
+        raise ValueError(f"heads: got {tuple(heads)}, takes 'linear' and 'mlp'")
+    size = check_image_size(model, image_size, read=embedder(model, blocks))
+    train_set, test_set = open_labelled(data, size)
+    check_probe(rates, epochs, batch_size, hidden, held_out, len(train_set))
+    device, classes = device_of(model), train_set.classes
+    rows: Rows = []
+    tried: dict[str, list[Rate]] = {}
+    for name, encoder in with_control(model).items():
+        train, (features, labels) = (
+            embed_cached(
+                encoder,
+                dataset,
+                device,
+                cache=cache,
+                blocks=blocks,
+                batch_size=batch_size,
+                workers=workers,
+                progress=progress,
+            )
+            for dataset in (train_set, test_set)
+        )
+        check_labelled("test", features, labels)
+        for head in heads:
+            probe = train_probe(
+                *train,
+                classes=len(classes),
+                hidden=hidden if head == "mlp" else None,
+                rates=rates,
+                epochs=epochs,
+                batch_size=batch_size,
+                held_out=held_out,
+                seed=seed,
+                device=device,
+                progress=progress,
+            )
+            graded = grade(rank(probe_scores(probe.head, features, device)), labels, len(classes))
+            best = probe.held_out[probe.rate]
+            rows.append(({"model": name, "head": head, "rate": probe.rate, "held_out_top1": best}, graded))
+            tried.setdefault(name, []).extend(
+                Rate(head, rate, accuracy, rate == probe.rate) for rate, accuracy in probe.held_out.items()
+            )
+    return LinearResult(rows, tried, classes, data)

@@ -1,42 +1,65 @@
 """Robustness: how often a classifier errs on corrupted and shifted images, and how often it changes its mind."""
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Literal
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize, to_dtype
+from torchvision.transforms.v2.functional import to_dtype
 
-from ser_fast.data.loader import make_loader
-from ser_fast.data.sources import ImageFolder
-from ser_fast.evaluation.classification import Classification, grade, rank, share_of
-from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES, corrupt, perturb
-from ser_fast.evaluation.features import evaluating
+from ser_fast.evaluation.classification import Rows, share_of
+from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES
+from ser_fast.evaluation.features import embed_cached, evaluating, spread_items
+from ser_fast.evaluation.figures import save
+from ser_fast.evaluation.image_sets import (
+    CLEAN,
+    ClassFolder,
+    Classifier,
+    ImageSet,
+    SequenceSet,
+    clean_images,
+    generate_corruptions,
+    generate_perturbations,
+    read_corruptions,
+    read_perturbations,
+)
+from ser_fast.evaluation.knn import check_vote, knn_scores
+from ser_fast.evaluation.linear_probe import train_probe
+from ser_fast.evaluation.protocol import (
+    DEFAULT_DATA,
+    check_image_size,
+    check_positive,
+    device_of,
+    open_labelled,
+    with_control,
+)
+from ser_fast.evaluation.tables import print_rows, write_rows, write_table
+from ser_fast.progress import track
 from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
 
-_CLEAN = "clean"
-
-Classifier = Callable[[Tensor], Tensor]
-"""uint8 images (B, 3, S, S) to scores (B, K)."""
 Head = Callable[[Tensor], Tensor]
 """Features (B, C) to scores (B, K)."""
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""uint8 images (B, 3, S, S) and labels (B,)."""
 
 
 def image_classifier(model: SplitViT, head: Head, device: torch.device | str) -> Classifier:
-    """Classify images by a head on the model's embedding; both on `device`."""
+    """Classify images by a head on the model's embedding.
+
+    Args:
+        model: on `device`.
+        head: features (B, C) float32 to scores (B, K), on `device`.
+        device: where both run.
+
+    Returns:
+        Images (B, 3, S, S) uint8, on any device, to scores (B, K) on `device`.
+    """
 
     def classify(images: Tensor) -> Tensor:
         with evaluating(model):
@@ -71,16 +94,21 @@ class FlipRate:
 
 
 def error_rates(
-    classifiers: Mapping[str, Classifier], sets: Iterable[tuple[str, int, Batches]], *, progress: bool = False
+    classifiers: Mapping[str, Classifier], sets: Iterable[ImageSet], *, progress: bool = False
 ) -> dict[str, list[ErrorRate]]:
-    """The errors of each classifier, by name, on each set: kind, severity and batches, as of `generate_corruptions`.
+    """The errors of each classifier, by name, on each set.
+
+    Args:
+        classifiers: images to scores, by name.
+        sets: kind, severity and batches, as of `generate_corruptions`.
+        progress: show a bar on the terminal.
 
     Raises:
         ValueError: a set without images.
     """
     rates: dict[str, list[ErrorRate]] = {name: [] for name in classifiers}
-    bar = track(sets, "corruptions", len(CORRUPTIONS) * len(SEVERITIES), transient=True, disable=not progress)
-    for kind, severity, batches in bar:
+    total = len(CORRUPTIONS) * len(SEVERITIES)
+    for kind, severity, batches in track(sets, "corruptions", show=progress, total=total):
         wrong: dict[str, list[Tensor]] = {name: [] for name in classifiers}
         for images, labels in batches:
             for name, classify in classifiers.items():
@@ -92,30 +120,46 @@ def error_rates(
 
 
 def mean_corruption_error(rates: Sequence[ErrorRate], baseline: Sequence[ErrorRate] | None = None) -> float:
-    """The mean over kinds of the error summed over severities, divided by the baseline's; clean images take no part.
+    """The mean over kinds of the error summed over severities, divided by the baseline's, clean images left out.
 
     Without a baseline the error is averaged over severities: a share of images. With one, 1 is as good as the baseline.
 
+    Args:
+        rates: of one classifier.
+        baseline: of the one that it is compared with.
+
     Raises:
-        ValueError: no corrupted set, a kind or severity that the baseline lacks, or a baseline that never errs on a
-            kind.
+        ValueError: no corrupted set, or a baseline that `check_baseline` refuses.
 
     Source: Hendrycks & Dietterich, 2019, section 3.2; their baseline is AlexNet.
     """
     kinds = _by_kind(rates)
     if not kinds:
-        raise ValueError("rates: got no corrupted set")
+        raise ValueError("rates: got no corrupted set, takes one or more")
     if baseline is None:
         return fmean(fmean(errors.values()) for errors in kinds.values())
+    check_baseline(baseline, [(kind, severity) for kind, errors in kinds.items() for severity in errors])
     others = _by_kind(baseline)
-    for kind, errors in kinds.items():
-        if missing := sorted(set(errors) - set(others.get(kind, {}))):
-            raise ValueError(f"baseline: lacks {kind} at severity {', '.join(map(str, missing))}")
-        if not sum(others[kind][severity] for severity in errors):
-            raise ValueError(f"baseline: never errs on {kind}, so that nothing can be relative to it")
     return fmean(
         sum(errors.values()) / sum(others[kind][severity] for severity in errors) for kind, errors in kinds.items()
     )
+
+
+def check_baseline(baseline: Sequence[ErrorRate], sets: Iterable[tuple[str, int]]) -> None:
+    """Raise ValueError where the errors on the sets (kind, severity) can't be relative to the baseline's.
+
+    It lacks a kind or severity, or never errs on a kind.
+    """
+    others = _by_kind(baseline)
+    severities: dict[str, list[int]] = {}
+    for kind, severity in sets:
+        if kind != CLEAN:
+            severities.setdefault(kind, []).append(severity)
+    for kind, wanted in severities.items():
+        if missing := sorted(set(wanted) - set(others.get(kind, {}))):
+            raise ValueError(f"baseline: lacks {kind} at severity {', '.join(map(str, missing))}")
+        if not sum(others[kind][severity] for severity in wanted):
+            raise ValueError(f"baseline: never errs on {kind}, so that nothing can be relative to it")
 
 
 def flip_probability(predictions: Tensor, *, noise: bool) -> float:
@@ -124,6 +168,9 @@ def flip_probability(predictions: Tensor, *, noise: bool) -> float:
     Args:
         predictions: (N, F) classes, F at least 2.
         noise: compare with a sequence's first frame, as frames of noise have no order; else with the frame before.
+
+    Raises:
+        ValueError: predictions of another shape.
 
     Source: Hendrycks & Dietterich, 2019, section 3.3.
     """
@@ -134,12 +181,17 @@ def flip_probability(predictions: Tensor, *, noise: bool) -> float:
 
 
 def flip_rates(
-    classifiers: Mapping[str, Classifier], sets: Iterable[tuple[str, Iterable[Tensor]]], *, progress: bool = False
+    classifiers: Mapping[str, Classifier], sets: Iterable[SequenceSet], *, progress: bool = False
 ) -> dict[str, list[FlipRate]]:
-    """The flip probability of each classifier, by name, on each set (kind, sequences of images (F, 3, S, S) uint8)."""
+    """The flip probability of each classifier, by name, on each set.
+
+    Args:
+        classifiers: images to scores, by name.
+        sets: kind and sequences of images (F, 3, S, S) uint8.
+        progress: show a bar on the terminal.
+    """
     rates: dict[str, list[FlipRate]] = {name: [] for name in classifiers}
-    bar = track(sets, "perturbations", len(PERTURBATIONS), transient=True, disable=not progress)
-    for kind, sequences in bar:
+    for kind, sequences in track(sets, "perturbations", show=progress, total=len(PERTURBATIONS)):
         predictions: dict[str, list[Tensor]] = {name: [] for name in classifiers}
         for frames in sequences:
             for name, classify in classifiers.items():
@@ -153,186 +205,30 @@ def flip_rates(
 def _by_kind(rates: Sequence[ErrorRate]) -> dict[str, dict[int, float]]:
     kinds: dict[str, dict[int, float]] = {}
     for rate in rates:
-        if rate.kind != _CLEAN:
+        if rate.kind != CLEAN:
             kinds.setdefault(rate.kind, {})[rate.severity] = rate.error
     return kinds
-
-
-# ---------------------------------------------------------------- sets of images
-
-
-def clean_images(images: Tensor, labels: Tensor, *, batch_size: int = 256) -> tuple[str, int, Batches]:
-    """The set ("clean", 0) of images (N, 3, S, S) uint8 as they are."""
-    return _CLEAN, 0, zip(images.split(batch_size), labels.split(batch_size), strict=True)
-
-
-def generate_corruptions(
-    images: Tensor, labels: Tensor, *, seed: int = 0, batch_size: int = 256
-) -> Iterator[tuple[str, int, Batches]]:
-    """A set for each kind at each severity, of images (N, 3, S, S) uint8 and labels (N,)."""
-
-    def batches(kind: str, severity: int) -> Batches:
-        for rows in torch.arange(len(images)).split(batch_size):
-            yield torch.stack([corrupt(images[i], kind, severity, seed=seed + i) for i in rows.tolist()]), labels[rows]
-
-    for kind in CORRUPTIONS:
-        for severity in SEVERITIES:
-            yield kind, severity, batches(kind, severity)
-
-
-def generate_perturbations(images: Tensor, *, seed: int = 0) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Each kind with a sequence for each of the images (N, 3, S, S) uint8."""
-
-    def sequences(kind: str) -> Iterator[Tensor]:
-        for i, image in enumerate(images):
-            yield perturb(image, kind, seed=seed + i)
-
-    for kind in PERTURBATIONS:
-        yield kind, sequences(kind)
-
-
-def read_corruptions(
-    folder: Path, classes: Sequence[str], *, image_size: int, batch_size: int = 256, workers: int = 0
-) -> Iterator[tuple[str, int, Batches]]:
-    """Read corrupted images in a published layout.
-
-    ImageNet-C: kind/severity/class/image, classes by name as in `ClassFolder`. CIFAR-10-C: kind.npy, (5 N, S, S, 3)
-    uint8, its fifths the severities, and labels.npy, numbered as `classes`.
-
-    Raises:
-        ValueError: neither of these, arrays of other shapes, or classes that are unknown.
-    """
-    if (folder / "labels.npy").is_file():
-        labels = torch.from_numpy(np.load(folder / "labels.npy").astype(np.int64))
-        for path in sorted(set(folder.glob("*.npy")) - {folder / "labels.npy"}):
-            array = np.load(path, mmap_mode="r")
-            if array.ndim != 4 or len(array) != len(labels) or len(array) % 5:
-                raise ValueError(f"{path} is {array.shape}, takes (5 N, S, S, 3), 5 N the {len(labels)} labels")
-            fifth = len(array) // 5
-            for severity in SEVERITIES:
-                part = slice((severity - 1) * fifth, severity * fifth)
-                yield path.stem, severity, _batches_of(array[part], labels[part], image_size, batch_size)
-        return
-    paths = [path for path in sorted(folder.glob("*/[1-5]")) if path.is_dir()]
-    if not paths:
-        raise ValueError(f"{folder} holds neither kind/severity/class folders nor kind.npy and labels.npy")
-    for path in paths:
-        part_of = ClassFolder(path, classes, image_size=image_size)
-        yield path.parent.name, int(path.name), part_of.batches(batch_size, workers)
-
-
-def read_perturbations(folder: Path, *, image_size: int) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Read perturbation sequences in a published layout.
-
-    ImageNet-P: kind/class/name.mp4, a video a sequence, decoded by PyAV (the package `av`, which is not among the
-    dependencies). CIFAR-10-P: kind.npy, (N, F, S, S, 3) uint8.
-
-    Raises:
-        ValueError: neither of these, an array of another shape, or videos where PyAV is not installed.
-    """
-    videos = find_videos(folder)
-    arrays = sorted(folder.glob("*.npy"))
-    if not videos and not arrays:
-        raise ValueError(f"{folder} holds neither kind/class/name.mp4 nor kind.npy")
-    for kind, paths in videos.items():
-        yield kind, map(partial(_read_video, size=image_size), paths)
-    for path in arrays:
-        array = np.load(path, mmap_mode="r")
-        if array.ndim != 5 or array.shape[-1] != 3:
-            raise ValueError(f"{path} is {array.shape}, takes (N, F, S, S, 3)")
-        yield path.stem, map(partial(_resized, size=image_size), array)
-
-
-def find_videos(folder: Path) -> dict[str, list[Path]]:
-    """The videos kind/class/name.mp4 of a folder, by kind."""
-    videos: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*/*/*.mp4")):
-        videos.setdefault(path.parent.parent.name, []).append(path)
-    return videos
-
-
-def _read_video(path: Path, *, size: int) -> Tensor:
-    """The frames of a video, (F, 3, size, size) uint8."""
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError(f"{path} is a video: that takes PyAV, which is not installed (pip install av)") from error
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]  # each (S, S, 3)
-    return _resized(frames, size)
-
-
-class ClassFolder:
-    """Images of some of the training classes: one folder a class, named as in training (ImageNet-R, -Sketch) or by the
-    class's number there (ImageNet-V2).
-
-    Attributes:
-        name: the folder's.
-        indices: (k,) the training classes that it has.
-
-    Raises:
-        ValueError: a folder that is no training class, or no readable image.
-    """
-
-    def __init__(self, folder: Path, classes: Sequence[str], *, image_size: int) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}")
-        self.name = folder.resolve().name
-        self.images = ImageFolder(folder, train=True, image_size=image_size)
-        names = self.images.classes
-        known = {name: index for index, name in enumerate(classes)}
-        if not set(names) <= set(known) and all(name.isdecimal() and int(name) < len(classes) for name in names):
-            known = {name: int(name) for name in names}
-        if not names:
-            raise ValueError(f"{folder} has no folders of classes")
-        if unknown := sorted(set(names) - set(known)):
-            raise ValueError(f"{folder} has folders that are no training class: {', '.join(unknown)}")
-        self.indices = torch.tensor([known[name] for name in names])
-
-    def batches(self, batch_size: int, workers: int) -> Batches:
-        """Images, and labels as in training."""
-        loader = make_loader(self.images, batch_size=batch_size, train=False, workers=workers)
-        return ((batch.images, self.indices[batch.labels]) for batch in loader)
-
-    def grade(self, classify: Classifier, *, batch_size: int = 256, workers: int = 0) -> Classification:
-        """How a classifier does that is only asked for the folder's classes, as ImageNet-R's protocol has it."""
-        ranked, labels, classes = [], [], 0
-        for images, of in self.batches(batch_size, workers):
-            scores = classify(images).cpu()
-            classes = scores.shape[1]
-            asked = torch.full_like(scores, -torch.inf)
-            asked[:, self.indices] = scores[:, self.indices]
-            ranked.append(rank(asked))
-            labels.append(of)
-        return grade(torch.cat(ranked), torch.cat(labels), classes)
-
-
-def _batches_of(array: Any, labels: Tensor, image_size: int, batch_size: int) -> Batches:
-    for start in range(0, len(array), batch_size):
-        part = slice(start, start + batch_size)
-        yield _resized(array[part], image_size), labels[part]
-
-
-def _resized(array: Any, size: int) -> Tensor:
-    """(B, S, S, 3) -> (B, 3, size, size)"""
-    return resize(torch.from_numpy(np.array(array)).permute(0, 3, 1, 2), [size, size], antialias=True)
 
 
 # ---------------------------------------------------------------- what is shown
 
 
 def read_errors(path: Path, *, model: str = "checkpoint") -> list[ErrorRate]:
-    """The error rates of one model in a file that `write_table` wrote.
+    """The error rates of one model in a file that `CorruptionsResult.write` wrote.
+
+    Args:
+        path: of corruptions.csv.
+        model: its name there.
 
     Raises:
         ValueError: the file is missing or holds none of them.
     """
     if not path.is_file():
-        raise ValueError(f"baseline: there is no file {path}")
+        raise ValueError(f"baseline: got {path}, and there is no such file")
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("model") == model]
     if not rows or "severity" not in rows[0]:
-        raise ValueError(f"baseline: {path} holds no error rates of {model!r}")
+        raise ValueError(f"baseline: got {path}, takes a file with error rates of {model!r}")
     return [
         ErrorRate(
             row["kind"],
@@ -355,13 +251,13 @@ def print_errors(
     table = Table(title="Error, mean over severities")
     table.add_column("kind")
     columns: dict[str, dict[str, str]] = {}
-    for name, of_model in rates.items():
+    for name, model_rates in rates.items():
         table.add_column(name, justify="right")
-        cells = {rate.kind: f"{rate.error:.3f}" for rate in of_model if rate.kind == _CLEAN}
-        cells |= {kind: f"{fmean(errors.values()):.3f}" for kind, errors in _by_kind(of_model).items()}
-        cells["mean corruption error"] = f"{mean_corruption_error(of_model):.3f}"
+        cells = {rate.kind: f"{rate.error:.3f}" for rate in model_rates if rate.kind == CLEAN}
+        cells |= {kind: f"{fmean(errors.values()):.3f}" for kind, errors in _by_kind(model_rates).items()}
+        cells["mean corruption error"] = f"{mean_corruption_error(model_rates):.3f}"
         if baseline is not None:
-            cells["... relative to the baseline"] = f"{mean_corruption_error(of_model, baseline):.3f}"
+            cells["... relative to the baseline"] = f"{mean_corruption_error(model_rates, baseline):.3f}"
         columns[name] = cells
     for kind in next(iter(columns.values())):
         table.add_row(kind, *(cells[kind] for cells in columns.values()))
@@ -374,14 +270,14 @@ def print_flips(rates: Mapping[str, Sequence[FlipRate]], console: Console | None
     table.add_column("kind")
     for name in rates:
         table.add_column(name, justify="right")
-    for of_kind in zip(*rates.values(), strict=True):
-        table.add_row(of_kind[0].kind, *(f"{rate.flip_probability:.4f}" for rate in of_kind))
-    means = (fmean(rate.flip_probability for rate in of_model) for of_model in rates.values())
+    for kind_rates in zip(*rates.values(), strict=True):
+        table.add_row(kind_rates[0].kind, *(f"{rate.flip_probability:.4f}" for rate in kind_rates))
+    means = (fmean(rate.flip_probability for rate in model_rates) for model_rates in rates.values())
     table.add_row("mean flip probability", *(f"{mean:.4f}" for mean in means))
     (console or Console()).print(table)
 
 
-def plot_errors(rates: Mapping[str, Sequence[ErrorRate]], path: Path) -> None:
+def plot_errors(rates: Mapping[str, Sequence[ErrorRate]], path: Path) -> Path:
     """Draw error against severity, a panel a kind and a line a model, clean images at severity 0."""
     kinds = list(_by_kind(next(iter(rates.values()))))
     columns = min(len(kinds), 5)
@@ -389,8 +285,8 @@ def plot_errors(rates: Mapping[str, Sequence[ErrorRate]], path: Path) -> None:
     figure = Figure(figsize=(2.2 * columns + 1, 2 * down + 0.6), layout="constrained")
     panels = figure.subplots(down, columns, squeeze=False, sharex=True, sharey=True)
     for axes, kind in zip(panels.flat, kinds, strict=False):
-        for name, of_model in rates.items():
-            line = [rate for rate in of_model if rate.kind in (kind, _CLEAN)]
+        for name, model_rates in rates.items():
+            line = [rate for rate in model_rates if rate.kind in (kind, CLEAN)]
             severities = [rate.severity for rate in line]
             axes.plot(severities, [rate.error for rate in line], marker=".", label=name)
             axes.fill_between(severities, [rate.low for rate in line], [rate.high for rate in line], alpha=0.2)
@@ -401,4 +297,149 @@ def plot_errors(rates: Mapping[str, Sequence[ErrorRate]], path: Path) -> None:
     figure.supxlabel("severity (0: clean)")
     figure.supylabel("error, 95 % interval")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    return save(figure, path)
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+@dataclass(frozen=True)
+class CorruptionsResult:
+    """How robust a classifier is on a checkpoint's features and on those of its random control.
+
+    Attributes:
+        errors: on clean and corrupted images, by model.
+        flips: within sequences of perturbed images, by model.
+        shifts: {"model", "folder", "classes": how many the folder has}, and how it did on the folder's images.
+        baseline: the errors that the mean corruption error is relative to, beside the absolute one.
+    """
+
+    errors: dict[str, list[ErrorRate]]
+    flips: dict[str, list[FlipRate]]
+    shifts: Rows
+    baseline: list[ErrorRate] | None = None
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write corruptions.csv, perturbations.csv, corruptions.png and, of shifted images, shifts.csv."""
+        written = [
+            write_table(self.errors, folder / "corruptions.csv"),
+            write_table(self.flips, folder / "perturbations.csv"),
+            plot_errors(self.errors, folder / "corruptions.png"),
+        ]
+        return written + ([write_rows(self.shifts, folder / "shifts.csv")] if self.shifts else [])
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the errors and flip probabilities of each kind, and top-1 and top-5 on shifted images."""
+        print_errors(self.errors, self.baseline, console)
+        print_flips(self.flips, console)
+        if self.shifts:
+            print_rows(self.shifts, "Shifted images, among the classes of their folder", console)
+
+
+def evaluate(
+    model: SplitViT,
+    data: str = DEFAULT_DATA,
+    *,
+    images: int = 128,
+    sequences: int = 32,
+    corrupted: Path | None = None,
+    perturbed: Path | None = None,
+    shifted: Sequence[Path] = (),
+    baseline: Path | None = None,
+    classifier: Literal["knn", "linear"] = "linear",
+    k: int = 20,
+    temperature: float = 0.07,
+    seed: int = 0,
+    image_size: int | None = None,
+    cache: Path | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> CorruptionsResult:
+    """Test a classifier on frozen features on corrupted, perturbed and shifted images, beside a random initialization.
+
+    Args:
+        model: on its device.
+        data: whose training images train the classifier and whose held-out images are corrupted, as `open_dataset`
+            takes it.
+        images: how many held-out images are corrupted, spread evenly: 15 kinds at 5 severities.
+        sequences: how many are perturbed, step by step: 10 kinds.
+        corrupted: folder of corrupted images instead, in the layout of ImageNet-C or CIFAR-10-C.
+        perturbed: folder of sequences instead, in the layout of ImageNet-P or CIFAR-10-P.
+        shifted: folders of other images of the classes, as ImageNet-V2, ImageNet-R and ImageNet-Sketch.
+        baseline: corruptions.csv of another run; its checkpoint's errors make the mean corruption error relative.
+        classifier: "linear" or "knn".
+        k: number of neighbors of "knn".
+        temperature: of the neighbors' votes.
+        seed: of the corruptions and the probe.
+        image_size: side of the images in pixels; default the model's.
+        cache: folder of the training features; None keeps them in memory.
+        batch_size: images at a time.
+        workers: processes that load images.
+        progress: show bars on the terminal.
+
+    Raises:
+        ValueError: data that can't be opened or has no classes, folders in another layout, a baseline without these
+            kinds, an image size that the model can't take, or options out of range; before anything is embedded.
+
+    Example:
+        >>> result = evaluate(load_split_vit("encoder.safetensors"), "folder:images", classifier="knn")
+        >>> mean_corruption_error(result.errors["checkpoint"])
+        0.43
+        >>> result.write(Path("results"))
+    """
+    if classifier not in ("knn", "linear"):
+        raise ValueError(f"classifier: got {classifier!r}, takes 'knn' or 'linear'")
+    check_positive(images=images, sequences=sequences, batch_size=batch_size)
+    size = check_image_size(model, image_size)
+    train_set, test_set = open_labelled(data, size)
+    if classifier == "knn":
+        check_vote(k, temperature, len(train_set))
+    folders = [ClassFolder(folder, train_set.classes, image_size=size) for folder in shifted]
+    test_images, labels = spread_items(test_set, images)
+    if corrupted is None:
+        sets = generate_corruptions(test_images, labels, seed=seed, batch_size=batch_size)
+    else:
+        sets = read_corruptions(corrupted, train_set.classes, image_size=size, batch_size=batch_size, workers=workers)
+    image_sets = [clean_images(test_images, labels, batch_size=batch_size), *sets]
+    if perturbed is None:
+        sequence_sets = list(generate_perturbations(spread_items(test_set, sequences)[0], seed=seed))
+    else:
+        sequence_sets = list(read_perturbations(perturbed, image_size=size))
+    baseline_rates = None if baseline is None else read_errors(baseline)
+    if baseline_rates is not None:
+        check_baseline(baseline_rates, [(kind, severity) for kind, severity, _ in image_sets])
+
+    device = device_of(model)
+    classifiers: dict[str, Classifier] = {}
+    for name, encoder in with_control(model).items():
+        features, train_labels = embed_cached(
+            encoder, train_set, device, cache=cache, batch_size=batch_size, workers=workers, progress=progress
+        )
+        if classifier == "linear":
+            classes = len(train_set.classes)
+            probe = train_probe(features, train_labels, classes=classes, seed=seed, device=device, progress=progress)
+            head: Head = probe.head
+        else:
+            head = _voter(features.to(device), train_labels.to(device), k=k, temperature=temperature)
+        classifiers[name] = image_classifier(encoder, head, device)
+
+    shifts: Rows = [
+        (
+            {"model": name, "folder": folder.name, "classes": len(folder.indices)},
+            folder.grade(classify, batch_size=batch_size, workers=workers),
+        )
+        for folder in folders
+        for name, classify in classifiers.items()
+    ]
+    return CorruptionsResult(
+        errors=error_rates(classifiers, image_sets, progress=progress),
+        flips=flip_rates(classifiers, sequence_sets, progress=progress),
+        shifts=shifts,
+        baseline=baseline_rates,
+    )
+
+
+def _voter(train_features: Tensor, train_labels: Tensor, *, k: int, temperature: float) -> Head:
+    """Features (B, C) to the votes (B, K) of their k nearest neighbors."""
+    return lambda features: knn_scores(train_features, train_labels, features, k=k, temperature=temperature)[k]

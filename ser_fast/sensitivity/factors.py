@@ -20,9 +20,9 @@ POSITION_KERNELS = ("bicubic_antialias", "bicubic", "bilinear")  # the first is 
 
 
 def corners(g: LatticeMap) -> LatticeMap:
-    """The map that g becomes where the centres of corner tokens are taken for the corners of the image.
+    """The map that g becomes where the centers of corner tokens are taken for the corners of the image.
 
-    This is align_corners=True: normalised coordinates run over [0, H - 1] instead of [0, H]. Elements of D4 stay as
+    This is align_corners=True: normalized coordinates run over [0, H - 1] instead of [0, H]. Elements of D4 stay as
     they are; everything else is off by up to half a token. Composition and inverse carry over.
 
     Raises:

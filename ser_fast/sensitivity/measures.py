@@ -243,18 +243,20 @@ def cost(lattice: Size, element: str, resamplings: Sequence[Resampling], device:
     for resampling in resamplings:
         resampling(x, g)  # the first call compiles, loads or allocates
         # In turns, so that whatever else the machine does slows both.
-        turns = [(_seconds(resampling, x, g), _seconds(_copy, x, g)) for _ in range(_REPEATS)]
+        turns = [(time_once(resampling, x, g), time_once(copy_tokens, x, g)) for _ in range(_REPEATS)]
         copy = min(seconds for _, seconds in turns)
         taken = [seconds / copy for seconds, _ in turns]
         estimates.append(Estimate(resampling, 0, "time", min(taken), min(taken), max(taken), images))
     return estimates
 
 
-def _copy(x: Tensor, g: LatticeMap) -> Tensor:
+def copy_tokens(x: Tensor, g: LatticeMap) -> Tensor:
+    """What the time of rho(g) x is relative to."""
     return x.clone()
 
 
-def _seconds(run: Callable[[Tensor, LatticeMap], Tensor], x: Tensor, g: LatticeMap) -> float:
+def time_once(run: Callable[[Tensor, LatticeMap], Tensor], x: Tensor, g: LatticeMap) -> float:
+    """The seconds that one run takes, on the device that x is on."""
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     begin = time.perf_counter()

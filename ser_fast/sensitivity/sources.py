@@ -4,7 +4,7 @@ Each source gives f(g x) for a map g of the token lattice: `maps(g)` with the id
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,15 +16,14 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from ser_fast.evaluation.equivariance import random_control
 from ser_fast.evaluation.features import evaluating
+from ser_fast.evaluation.protocol import open_encoder, random_control
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.sensitivity.factors import DEFAULT
-from ser_fast.training.run_folder import find_encoder
 from ser_fast.views.pixels import normalize, transform_images
-from ser_fast.vit import SplitViT, load_split_vit
+from ser_fast.vit import SplitViT
 
-CONTROL = "random weights"  # how the names of random initialisations begin
+CONTROL = "random weights"  # how the names of random initializations begin
 _BATCH = 16  # images in a forward pass
 _WAVES, _CHANNELS = 64, 8  # of a synthetic field
 _LOWEST, _HIGHEST = 1 / 32, 1 / 2  # frequencies of its waves, in cycles a token
@@ -79,14 +78,14 @@ class Fields:
     def maps(self, g: LatticeMap, *, pixels: str = DEFAULT.pixels, positions: str = DEFAULT.positions) -> list[Tensor]:
         """(N, h, w, C) for the one layer there is."""
         g = g.to(self.frequency.device)
-        centres = torch.cat(_centres(g))  # (2, h*w)
+        centers = torch.cat(_centers(g))  # (2, h*w)
         attenuation = torch.sinc(self.frequency @ g.linear[0]).prod(-1, keepdim=True)  # (N, K, 1)
-        angle = 2 * math.pi * self.frequency @ centres  # (N, K, h*w)
+        angle = 2 * math.pi * self.frequency @ centers  # (N, K, h*w)
         waves = angle.cos().mT @ (attenuation * self.phase.cos()) - angle.sin().mT @ (attenuation * self.phase.sin())
         return [(waves / math.sqrt(_WAVES / 2)).float().unflatten(1, g.size_out)]
 
 
-def _centres(g: LatticeMap) -> tuple[Tensor, Tensor]:
+def _centers(g: LatticeMap) -> tuple[Tensor, Tensor]:
     return positions(g.linear, g.offset, g.size_in, g.size_out)
 
 
@@ -113,7 +112,7 @@ def _move(images: Tensor, g: LatticeMap, patch: Size, pixels: str) -> Tensor:
 
 
 class Photographs:
-    """Average-pooled photographs; tokens are the mean colours of patches as large as the images allow.
+    """Average-pooled photographs; tokens are the mean colors of patches as large as the images allow.
 
     Args:
         images: (N, 3, S, S) in [0, 1].
@@ -186,28 +185,32 @@ def resized_positions(encoder: Any, grid: Size, kernel: str) -> Iterator[None]:
         encoder.pos_embed, patch_embed.grid_size = own, own_grid
 
 
-def open_models(names: Sequence[str], fallback: SplitViT, *, seed: int) -> dict[str, SplitViT]:
-    """The models that are named, and a random initialisation of each architecture.
+def random_controls(models: Mapping[str, SplitViT], *, seed: int) -> dict[str, SplitViT]:
+    """A random initialization of each architecture, by a name that begins with CONTROL.
 
     Args:
-        names: runs' folders, encoder.safetensors files, or names of timm models, whose pretrained weights are taken.
-        fallback: the architecture of the control where none is named.
-        seed: of the random initialisations.
+        models: by name.
+        seed: of the weights.
+    """
+    controls: dict[str, SplitViT] = {}
+    for name, model in models.items():
+        if all((control.recipe, control.split) != (model.recipe, model.split) for control in controls.values()):
+            controls[f"{CONTROL} ({name})" if controls else CONTROL] = random_control(model, seed=seed)
+    return controls
+
+
+def open_model(name: str) -> SplitViT:
+    """The model that is named, on the CPU.
+
+    Args:
+        name: a run's folder, an encoder.safetensors file, or the name of a timm model, whose pretrained weights are
+            taken.
 
     Raises:
         ValueError: a name that is none of these, or weights that can't be had.
     """
-    models = {name: _open_model(name) for name in names}
-    controls: dict[str, SplitViT] = {}
-    for name, model in (models or {"": fallback}).items():
-        if all((control.recipe, control.split) != (model.recipe, model.split) for control in controls.values()):
-            controls[f"{CONTROL} ({name})" if controls else CONTROL] = random_control(model, seed=seed)
-    return models | controls
-
-
-def _open_model(name: str) -> SplitViT:
     if Path(name).exists():
-        return load_split_vit(find_encoder(Path(name)))
+        return open_encoder(Path(name), device="cpu").model
     if not timm.is_model(name):
-        raise ValueError(f"checkpoint: {name} is neither a run's folder, a .safetensors file nor a timm model")
+        raise ValueError(f"checkpoint: got {name}, takes a run's folder, a .safetensors file or a timm model")
     return SplitViT(name, split=0, pretrained=True)

@@ -1,6 +1,6 @@
 """The study: every source, setting and element measured once."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.data.sources import open_dataset
-from ser_fast.demo import demo_runs
 from ser_fast.evaluation.features import spread_images
 from ser_fast.lattice import LatticeMap, Size
+from ser_fast.progress import progress_bar
 from ser_fast.sensitivity import measures
+from ser_fast.sensitivity.analysis import combine
 from ser_fast.sensitivity.factors import (
     DEFAULT,
     ELEMENTS,
@@ -26,9 +26,10 @@ from ser_fast.sensitivity.factors import (
     one_at_a_time,
     whole_grid,
 )
-from ser_fast.sensitivity.report import combine
-from ser_fast.sensitivity.rows import Results, Unit
-from ser_fast.sensitivity.sources import Features, Fields, Photographs, Source, open_models
+from ser_fast.sensitivity.sources import Features, Fields, Photographs, Source, random_controls
+from ser_fast.sensitivity.table import StudyTable, Unit
+from ser_fast.training.recipes import demo_model
+from ser_fast.vit import SplitViT
 
 _TIMED_ELEMENTS = ("scale 0.75", "angle 15")
 _Key = TypeVar("_Key", bound=Hashable)
@@ -42,7 +43,7 @@ class Protocol:
         data: whose held-out images are used.
         images: how many of them, and of synthetic fields.
         image_size: their side in pixels.
-        seed: of the fields, the random initialisations and the bootstrap.
+        seed: of the fields, the random initializations and the bootstrap.
     """
 
     data: str = "photos"
@@ -52,48 +53,47 @@ class Protocol:
 
 
 def run_study(
-    checkpoints: Sequence[str],
+    models: Mapping[str, SplitViT],
     protocol: Protocol,
-    out: Path,
+    folder: Path | None,
     *,
     full: bool,
     device: torch.device,
     progress: bool = False,
-) -> Results:
-    """Measure fields, photographs, the checkpoints and random initialisations; what `out` holds already is kept.
+) -> StudyTable:
+    """Measure fields, photographs, the models and random initializations; what the folder holds already is kept.
 
     Args:
-        checkpoints: as `open_models` takes them; without any, the demo's architecture gives the random control.
+        models: by name; without any, the demo's architecture gives the random control.
         protocol: images and seed.
-        out: the folder of sensitivity.csv.
+        folder: of sensitivity.csv; None keeps the rows in memory.
         full: the whole grid on all elements, else one factor at a time on a few.
         device: where tokens are moved and models run.
         progress: show a bar on the terminal.
 
     Raises:
-        ValueError: a checkpoint or data that can't be opened, or an `out` with rows of another protocol.
+        ValueError: data that can't be opened, or a folder with rows of another protocol.
     """
-    demo = demo_runs(out, data=protocol.data, steps=1, seed=protocol.seed, image_size=64, patch_size=8)["lambda = 1"]
-    models = open_models(checkpoints, demo.model.build(), seed=protocol.seed)
+    controls = random_controls(models or {"": demo_model().build()}, seed=protocol.seed)
     held_out = open_dataset(protocol.data, train=False, image_size=protocol.image_size)
     images = to_dtype(spread_images(held_out, protocol.images).to(device), torch.float32, scale=True)  # (N, 3, S, S)
     sources: list[Source] = [
         Fields(len(images), seed=protocol.seed, device=device),
         Photographs(images),
-        *(Features(name, model.to(device), images) for name, model in models.items()),
+        *(Features(name, model.to(device), images) for name, model in {**models, **controls}.items()),
     ]
-    results = Results(out, asdict(protocol))
+    table = StudyTable(folder, asdict(protocol))
     settings = whole_grid() if full else one_at_a_time()
     elements = list(ELEMENTS) if full else FEW_ELEMENTS
-    measure(results, sources, settings, elements, seed=protocol.seed, device=device, progress=progress)
+    measure(table, sources, settings, elements, seed=protocol.seed, device=device, progress=progress)
     # The levels that win one at a time are also measured together: what is recommended was measured.
-    together = [DEFAULT, replace(DEFAULT, resampling=combine(results.rows))]
-    measure(results, sources, together, elements, seed=protocol.seed, device=device, progress=progress)
-    return results
+    together = [DEFAULT, replace(DEFAULT, resampling=combine(table.rows))]
+    measure(table, sources, together, elements, seed=protocol.seed, device=device, progress=progress)
+    return table
 
 
 def measure(
-    results: Results,
+    table: StudyTable,
     sources: Sequence[Source],
     settings: Sequence[Setting],
     elements: Sequence[str],
@@ -102,10 +102,10 @@ def measure(
     device: torch.device,
     progress: bool = False,
 ) -> None:
-    """Measure what the results lack, unit by unit; each is on disk before the next begins.
+    """Measure what the table lacks, unit by unit; each is on disk before the next begins.
 
     Args:
-        results: takes the rows.
+        table: takes the rows.
         sources: whose tokens are moved; of the same number of images each.
         settings: points of the grid; a source is measured once for those that it can't tell apart.
         elements: names in ELEMENTS.
@@ -118,9 +118,8 @@ def measure(
     def before(index: int, lattice: Size, positions: str) -> list[Tensor]:
         return sources[index].maps(LatticeMap.identity(lattice), positions=positions or DEFAULT.positions)
 
-    todo = [(unit, missing) for unit, r in units(sources, settings, elements) if (missing := results.missing(unit, r))]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, disable=not (progress and todo)) as bar:
+    todo = [(unit, missing) for unit, r in units(sources, settings, elements) if (missing := table.missing(unit, r))]
+    with progress_bar(show=progress and bool(todo)) as bar:
         task = bar.add_task("sensitivity", total=len(todo))
         for unit, resamplings in todo:
             kind, source, lattice, element, pixels, positions = unit
@@ -142,18 +141,24 @@ def measure(
                 estimates = measures.equivariance(
                     before(sources.index(source), lattice, positions), after, g, resamplings, seed=seed
                 )
-            results.add(unit, estimates)
+            table.add(unit, estimates)
             bar.advance(task)
 
 
 def units(
     sources: Sequence[Source], settings: Sequence[Setting], elements: Sequence[str]
 ) -> Iterator[tuple[Unit, list[Resampling]]]:
-    """Everything to measure, in the order that shares most work, and the resamplings of each."""
-    of_tokens = list(dict.fromkeys(setting.resampling for setting in settings))
+    """Everything to measure, in the order that shares most work, and the resamplings of each.
+
+    Args:
+        sources: whose tokens are moved.
+        settings: points of the grid.
+        elements: names in ELEMENTS.
+    """
+    resamplings = list(dict.fromkeys(setting.resampling for setting in settings))
     # Padding plays no part far from the borders, nor has a convention a price.
-    kernels = list(dict.fromkeys(replace(r, padding=DEFAULT.resampling.padding) for r in of_tokens))
-    priced = list(dict.fromkeys(replace(r, convention=DEFAULT.resampling.convention) for r in of_tokens))
+    kernels = list(dict.fromkeys(replace(r, padding=DEFAULT.resampling.padding) for r in resamplings))
+    priced = list(dict.fromkeys(replace(r, convention=DEFAULT.resampling.convention) for r in resamplings))
     yield from ((Unit("cost", None, None, element, "", ""), priced) for element in _TIMED_ELEMENTS)
     yield from ((Unit("response", None, None, element, "", ""), kernels) for element in elements)
     for lattice, group in _by(settings, lambda setting: setting.lattice):

@@ -1,22 +1,22 @@
-"""The rows of a study: one tidy CSV that is appended to, and that a later call goes on from."""
+"""The table of a study: one tidy CSV that is appended to, and that a later call goes on from."""
 
 import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ser_fast.evaluation.protocol import make_folder
 from ser_fast.io import write_atomically
 from ser_fast.lattice import Size
 from ser_fast.sensitivity.factors import DEFAULT, ELEMENTS, Resampling
 from ser_fast.sensitivity.measures import Estimate
 from ser_fast.sensitivity.sources import Source
 
-TABLE = "sensitivity.csv"
-_PROTOCOL = "protocol.json"
+TABLE, PROTOCOL = "sensitivity.csv", "protocol.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Row:
         )
 
 
-_COLUMNS = [column.name for column in fields(Row)]
+COLUMNS = [column.name for column in fields(Row)]
 
 
 class Unit(NamedTuple):
@@ -101,34 +101,52 @@ class Unit(NamedTuple):
 # ---------------------------------------------------------------- the table
 
 
-class Results:
-    """The rows of a study's CSV, kept between calls.
+class StudyTable:
+    """The rows of a study, in its CSV file between calls.
 
     A call that was cut short leaves a line or a group of rows (those of one resampling, in one unit) incomplete. Only
     the last one can be: it is dropped when the file is opened, and measured again.
 
     Args:
-        out: the study's folder; made if need be.
+        folder: the study's, made if need be; None keeps the rows in memory.
         protocol: what all rows have in common, such as the images and the seed; kept in protocol.json.
 
+    Attributes:
+        rows: all of them, in the order of the file.
+        protocol: as given.
+
     Raises:
-        ValueError: the folder holds rows of another protocol, or a CSV that is no study's.
+        ValueError: the folder holds rows of another protocol, or a CSV that is no study's, or can't be written to.
     """
 
-    def __init__(self, out: Path, protocol: dict[str, Any]) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.path = out / TABLE
+    def __init__(self, folder: Path | None, protocol: Mapping[str, Any]) -> None:
+        self.protocol = protocol
         self.rows: list[Row] = []
-        if self.path.exists():
-            kept = json.loads((out / _PROTOCOL).read_text()) if (out / _PROTOCOL).exists() else None
-            if kept != protocol:
-                raise ValueError(f"out: {out} holds a study of {kept}, this one is of {protocol}; name another folder")
-            self.rows = read_rows(self.path)
-            last = _group_key(self.rows[-1]) if self.rows else None
-            self.rows = [row for row in self.rows if _group_key(row) != last]
-        write_atomically(out / _PROTOCOL, lambda path: path.write_text(json.dumps(protocol, indent=2) + "\n"))
-        write_atomically(self.path, lambda path: path.write_text(",".join(_COLUMNS) + "\r\n" + _lines(self.rows)))
+        self._path: Path | None = None
+        if folder is not None:
+            make_folder(folder)
+            if (folder / TABLE).exists():
+                kept = self.read_protocol(folder)
+                if kept != protocol:
+                    raise ValueError(f"out: got {folder} with a study of {kept}, takes one of {protocol}")
+                self.rows = read_rows(folder / TABLE)
+                last = _group_key(self.rows[-1]) if self.rows else None
+                self.rows = [row for row in self.rows if _group_key(row) != last]
+            self._path = self.write(folder, self.rows, protocol)
         self._done = {_group_key(row) for row in self.rows}
+
+    @staticmethod
+    def write(folder: Path, rows: Iterable[Row], protocol: Mapping[str, Any]) -> Path:
+        """Write a folder's protocol.json and sensitivity.csv, whole or not at all; returns the path of the table."""
+        protocol_text, table_text = json.dumps(protocol, indent=2) + "\n", ",".join(COLUMNS) + "\r\n" + _lines(rows)
+        write_atomically(folder / PROTOCOL, lambda path: path.write_text(protocol_text))
+        write_atomically(folder / TABLE, lambda path: path.write_text(table_text, newline=""))
+        return folder / TABLE
+
+    @staticmethod
+    def read_protocol(folder: Path) -> dict[str, Any] | None:
+        """What a folder's protocol.json holds; None where there is none."""
+        return json.loads((folder / PROTOCOL).read_text()) if (folder / PROTOCOL).exists() else None
 
     def missing(self, unit: Unit, resamplings: Iterable[Resampling]) -> list[Resampling]:
         """Those of the resamplings that the unit has no rows of yet."""
@@ -139,10 +157,11 @@ class Results:
         labels: dict[str, Any] = unit.labels()
         order = dict.fromkeys(estimate.resampling for estimate in estimates)
         rows = [_row(labels, estimate) for r in order for estimate in estimates if estimate.resampling == r]
-        with self.path.open("a", newline="") as file:
-            file.write(_lines(rows))
-            file.flush()
-            os.fsync(file.fileno())
+        if self._path is not None:
+            with self._path.open("a", newline="") as file:
+                file.write(_lines(rows))
+                file.flush()
+                os.fsync(file.fileno())
         self.rows += rows
         self._done |= {_group_key(row) for row in rows}
 
@@ -159,13 +178,16 @@ def _group_key(row: Row) -> tuple[object, ...]:
 
 def _lines(rows: Iterable[Row]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS)
+    writer = csv.DictWriter(text, COLUMNS)
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a study's CSV; a last line that was cut short is left out.
+
+    Args:
+        path: of the file.
 
     Raises:
         ValueError: the file has other columns, or a line that can't be read.
@@ -175,8 +197,8 @@ def read_rows(path: Path) -> list[Row]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     reader = csv.DictReader(lines)
-    if lines and reader.fieldnames != _COLUMNS:
-        raise ValueError(f"{path}: got columns {reader.fieldnames}, takes {_COLUMNS}")
+    if lines and reader.fieldnames != COLUMNS:
+        raise ValueError(f"table: got {path} with columns {reader.fieldnames}, takes {COLUMNS}")
     return [_parse(path, reader.line_num, entry) for entry in reader]
 
 
@@ -195,4 +217,4 @@ def _parse(path: Path, line: int, entry: dict[str, Any]) -> Row:
             }
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: line {line} can't be read: {error}") from error
+        raise ValueError(f"table: got {path}, whose line {line} can't be read: {error}") from error

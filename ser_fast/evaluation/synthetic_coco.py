@@ -1,4 +1,4 @@
-"""A small detection set in COCO's format: coloured, textured shapes pasted on photographs. Nothing is downloaded."""
+"""A small detection set in COCO's format: colored, textured shapes pasted on photographs. Nothing is downloaded."""
 
 import json
 import math
@@ -25,12 +25,12 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "triangle": lambda x, y: (y <= 0.5) & (math.sqrt(3) * x.abs() - y <= 1),
     "cross": lambda x, y: (x.abs().minimum(y.abs()) <= 0.3) & (x.abs().maximum(y.abs()) <= 0.95),
 }
-# Each shape has a colour of its own, so that a small head learns to tell them apart in minutes.
-_COLOURS = ((200, 60, 60), (60, 170, 60), (60, 60, 200), (200, 180, 60))
-_SPREAD = 50  # of an object's colour about its shape's
+# Each shape has a color of its own, so that a small head learns to tell them apart in minutes.
+_COLORS = ((200, 60, 60), (60, 170, 60), (60, 60, 200), (200, 180, 60))
+_SPREAD = 50  # of an object's color about its shape's
 _RADII = (0.12, 0.28)  # of the image's side
 _OBJECTS = (1, 4)  # in an image
-_TINT = 0.75  # what an object's colour covers of its texture
+_TINT = 0.75  # what an object's color covers of its texture
 _TRIES = 20  # to place an object where it hides none
 
 
@@ -78,18 +78,18 @@ def paste_shapes(
     """
     image, size = background.clone(), background.shape[-1]
     free = torch.ones(size, size, dtype=torch.bool)
-    centres = torch.arange(size) + 0.5
+    centers = torch.arange(size) + 0.5
     objects: list[dict[str, Any]] = []
     for _ in range(rng.integers(_OBJECTS[0], _OBJECTS[1] + 1)):
         category, texture = int(rng.integers(len(SHAPES))), textures[int(rng.integers(len(textures)))][0]
-        colour = torch.from_numpy(rng.integers(-_SPREAD, _SPREAD, size=(3, 1), endpoint=True))
-        colour += torch.tensor(_COLOURS[category])[:, None]
-        piece = (_TINT * colour + (1 - _TINT) * texture.flatten(1)).byte().unflatten(1, (size, size))  # (3, S, S)
+        color = torch.from_numpy(rng.integers(-_SPREAD, _SPREAD, size=(3, 1), endpoint=True))
+        color += torch.tensor(_COLORS[category])[:, None]
+        piece = (_TINT * color + (1 - _TINT) * texture.flatten(1)).byte().unflatten(1, (size, size))  # (3, S, S)
         for _ in range(_TRIES):
             radius = size * rng.uniform(*_RADII)
             x, y = rng.uniform(radius, size - radius, size=2)
             angle = rng.uniform(0, 2 * math.pi)
-            dx, dy = (centres - x)[None, :] / radius, (centres - y)[:, None] / radius  # (1, S), (S, 1)
+            dx, dy = (centers - x)[None, :] / radius, (centers - y)[:, None] / radius  # (1, S), (S, 1)
             cos, sin = math.cos(angle), math.sin(angle)
             mask = list(SHAPES.values())[category](cos * dx + sin * dy, cos * dy - sin * dx)  # (S, S)
             if bool((mask & ~free).any()):

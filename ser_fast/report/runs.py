@@ -1,28 +1,19 @@
-"""The results page: training runs and what was measured on them, side by side in one HTML file that needs no other."""
+"""The comparison of runs: training runs and what was measured on them, side by side in one HTML file."""
 
-import base64
 import csv
-import hashlib
-import io
 import json
-import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from jinja2 import Environment
-from markupsafe import Markup
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ser_fast.io import write_atomically
+from ser_fast.report.engine import data_uri, render, to_png, write_page
 from ser_fast.training.run_folder import RunFolder
 
 _ROWS = 1000  # of a run's CSV file that are shown
@@ -77,27 +68,30 @@ class Table:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the folders of training runs, or any folders with tidy CSV files.
 
+    Args:
+        folders: in the order that they are shown in.
+
     Raises:
         ValueError: no folder, one that comes twice, or one with neither a log nor a CSV file.
     """
     if not folders:
         raise ValueError("runs: got none, takes one folder or more")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError(f"runs: a folder comes twice in {', '.join(map(str, folders))}")
+        raise ValueError(f"runs: got {', '.join(map(str, folders))}, takes each folder once")
     names = [folder.resolve().name for folder in folders]
     palette = mpl.colormaps["tab10"] if len(folders) <= 10 else mpl.colormaps["turbo"].resampled(len(folders))
     runs = []
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
         tables = {path.name: _read_csv(path) for path in sorted(folder.glob("*.csv"))}
-        log = _read_log(RunFolder(folder).log)
+        run_folder = RunFolder(folder)
+        log = run_folder.read_log()
         if not tables and not log:
-            raise ValueError(f"runs: {folder} holds neither {RunFolder(folder).log.name} nor a CSV file")
+            raise ValueError(f"runs: got {folder}, takes a folder that holds {run_folder.log.name} or a CSV file")
         runs.append(
             Run(
                 name=name if names.count(name) == 1 else str(folder),
                 color=to_hex(palette(number)),
-                options=_read_options(folder / "config.json")
-                | _read_options(folder / "environment.json", "environment."),
+                options=_read_options(run_folder.config) | _read_options(run_folder.environment, "environment."),
                 log=log,
                 csv=tables,
                 images={path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))},
@@ -106,40 +100,34 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def write_report(runs: Sequence[Run], path: Path) -> None:
-    """Write the comparison as one HTML file, without scripts, styles or images from elsewhere.
+def write_report(runs: Sequence[Run], path: Path) -> Path:
+    """Write the comparison as one HTML file, without scripts, styles or images from elsewhere; returns its path.
+
+    Args:
+        runs: of `read_runs`.
+        path: of the file.
 
     Example:
         >>> write_report(read_runs([Path("runs/lambda_0"), Path("runs/lambda_1")]), Path("runs/report.html"))
     """
     metrics = _union(record for run in runs for record in run.log)
     metrics = [name for name in metrics if name not in ("step", "epoch")]
-    environment = Environment(autoescape=True)
-    environment.filters |= {"is_number": _is_number, "shorten": _shorten}
-    page = environment.from_string(files("ser_fast").joinpath("report.html").read_text()).render(
+    page = render(
+        "runs.html",
         title="Comparison of " + (f"{len(runs)} runs" if len(runs) > 1 else f"the run {runs[0].name}"),
+        script=_SCRIPT,
         runs=runs,
         tables=[table for table in (_summary(runs, metrics), _options(runs), *_csv_tables(runs)) if table.rows],
-        curves={name: _data_uri(_curves(runs, name)) for name in metrics},
-        pictures={
-            name: [(run, _data_uri(run.images[name])) for run in runs if name in run.images]
+        curves={name: data_uri(to_png(_curves(runs, name))) for name in metrics},
+        images={
+            name: [(run, data_uri(run.images[name])) for run in runs if name in run.images]
             for name in sorted({name for run in runs for name in run.images})
         },
-        script=Markup(_SCRIPT),
-        script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
     )
-    write_atomically(path, partial(Path.write_text, data=page, encoding="utf-8"))
+    return write_page(path, page)
 
 
 # ---------------------------------------------------------------- a run's folder
-
-
-def _read_log(path: Path) -> list[dict[str, float]]:
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):  # the last line of a run that goes on, or was cut
-            records.append(json.loads(line))
-    return records
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
@@ -166,7 +154,7 @@ def _summary(runs: Sequence[Run], metrics: list[str]) -> Table:
         last = run.log[-max(1, len(run.log) // 10) :]
         values = [[record[name] for record in last if name in record] for name in metrics]
         if last:
-            rows.append((run, [str(last[-1]["step"]), *(str(fmean(of)) if of else "" for of in values)]))
+            rows.append((run, [str(last[-1]["step"]), *(str(fmean(numbers)) if numbers else "" for numbers in values)]))
     return Table("Runs", ["run", "steps", *metrics], rows, note="Means of the last tenth of the steps.")
 
 
@@ -194,25 +182,10 @@ def _union(records: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for record in records for key in record))
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _shorten(text: str) -> str:
-    """Four significant digits of a number that isn't whole; any other text as it is."""
-    if not _is_number(text) or not math.isfinite(float(text)) or text.lstrip("+-").isdigit():
-        return text
-    return f"{float(text):.4g}"
-
-
 # ---------------------------------------------------------------- figures
 
 
-def _curves(runs: Sequence[Run], metric: str) -> bytes:
+def _curves(runs: Sequence[Run], metric: str) -> Figure:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for run in runs:
@@ -224,10 +197,4 @@ def _curves(runs: Sequence[Run], metric: str) -> bytes:
             axes.plot(*mean, color=run.color, linewidth=2)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120)
-    return png.getvalue()
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return figure

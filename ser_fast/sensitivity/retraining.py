@@ -9,32 +9,23 @@ from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
 
 from ser_fast.data.sources import open_dataset
-from ser_fast.demo import demo_runs
-from ser_fast.evaluation.equivariance import equivariance_errors, random_control
+from ser_fast.evaluation.equivariance import equivariance_errors
 from ser_fast.evaluation.features import spread_images
-from ser_fast.io import write_atomically
+from ser_fast.evaluation.figures import save
+from ser_fast.evaluation.protocol import check_positive, open_encoder, random_control
+from ser_fast.evaluation.tables import write_csv
+from ser_fast.sensitivity import BASELINE, VARIANTS
 from ser_fast.training.config import TrainConfig, with_options
-from ser_fast.training.run_folder import RunFolder
+from ser_fast.training.recipes import demo_recipes
 from ser_fast.training.trainer import train
-from ser_fast.vit import SplitViT, load_split_vit
+from ser_fast.vit import SplitViT
 
 TABLE, FIGURE = "training.csv", "training.png"
-BASELINE = "bicubic"
-
-# What SERLoss is given; the baseline is its default (bicubic, border, no antialias).
-VARIANTS: dict[str, dict[str, str | bool]] = {
-    BASELINE: {},
-    **{
-        name: {"interpolation": name} for name in ("nearest", "bilinear", "catmull_rom", "mitchell", "lanczos3", "area")
-    },
-    "antialias": {"antialias": True},
-    **{name: {"padding": name} for name in ("zeros", "reflection")},
-}
-
 MEASURES = {
     "d4_error": "error on D4",
     "resampled_error": "error on scales",
@@ -67,7 +58,19 @@ class Score:
 def study_runs(
     out: Path, variants: Sequence[str], seeds: int, *, data: str, steps: int, image_size: int = 64, patch_size: int = 8
 ) -> dict[tuple[str, int], TrainConfig]:
-    """The demo's run with SER (lambda = 1), for each variant and each seed 0 .. seeds - 1.
+    """The demo's recipe with SER (lambda = 1), for each variant and each seed 0 .. seeds - 1.
+
+    Args:
+        out: folder of the runs' folders.
+        variants: names in VARIANTS, the baseline among them.
+        seeds: how many runs of each.
+        data: what they are trained on, as `open_dataset` takes it.
+        steps: optimizer steps of a run.
+        image_size: side of the images, in pixels.
+        patch_size: side of a token, in pixels.
+
+    Returns:
+        The options of each run, by variant and seed.
 
     Raises:
         ValueError: a variant that is unknown, given twice, or the baseline missing; fewer than two seeds.
@@ -77,12 +80,10 @@ def study_runs(
             f"variants: got {list(variants)}, takes {BASELINE!r} and others of {list(VARIANTS)}, each once"
         )
     if seeds < 2:
-        raise ValueError(f"seeds: got {seeds}, takes at least 2: without a spread no difference can be judged")
+        raise ValueError(f"seeds: got {seeds}, takes 2 or more: without a spread no difference can be judged")
     runs = {}
     for seed in range(seeds):
-        base = demo_runs(out, data=data, steps=steps, seed=seed, image_size=image_size, patch_size=patch_size)[
-            "lambda = 1"
-        ]
+        base = demo_recipes(out, data=data, steps=steps, seed=seed, image_size=image_size, patch_size=patch_size)["ser"]
         for name in variants:
             options = {f"ser.{option}": value for option, value in VARIANTS[name].items()}
             runs[name, seed] = with_options(base, {**options, "out": out / f"{name}_seed{seed}"})
@@ -90,7 +91,7 @@ def study_runs(
 
 
 def train_and_score(runs: dict[tuple[str, int], TrainConfig], *, images: int, device: str) -> list[Score]:
-    """Train what is not finished yet, and score every model and the random initialisation on held-out images.
+    """Train what is not finished yet, and score every model and the random initialization on held-out images.
 
     Args:
         runs: of `study_runs`.
@@ -101,7 +102,7 @@ def train_and_score(runs: dict[tuple[str, int], TrainConfig], *, images: int, de
     held_out = spread_images(open_dataset(first.data, train=False, image_size=first.model.image_size), images)
     models: dict[tuple[str, int], SplitViT] = {}
     for key, config in runs.items():
-        models[key] = load_split_vit(RunFolder(train(replace(config, device=device))).encoder)
+        models[key] = open_encoder(train(replace(config, device=device)), device="cpu").model
     model = next(iter(models.values()))
     controls = {("random", seed): random_control(model, seed=seed) for seed in {seed for _, seed in runs}}
     scores = []
@@ -121,21 +122,8 @@ def train_and_score(runs: dict[tuple[str, int], TrainConfig], *, images: int, de
     return scores
 
 
-def write_scores(scores: Sequence[Score], out: Path) -> None:
-    """out/training.csv with one line a model, and out/training.png."""
-
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Score)])
-            writer.writeheader()
-            writer.writerows(asdict(score) for score in scores)
-
-    write_atomically(out / TABLE, write)
-    draw_scores(scores).savefig(out / FIGURE, dpi=120)
-
-
 def read_scores(out: Path) -> list[Score]:
-    """What `write_scores` wrote; none where there is no such file."""
+    """The scores that `RetrainingResult.write` wrote to a folder; none where there is no such file."""
     if not (out / TABLE).exists():
         return []
     with (out / TABLE).open(newline="") as file:
@@ -164,7 +152,13 @@ def paired_difference(scores: Sequence[Score], variant: str, measure: str) -> tu
 
 
 def chance(difference: float, error: float, pairs: int) -> float:
-    """How probable a mean of `pairs` paired differences this far from 0 is without any effect (t test, two-sided)."""
+    """How probable a mean this far from 0 is without any effect: a two-sided t test.
+
+    Args:
+        difference: the mean.
+        error: its standard error.
+        pairs: how many paired differences it is the mean of.
+    """
     if error == 0:
         return float(difference == 0)
     return float(2 * student_t.sf(abs(difference) / error, pairs - 1))
@@ -185,8 +179,8 @@ def judge(scores: Sequence[Score]) -> list[str]:
         for variant in settings:
             difference, error = paired_difference(scores, variant, measure)
             p = min(1.0, comparisons * chance(difference, error, len(baseline)))
-            told = f"{variant} {difference:+.4f} (standard error {error:.4f}, p {p:.2g})"
-            (apart if p < 0.05 else beside).append(told)
+            described = f"{variant} {difference:+.4f} (standard error {error:.4f}, p {p:.2g})"
+            (apart if p < 0.05 else beside).append(described)
         verdict = [f"no more than chance: {', '.join(beside)}"] if beside else []
         verdict += [f"more than chance: {', '.join(apart)}"] if apart else []
         says = "the choice matters after training" if apart else "the choice does not show after training"
@@ -198,20 +192,6 @@ def judge(scores: Sequence[Score]) -> list[str]:
     return lines
 
 
-def table(scores: Sequence[Score]) -> Table:
-    """Mean and standard deviation over seeds, a row a setting."""
-    seeds = len({score.seed for score in scores})
-    shown = Table(
-        title=f"Trained with another setting, mean ± deviation over {seeds} seeds", box=SIMPLE_HEAD, padding=0
-    )
-    for heading in ("trained with", *MEASURES.values()):
-        shown.add_column(heading, justify="right" if heading != "trained with" else "left")
-    for variant in _variants(scores):
-        values = [_values(scores, variant, measure) for measure in MEASURES]
-        shown.add_row(variant, *(f"{fmean(of):.3f} ± {stdev(of):.3f}" for of in values))
-    return shown
-
-
 def draw_scores(scores: Sequence[Score]) -> Figure:
     """A panel a measure: what each setting differs by from the baseline at the same seed, as points, and their mean.
 
@@ -220,7 +200,7 @@ def draw_scores(scores: Sequence[Score]) -> Figure:
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     variants = [variant for variant in _variants(scores) if variant not in ("random", BASELINE)]
     for axes, (measure, title) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
-        baseline, random = (_values(scores, variant, measure) for variant in (BASELINE, "random"))
+        baseline, control = (_values(scores, variant, measure) for variant in (BASELINE, "random"))
         for i, variant in enumerate(variants):
             differences = [a - b for a, b in zip(_values(scores, variant, measure), baseline, strict=True)]
             axes.scatter([i] * len(differences), differences, s=14, color=f"C{i % 10}")
@@ -228,7 +208,73 @@ def draw_scores(scores: Sequence[Score]) -> Figure:
         axes.axhspan(-2 * stdev(baseline), 2 * stdev(baseline), color="grey", alpha=0.2, linewidth=0)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(variants)), variants, rotation=35, ha="right")
-        axes.set_title(f"{title}\n{BASELINE} {fmean(baseline):.3f}, random weights {fmean(random):.3f}", fontsize=9)
+        axes.set_title(f"{title}\n{BASELINE} {fmean(baseline):.3f}, random weights {fmean(control):.3f}", fontsize=9)
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel(f"difference from {BASELINE}")
     return figure
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+@dataclass(frozen=True)
+class RetrainingResult:
+    """The scores of models that were trained with each setting."""
+
+    scores: list[Score]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write training.csv with one line a model, and training.png; returns their paths."""
+        return [
+            write_csv([field.name for field in fields(Score)], map(asdict, self.scores), folder / TABLE),
+            save(draw_scores(self.scores), folder / FIGURE, dpi=120),
+        ]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print mean and standard deviation over seeds, a row a setting, and what is judged of each measure."""
+        console = console or Console()
+        seeds = len({score.seed for score in self.scores})
+        table = Table(
+            title=f"Trained with another setting, mean ± deviation over {seeds} seeds", box=SIMPLE_HEAD, padding=0
+        )
+        for heading in ("trained with", *MEASURES.values()):
+            table.add_column(heading, justify="right" if heading != "trained with" else "left")
+        for variant in _variants(self.scores):
+            values = [_values(self.scores, variant, measure) for measure in MEASURES]
+            table.add_row(variant, *(f"{fmean(by_seed):.3f} ± {stdev(by_seed):.3f}" for by_seed in values))
+        console.print(table)
+        for line in judge(self.scores):
+            console.print(line, highlight=False)
+
+
+def evaluate(
+    out: Path,
+    data: str = "photos",
+    *,
+    variants: Sequence[str] = tuple(VARIANTS),
+    seeds: int = 3,
+    steps: int = 60,
+    images: int = 64,
+    device: str = "auto",
+) -> RetrainingResult:
+    """Train the demo's recipe with each setting of SERLoss and several seeds, and score the models alike.
+
+    Args:
+        out: folder of the runs' folders; what is finished there is not trained again.
+        data: what they are trained on, and whose held-out images score them, as `open_dataset` takes it.
+        variants: names in VARIANTS, the baseline among them.
+        seeds: how many runs of each.
+        steps: optimizer steps of a run.
+        images: held-out images, at most.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: variants or seeds that can't be judged, or data that can't be opened; before a step is taken.
+
+    Example:
+        >>> result = evaluate(Path("results/runs"), variants=("bicubic", "nearest"))
+        >>> result.write(Path("results"))
+    """
+    check_positive(steps=steps, images=images)
+    runs = study_runs(out, variants, seeds, data=data, steps=steps)
+    return RetrainingResult(train_and_score(runs, images=images, device=device))

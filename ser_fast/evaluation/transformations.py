@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
-from ser_fast.evaluation.equivariance import check_images
 from ser_fast.evaluation.features import evaluating
+from ser_fast.evaluation.protocol import check_images, check_positive
 from ser_fast.lattice import LatticeMap
+from ser_fast.progress import track
 from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT
 
@@ -28,7 +28,7 @@ REGRESSORS = ("linear", "MLP")
 
 _CELLS = 4  # token maps are averaged to at most 4 x 4
 _NO_VARIANCE = 1e-6  # of a token's length: what is less is float32's rounding of a constant
-_RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the variance of a standardised feature
+_RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the variance of a standardized feature
 _HIDDEN, _STEPS, _RATE, _DECAY = 64, 200, 3e-3, 0.1
 
 
@@ -98,49 +98,61 @@ def predict_transformations(
         ...     print(prediction.layer, prediction.target, prediction.score)
     """
     check_images(model, images)
-    if pairs < 1:
-        raise ValueError(f"pairs: got {pairs}, takes a positive number")
-    held_out = round(test_share * len(images))
-    if not 0 < held_out < len(images):
-        raise ValueError(f"test_share: got {test_share}, which holds out {held_out} of {len(images)} images")
-    rest = len(images) - held_out
-    if rest < 2:
-        raise ValueError(f"images: got {len(images)}, which leaves {rest} to fit and to choose on, takes 2 or more")
+    rest, held_out = check_prediction(len(images), pairs=pairs, test_share=test_share)
     sizes = [rest - max(1, rest // 4), max(1, rest // 4), held_out]
 
     features, targets = _pairs(model, images, pairs=pairs, seed=seed, batch_size=batch_size, progress=progress)
     predictions = []
-    for target, of_layers in features.items():
-        train, choice, test = (y.flatten(0, 1) for y in targets[target].split(sizes))  # (pairs, K) each
-        for layer, x in enumerate(track(of_layers, "regressors", transient=True, disable=not progress), start=1):
+    for target, layer_features in features.items():
+        fit_y, val_y, test_y = (y.flatten(0, 1) for y in targets[target].split(sizes))  # (pairs, K) each
+        for layer, x in enumerate(track(layer_features, "regressors", show=progress), start=1):
             parts = [part.flatten(0, 1) for part in x.split(sizes)]  # (pairs, Q) each
             mean, deviation = parts[0].mean(0), parts[0].std(0) + _NO_VARIANCE
-            seen, choosing, unseen = ((part - mean) / deviation for part in parts)
+            fit_x, val_x, test_x = ((part - mean) / deviation for part in parts)
             both = (
-                _linear(seen, train, choosing, choice, unseen),
-                _mlp(seen, train, choosing, choice, unseen, seed=seed),
+                _linear(fit_x, fit_y, val_x, val_y, test_x),
+                _mlp(fit_x, fit_y, val_x, val_y, test_x, seed=seed),
             )
             for regressor, predicted in zip(REGRESSORS, both, strict=True):
                 if target == "D4":
-                    score = (predicted.argmax(1) == test.argmax(1)).double().mean()
+                    score = (predicted.argmax(1) == test_y.argmax(1)).double().mean()
                 else:
-                    score = 1 - (predicted - test).square().sum() / (test - test.mean(0)).square().sum()
+                    score = 1 - (predicted - test_y).square().sum() / (test_y - test_y.mean(0)).square().sum()
                 chance = 1 / 8 if target == "D4" else 0.0
                 predictions.append(
-                    Prediction(layer, target, regressor, float(score), chance, len(train) + len(choice), len(test))
+                    Prediction(layer, target, regressor, float(score), chance, len(fit_y) + len(val_y), len(test_y))
                 )
     return predictions
 
 
-def print_table(predictions: Mapping[str, Sequence[Prediction]], console: Console | None = None) -> None:
+def check_prediction(images: int, *, pairs: int, test_share: float = 0.25) -> tuple[int, int]:
+    """How many of the images `predict_transformations` fits and chooses on, and how many it tests on.
+
+    Raises:
+        ValueError: pairs below 1, or a share that leaves too few images on one side.
+    """
+    check_positive(pairs=pairs)
+    held_out = round(test_share * images)
+    if not 0 < held_out < images:
+        raise ValueError(
+            f"test_share: got {test_share}, which holds out {held_out} of {images} images, takes a share that leaves "
+            "some on both sides"
+        )
+    rest = images - held_out
+    if rest < 2:
+        raise ValueError(f"images: got {images}, which leaves {rest} to fit and to choose on, takes 2 or more")
+    return rest, held_out
+
+
+def print_predictions(predictions: Mapping[str, Sequence[Prediction]], console: Console | None = None) -> None:
     """Print a table for each target: a row a model and regressor, a column a layer."""
     console = console or Console()
     for target, title in TARGETS.items():
         console.print(f"Prediction of g from pairs. {title}", highlight=False)
         scores = {
             (name, row.regressor, row.layer): row.score
-            for name, of_model in predictions.items()
-            for row in of_model
+            for name, model_predictions in predictions.items()
+            for row in model_predictions
             if row.target == target
         }
         layers = sorted({layer for _, _, layer in scores})
@@ -174,9 +186,7 @@ def _pairs(
     window = torch.eye(2, dtype=torch.float64) / enlarged
     batches: list[dict[str, list[Tensor]]] = []
     with evaluating(model):
-        for rows in track(
-            torch.arange(count).split(batch_size), "pairs for prediction", transient=True, disable=not progress
-        ):
+        for rows in track(torch.arange(count).split(batch_size), "pairs for prediction", show=progress):
             pixels = to_dtype(images[rows.to(images.device)], torch.float32, scale=True)  # (B, 3, Hp, Wp)
 
             def cells(linear: Tensor | None, code: int = 0, pixels: Tensor = pixels) -> list[Tensor]:
@@ -205,10 +215,10 @@ def _cells(tokens: Tensor) -> Tensor:
     """(B, H, W, C) -> (B, q*q, C): means of parts of the map, less their mean, of length 1; 0 where all are alike."""
     q = min(_CELLS, *tokens.shape[1:3])
     cells = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2).float(), q).flatten(2).mT  # (B, q*q, C)
-    centred = cells - cells.mean(1, keepdim=True)
-    length = centred.norm(dim=-1, keepdim=True)
+    centered = cells - cells.mean(1, keepdim=True)
+    length = centered.norm(dim=-1, keepdim=True)
     varies = length > _NO_VARIANCE * cells.norm(dim=-1, keepdim=True)
-    return torch.where(varies, centred / length, 0)
+    return torch.where(varies, centered / length, 0)
 
 
 def _cosines(before: list[Tensor], after: list[list[Tensor]]) -> list[Tensor]:
@@ -216,19 +226,19 @@ def _cosines(before: list[Tensor], after: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack([(b @ maps[layer].mT).flatten(1) for maps in after], 1).cpu() for layer, b in enumerate(before)]
 
 
-def _linear(x: Tensor, y: Tensor, choosing: Tensor, choice: Tensor, unseen: Tensor) -> Tensor:
-    """Ridge regression of y (N, K) on standardised x (N, Q), at `unseen`; an intercept through the means."""
-    x, y, choosing, choice, unseen = (part.double() for part in (x, y, choosing, choice, unseen))
+def _linear(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, test_x: Tensor) -> Tensor:
+    """Ridge regression of y (N, K) on standardized x (N, Q), at `test_x`; an intercept through the means."""
+    x, y, val_x, val_y, test_x = (part.double() for part in (x, y, val_x, val_y, test_x))
     mean = y.mean(0)
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # (Q,), (Q, Q)
     onto = vectors.T @ (x.T @ (y - mean)) / len(x)  # (Q, K)
     weights = [vectors @ (onto / (values.clamp(min=0) + ridge)[:, None]) for ridge in _RIDGES]
-    best = min(weights, key=lambda weight: F.mse_loss(choosing @ weight + mean, choice).item())
-    return unseen @ best + mean
+    best = min(weights, key=lambda weight: F.mse_loss(val_x @ weight + mean, val_y).item())
+    return test_x @ best + mean
 
 
-def _mlp(x: Tensor, y: Tensor, choosing: Tensor, choice: Tensor, unseen: Tensor, *, seed: int) -> Tensor:
-    """An MLP of one hidden layer, by squared error of one target or cross-entropy of several, at `unseen`."""
+def _mlp(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, test_x: Tensor, *, seed: int) -> Tensor:
+    """An MLP of one hidden layer, by squared error of one target or cross-entropy of several, at `test_x`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         last = nn.Linear(_HIDDEN, y.shape[1])
@@ -237,11 +247,11 @@ def _mlp(x: Tensor, y: Tensor, choosing: Tensor, choice: Tensor, unseen: Tensor,
     nn.init.zeros_(last.bias)
     loss_of = F.cross_entropy if y.shape[1] > 1 else F.mse_loss
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=_RATE, weight_decay=_DECAY)
-    least, best = math.inf, torch.zeros(len(unseen), y.shape[1])
+    least, best = math.inf, torch.zeros(len(test_x), y.shape[1])
     for _ in range(_STEPS):
         with torch.no_grad():
-            if (error := loss_of(mlp(choosing), choice).item()) < least:
-                least, best = error, mlp(unseen)
+            if (error := loss_of(mlp(val_x), val_y).item()) < least:
+                least, best = error, mlp(test_x)
         loss = loss_of(mlp(x), y)
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,173 @@
+"""What the evaluations share: the encoder that is opened, the random control beside it, and the checks before the work.
+
+Every protocol checks its arguments, then measures "checkpoint" and "random" alike.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ser_fast.data.sources import ImageDataset, open_dataset
+from ser_fast.device import choose_device
+from ser_fast.evaluation.features import evaluating
+from ser_fast.lattice import Size
+from ser_fast.training.run_folder import RunFolder, find_encoder
+from ser_fast.vit import SplitViT, load_split_vit
+
+DEFAULT_DATA = "photos"
+
+
+class Checkpoint(NamedTuple):
+    """An encoder and what its file's folder tells of it.
+
+    Attributes:
+        model: on its device.
+        data: the source that the run was trained on; DEFAULT_DATA where the folder doesn't tell.
+        folder: of the file.
+    """
+
+    model: SplitViT
+    data: str
+    folder: Path
+
+
+def open_encoder(path: Path, *, device: str = "auto") -> Checkpoint:
+    """Open a run's encoder.
+
+    Args:
+        path: a run's folder or a safetensors file.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: the path is neither, the file is damaged, or the device isn't there.
+
+    Example:
+        >>> model, data, folder = open_encoder(Path("runs/moco_v3_ser"))
+        >>> knn.evaluate(model, data).write(folder)
+    """
+    weights = find_encoder(path)
+    target = choose_device(device)
+    run = RunFolder(weights.parent)
+    data = run.read_config().data if run.config.is_file() else DEFAULT_DATA
+    return Checkpoint(load_split_vit(weights).to(target), data, run.path)
+
+
+# ---------------------------------------------------------------- models
+
+
+def random_control(model: SplitViT, *, seed: int = 0) -> SplitViT:
+    """The same architecture, split and device with fresh random weights: what `model` was before it was trained.
+
+    Fixed sin-cos positions are kept, for training did not make them either. Global random state stays as it was.
+
+    Args:
+        model: built from a timm name.
+        seed: of the weights.
+
+    Raises:
+        ValueError: model wraps a timm instance, which can't be built again.
+    """
+    if model.recipe is None:
+        raise ValueError("model: wraps a timm instance; only a SplitViT built from a timm name can be built again")
+    name, timm_kwargs = model.recipe
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
+        control = SplitViT(name, model.split, **timm_kwargs)
+    positions = control.state_dict().get("pos_embed")  # (1, P + H*W, C), the model's own memory
+    if positions is not None and model.embed_dim % 4 == 0:
+        drawn = positions.clone()
+        control.fix_sincos_positions()
+        if not torch.equal(positions, model.state_dict()["pos_embed"].cpu()):
+            positions.copy_(drawn)
+    return control.to(device_of(model))
+
+
+def with_control(model: SplitViT) -> dict[str, SplitViT]:
+    """The models that every protocol measures, by name: "checkpoint", and "random", its random control."""
+    return {"checkpoint": model, "random": random_control(model)}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's parameters."""
+    return next(model.parameters()).device
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_positive(**numbers: float | None) -> None:
+    """Raise ValueError for the first of the named numbers that is there and isn't above 0."""
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"{name}: got {number}, takes a positive number")
+
+
+def check_image_size(model: SplitViT, image_size: int | None, *, read: Callable[[Tensor], Tensor] | None = None) -> int:
+    """The side of the images in pixels, after a black image of it went through the model.
+
+    Args:
+        model: on its device.
+        image_size: in pixels; None for the model's own.
+        read: what is read from a model's images (1, 3, S, S); default its embedding.
+
+    Raises:
+        ValueError: a size that isn't positive, or that the model can't take.
+    """
+    size = model.image_size[0] if image_size is None else image_size
+    check_positive(image_size=size)
+    with evaluating(model):
+        (read or model)(torch.zeros(1, 3, size, size, device=device_of(model)))
+    return size
+
+
+def check_images(model: SplitViT, images: Tensor) -> Size:
+    """The lattice (H, W) of the tokens of images (N, 3, Hp, Wp) uint8.
+
+    Raises:
+        TypeError: images of another type.
+        ValueError: images of another shape, or sides that aren't multiples of the patch size.
+    """
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise TypeError(f"images: got {getattr(images, 'dtype', type(images))}, takes a uint8 tensor (N, 3, Hp, Wp)")
+    patch_height, patch_width = model.patch_size
+    if images.ndim != 4 or not images.numel() or images.shape[2] % patch_height or images.shape[3] % patch_width:
+        raise ValueError(
+            f"images: got {tuple(images.shape)}, takes (N, 3, Hp, Wp), N > 0, the sides multiples of the patch size "
+            f"{patch_height, patch_width}"
+        )
+    return images.shape[2] // patch_height, images.shape[3] // patch_width
+
+
+def open_labelled(data: str, image_size: int) -> tuple[ImageDataset, ImageDataset]:
+    """The training images and the held-out images of a source, of the same classes.
+
+    Args:
+        data: as `open_dataset` takes it.
+        image_size: the side of the images in pixels.
+
+    Raises:
+        ValueError: the source can't be opened, or its images have no classes.
+    """
+    train, test = (open_dataset(data, train=part, image_size=image_size) for part in (True, False))
+    if not train.classes:
+        raise ValueError(f"data: got {data!r}, whose images have no classes, takes a folder for each class")
+    return train, test
+
+
+def make_folder(out: Path) -> Path:
+    """Make the folder that results go to.
+
+    Raises:
+        ValueError: it can't be made, or not be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: got {out}, takes a folder that can be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ValueError(f"out: got {out}, takes a folder that can be written to")
+    return out

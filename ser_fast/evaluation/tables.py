@@ -1,0 +1,75 @@
+"""The tables of the evaluations, as CSV files and on the terminal."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ser_fast.evaluation.classification import Rows
+from ser_fast.io import write_atomically
+
+
+def write_csv(columns: Iterable[str], rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Write a CSV file, whole or not at all: the names of the columns, then a line a row; returns its path."""
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+    return path
+
+
+def write_table(records: Mapping[str, Sequence[Any]], path: Path) -> Path:
+    """Write the records of each model, by name, to a CSV file: a column "model", then the fields of their dataclass.
+
+    Example:
+        >>> write_table({"checkpoint": equivariance_errors(model, images)}, Path("equivariance.csv"))
+    """
+    (kind,) = {type(record) for model_records in records.values() for record in model_records}
+    rows = ({"model": name, **asdict(record)} for name, model_records in records.items() for record in model_records)
+    return write_csv(["model", *(field.name for field in fields(kind))], rows, path)
+
+
+# ---------------------------------------------------------------- classification
+
+
+def write_rows(rows: Rows, path: Path) -> Path:
+    """Write a CSV file: what identifies each classifier, then `Classification.columns`."""
+    lines = [{**labels, **result.columns()} for labels, result in rows]
+    return write_csv(lines[0], lines, path)
+
+
+def write_confusion(rows: Rows, classes: Sequence[str], path: Path) -> Path:
+    """Write the confusion matrices as a CSV file of their entries above 0: identification, truth, predicted, images."""
+    columns = (*rows[0][0], "truth", "predicted", "images")
+    lines = (
+        {
+            **labels,
+            "truth": classes[truth],
+            "predicted": classes[predicted],
+            "images": int(result.confusion[truth, predicted]),
+        }
+        for labels, result in rows
+        for truth, predicted in result.confusion.nonzero().tolist()
+    )
+    return write_csv(columns, lines, path)
+
+
+def print_rows(rows: Rows, title: str, console: Console | None = None) -> None:
+    """Print top-1 and top-5 with their intervals, a line a classifier."""
+    table = Table(title=title)
+    for heading in rows[0][0]:
+        table.add_column(heading)
+    for heading in ("top-1 (95 % interval)", "top-5 (95 % interval)"):
+        table.add_column(heading, justify="right")
+    for labels, result in rows:
+        cells = (f"{value:g}" if isinstance(value, float) else str(value) for value in labels.values())
+        table.add_row(*cells, str(result.top1), str(result.top5))
+    (console or Console()).print(table)
