@@ -17,27 +17,20 @@ from ser_fast.training.trainer import Trainer, train
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-# Of 24-fold batches of photographs: what each objective needs to get somewhere in 30 steps.
-LEARNS: dict[str, dict[str, Any]] = {
-    "moco_v3": {"optim__lr": 0.02},
-    "dino": {"optim__lr": 0.02, "dino__freeze_last_layer": 0.0},
-    "barlow_twins": {"optim__lr": 0.02},
-    "simclr": {"optim__lr": 0.02},
-    "byol": {"optim__lr": 0.02},
-    "vicreg": {"optim__lr": 0.02},
-}
+# DINO's loss is that of a moving target, and rises while the center comes to where the teacher's outputs are.
+FASTER = {"dino": {"optim__lr": 0.1, "dino__freeze_last_layer": 0.0, "dino__center_momentum": 0.5}}
+FIRST = {"dino": 6}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_30_steps_lower_the_losses(name: str, tmp_path: Path) -> None:
-    config = small_config(name, tmp_path, optim__batch_size=24, optim__steps=30, optim__warmup=0.1, **LEARNS[name])
-    trainer = Trainer(config, CPU)
+    options: dict[str, Any] = {"optim__batch_size": 24, "optim__steps": 30, "optim__lr": 0.02} | FASTER.get(name, {})
+    trainer = Trainer(small_config(name, tmp_path, **options), CPU)
     batch = next(trainer.batches())[1]
     records = [trainer.step(step, 0, batch.images, batch.indices) for step in range(30)]
     for part in ("loss", "invariance", "ser"):
-        first, last = (fmean(record[part] for record in some) for some in (records[:5], records[-5:]))
-        print(name, part, first, last)
-        assert last < 0.97 * first, part
+        values = [record[part] for record in records[FIRST.get(name, 0) :]]
+        assert fmean(values[-5:]) < 0.95 * fmean(values[:5]), part
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
