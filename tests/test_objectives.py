@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -358,6 +359,22 @@ def _term(objective: Objective, query: Tensor, key: Tensor) -> float:
     return float(dino_loss([query], [query, key], objective.center, **options)) / 2
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_local_views_of_a_batch_reach_the_student_alone(name: str, tmp_path: Path) -> None:
+    config = small_config(name, tmp_path, views__locals=3, views__local_size=16)
+    trainer = Trainer(config, CPU)
+    seen: list[tuple[list[Tensor], list[Tensor]]] = []
+    trainer.model.objective.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+    batch = next(trainer.batches())[1]
+    record = trainer.step(0, 0, batch.images, batch.indices)
+    ((student, teacher),) = seen
+    assert [len(view) for view in student] == [8] * 5
+    assert [len(view) for view in teacher] == [8] * 2 * (trainer.model.objective.momentum is not None)
+    assert math.isfinite(record["loss"])
+    # Local views are others than global ones: the head ran on each.
+    assert len({float(view[0].detach().sum()) for view in student}) == 5
+
+
 # ---------------------------------------------------------------- heads
 
 
@@ -419,6 +436,21 @@ def test_recipes() -> None:
     assert barlow.optim.lr_end == pytest.approx(barlow.optim.lr * 0.001)
     assert default_config("moco_v3").optim == OptimConfig()
     assert {str(default_config(name).out) for name in OBJECTIVES} == {f"runs/{name}_ser" for name in OBJECTIVES}
+
+
+def test_the_example_of_an_objective_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "adding_a_method.md").read_text()
+    code: dict[str, Any] = {"__name__": "cosine"}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], code)
+    monkeypatch.setitem(OBJECTIVES, "cosine", code["CosineConfig"])
+    monkeypatch.setitem(SIZES, "cosine", {"dim": 8})
+    config = small_config("cosine", tmp_path)
+    assert config.optim.lr == 1e-4
+    trainer = Trainer(config, CPU)
+    batch = next(trainer.batches())[1]
+    record = trainer.step(0, 0, batch.images, batch.indices)
+    assert 0 < record["invariance"] < 2
+    assert all(p.grad is not None for p in trainer.model.parameters())
 
 
 # ---------------------------------------------------------------- the optimizer

@@ -182,6 +182,7 @@ class DINOConfig(ObjectiveConfig):
         "optim.clip_grad": 0.3,
         "optim.clip": "parameter",
         "views.crop_area": (0.25, 1.0),
+        "views.local_gray": 0.2,
         "model.drop_path_rate": 0.1,
         "ser.weight": 0.3,
     }
