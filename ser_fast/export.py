@@ -108,7 +108,8 @@ def _torch(model: SplitViT, file: Path) -> Forward:
     program = torch.export.export(model, (_images(model, 2),), dynamic_shapes=dynamic)
     with _quiet(), file.open("wb") as stream:  # a stream: torch asks for its own suffix in a name
         torch.export.save(program, stream, extra_files={PREPROCESSING_KEY: json.dumps(model.preprocessing())})
-    return torch.export.load(file).module()
+    with _quiet():
+        return torch.export.load(file).module()
 
 
 def _images(model: SplitViT, count: int) -> Tensor:

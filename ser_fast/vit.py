@@ -1,4 +1,7 @@
-"""SplitViT: a timm vision transformer that keeps patch tokens alone up to a block, and inserts [CLS] there."""
+"""SplitViT: a timm vision transformer that keeps patch tokens alone up to a block, and inserts [CLS] there.
+
+Its file format stands here too, since the class reads and writes it.
+"""
 
 import json
 from collections import deque

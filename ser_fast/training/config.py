@@ -333,7 +333,6 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
     """The config in JSON's types, by section as on the command line."""
     content = {field.name: getattr(config, field.name) for field in fields(config)}
     content |= {name: asdict(content[name]) for name in _PARTS}
-    content["model"]["split"] = config.model.blocks_before_cls
     content["objective"] = objective_name(config)
     content[config.objective.section] = asdict(config.objective)
     content |= {name: asdict(addon) for name, addon in content.pop("addons").items() if addon.layers != "off"}
