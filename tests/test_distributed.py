@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast import LatticeMap, SERLoss, group_action, info_nce, nt_xent
 from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
-from ser_fast.objectives.moco_v3 import MoCoV3
-from ser_fast.training.config import MoCoV3Config, ModelConfig, SERConfig, ViewsConfig
-from ser_fast.training.trainer import Pretraining
+from ser_fast.objectives.moco_v3 import MoCoV3, MoCoV3Config
+from ser_fast.training.config import ModelConfig, TrainConfig, ViewsConfig, with_options
+from ser_fast.training.pretraining import Pretraining
+from ser_fast.views.recipe import View, Views
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -338,18 +339,18 @@ TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_hea
 PARTS = [(2, 32, 32), (1, 24, 40)]  # images of a rank, and their sides
 
 
-def make_moco(dtype: torch.dtype) -> MoCoV3:
-    """Without batch normalisation, whose statistics are each rank's own."""
+def make_moco(dtype: torch.dtype) -> Pretraining:
+    """Without batch normalization, for which the parts of a batch come in another order on one rank."""
     torch.manual_seed(9)
-    moco = MoCoV3Config(dim=8, mlp_dim=16).build(ModelConfig(split=2, **TINY).build())
-    with torch.no_grad():  # a momentum encoder that is not the encoder
-        for parameter in moco.momentum_encoder.parameters():
+    model = Pretraining(ModelConfig(split=2, **TINY).build(), MoCoV3(48, dim=8, mlp_dim=16))
+    with torch.no_grad():  # a teacher that is not the student
+        for parameter in model.teacher.encoder.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    for mlp in (moco.projector, moco.predictor, moco.momentum_projector):
+    for mlp in (model.objective.head, model.objective.predictor, model.teacher.head):
         for i, layer in enumerate(mlp):
             if isinstance(layer, nn.BatchNorm1d):
                 mlp[i] = nn.Identity()
-    return moco.to(dtype)
+    return model.to(dtype)
 
 
 def moco_images(rank: int, dtype: torch.dtype) -> list[list[Tensor]]:
@@ -358,6 +359,10 @@ def moco_images(rank: int, dtype: torch.dtype) -> list[list[Tensor]]:
         [randn(b, 3, h, w, key=(10, rank, view, part), dtype=dtype) for part, (b, h, w) in enumerate(PARTS)]
         for view in (0, 1)
     ]
+
+
+def views_of(images: list[list[Tensor]]) -> Views:
+    return Views([View(parts, LatticeMap.identity((32, 32), batch=0)) for parts in images], equivariant=0)
 
 
 def trained_gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -370,7 +375,7 @@ def moco() -> dict[torch.dtype, Any]:
     for dtype in (f32, f64):
         module = make_moco(dtype)
         model = DistributedDataParallel(module)
-        loss = model(*moco_images(rank(), dtype)).loss
+        loss = model(views_of(moco_images(rank(), dtype)), 0.0)["loss"]
         loss.backward()
         out[dtype] = loss.detach(), trained_gradients(module)
     return out
@@ -381,7 +386,7 @@ def test_moco(dtype: torch.dtype, results: dict[str, list[Any]]) -> None:
     module = make_moco(dtype)
     ranks = [moco_images(r, dtype) for r in range(len(results["moco"]))]
     images = [[torch.cat([own[view][part] for own in ranks]) for part in range(len(PARTS))] for view in (0, 1)]
-    loss = module(*images).loss
+    loss = module(views_of(images), 0.0)["loss"]
     loss.backward()
     losses, gradients = zip(*(result[dtype] for result in results["moco"]), strict=True)
     torch.testing.assert_close(sum(losses) / len(losses), loss.detach(), rtol=TOLERANCE[dtype], atol=0)
@@ -407,25 +412,28 @@ def pretraining() -> list[dict[str, Any]]:
     out = []
     for sampler, share, weight, momentum_keys in PRETRAINING:
         torch.manual_seed(11 + rank())  # DDP must start all ranks from rank 0's parameters
-        vit = ModelConfig(split=2, **TINY).build()
-        ser = SERConfig(hidden_dim=16, out_dim=8).build(vit.embed_dim) if share else None
-        module = Pretraining(
-            MoCoV3Config(dim=8, mlp_dim=16).build(vit), ser, weight=weight, momentum_keys=momentum_keys
+        config = TrainConfig(
+            model=ModelConfig(split=2, **TINY),
+            views=ViewsConfig(sampler=sampler, share=share),
+            objective=MoCoV3Config(dim=8, mlp_dim=16),
         )
-        make_views = ViewsConfig(sampler=sampler, share=share).build(vit.patch_size[0], seed=0)
+        options = {"ser.hidden_dim": 16, "ser.out_dim": 8, "ser.weight": weight, "ser.momentum_keys": momentum_keys}
+        config = with_options(config, options)
+        module = config.build()
+        make_views = config.views.build(module.encoder.patch_size[0], seed=0)
         model = DistributedDataParallel(module)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
         vectors, lattices = [nn.utils.parameters_to_vector(module.parameters()).detach()], []
         for step in range(2):
             images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=seeded(12, rank(), step))
             views = make_views(images, torch.arange(4) + 4 * rank(), epoch=step)
-            module.objective.update_momentum(step / 2)
+            module.move_teacher(step / 2)
             optimizer.zero_grad()
-            losses = model(views)
+            losses = model(views, step / 2)
             losses["loss"].backward()
             optimizer.step()
             vectors.append(nn.utils.parameters_to_vector(module.parameters()).detach())
-            lattices.append((views.g0.size_out, views.g1.size_out))
+            lattices.append([view.g.size_out for view in views.views])
         out.append({"vectors": vectors, "loss": losses["loss"].detach(), "lattices": lattices})
     return out
 
