@@ -4,6 +4,7 @@ on every backend, this one too, and are elsewhere."""
 import os
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -370,16 +371,47 @@ def test_kernels_are_clean(name):
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
-def test_the_wheel_works_away_from_the_sources(tmp_path):
-    """Built as where there is no nvcc; then it says so."""
+@pytest.fixture
+def copied(tmp_path) -> tuple[Path, dict[str, str]]:
+    """A copy of the sources, and an environment in which there is no nvcc."""
+    for part in ("csrc", "kernels", "ser_fast"):
+        shutil.copytree(ROOT / part, tmp_path / "source" / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source")
     folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if not (Path(folder) / "nvcc").exists()]
     environment = os.environ | {"PATH": os.pathsep.join(folders)}
     environment.pop("CUDA_HOME", None)
-    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
-    for part in ("csrc", "kernels", "ser_fast"):
-        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    return tmp_path / "source", environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("required", ["0", "1"])
+def test_a_build_that_fails_is_an_error_where_it_was_asked_for(copied, required):
+    source, environment = copied
+    for path in source.glob("csrc/**/*.cpp"):
+        path.write_text("#error this does not compile\n")
+    environment["SER_FAST_REQUIRE_NATIVE"] = required
+    built = run(sys.executable, "setup.py", "build_ext", cwd=source, env=environment)
+    assert built.returncode == int(required), built.stdout + built.stderr
+    assert "this does not compile" in built.stdout + built.stderr
+    assert "ser_fast._C is left out" in built.stderr
+
+
+@pytest.mark.slow
+def test_a_source_distribution_has_the_cuda_kernels_too(copied):
+    source, environment = copied
+    packed = run(sys.executable, "setup.py", "sdist", cwd=source, env=environment)
+    assert packed.returncode == 0, packed.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        inside = {name.partition("/")[2] for name in file.getnames()}
+    assert {str(path.relative_to(source)) for path in source.glob("csrc/**/*") if path.is_file()} <= inside
+
+
+def test_the_wheel_works_away_from_the_sources(copied, tmp_path):
+    """Built as where there is no nvcc; then it says so."""
+    source, environment = copied
+    elsewhere = tmp_path / "elsewhere"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     built = run(*pip, "wheel", source, "--no-build-isolation", "--no-deps", "-w", tmp_path, env=environment)
     assert built.returncode == 0, built.stderr
