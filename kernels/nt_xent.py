@@ -16,17 +16,7 @@ from ser_fast.kernels.configs import (
     similarity_config,
     stationary_config,
 )
-from ser_fast.ops.gpu_kernels import (
-    SPAN,
-    GradientWeights,
-    Operand,
-    Panel,
-    Positives,
-    QueriesByKey,
-    Rows,
-    Side,
-    Source,
-)
+from ser_fast.ops.gpu_kernels import SPAN, GradientWeights, Operand, Panel, Positives, Rows, SideGradient, Source
 from ser_fast.ops.gpu_losses import base2_scale
 
 
@@ -144,24 +134,16 @@ class TritonKernels:
             **_options(config),
         )
 
-    def finish_gradient(
-        self,
-        side: Side,
-        positives: Positives,
-        weights: GradientWeights,
-        by_key: QueriesByKey | None,
-        accumulated: Tensor,
-        out: tuple[Tensor, Tensor],
-    ) -> None:
-        queries, keys, positive, temperature = positives
-        x, y = (keys, queries) if side == Side.KEY else (queries, keys)
+    def finish_gradient(self, gradient: SideGradient, d_x0: Tensor, d_x1: Tensor) -> None:
+        side, positives, weights, accumulated, by_key = gradient
+        x, y, positive = gradient.rows, gradient.others, positives.positive
         splits, padded, columns = accumulated.shape
         order, first = by_key or (positive, positive)  # not read
         grid, constants = _by_row(x.count, x.x0.shape[1])
         nt_xent_rows._finish_gradient[grid](
             *(x.x0, x.x1, y.x0, y.x1, x.table.packed, weights.values),
-            *(positive, order, first, accumulated, weights.largest, *out),
-            *(*_inverse(temperature), len(x.x0), len(y.x0), x.count, padded, queries.padded, splits),
+            *(positive, order, first, accumulated, weights.largest, d_x0, d_x1, *_inverse(positives.temperature)),
+            *(len(x.x0), len(y.x0), x.count, padded, positives.queries.padded, splits),
             **{"DIM": columns, "SIDE": side.name, "LIBRARY": x.library, "NORMALIZE": x.normalize},
             **constants,
         )

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ser_fast import LatticeMap, SERLoss, group_action
-from ser_fast.ops.backends import BACKENDS, implementations, reason_not
+from ser_fast.ops.backends import BACKENDS, implementation, reason_not
 from ser_fast.vit import SplitViT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -468,7 +468,7 @@ def test_memory_budget_reaches_the_contrast(budget: int, backend: str) -> None:
 
     with Kept():
         ser(*tokens_for(g0, g1), g0, g1)
-    wanted = implementations("kept_bytes")[backend](2 * 8, f64, ser.temperature, True)
+    wanted = implementation(backend).kept_bytes(2 * 8, f64, ser.temperature, True)
     assert recorded == [wanted if budget else 0]
 
 

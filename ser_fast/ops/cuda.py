@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ser_fast.ops import native_action
 from ser_fast.ops.contract import GroupAction
-from ser_fast.ops.gpu_kernels import GradientWeights, Operand, Panel, Positives, QueriesByKey, Rows, Side, Source
+from ser_fast.ops.gpu_kernels import GradientWeights, Operand, Panel, Positives, Rows, SideGradient, Source
 from ser_fast.ops.gpu_losses import GPULosses
 
 _native = torch.ops.ser_fast_native
@@ -103,21 +103,13 @@ class CUDAKernels:
         tensors = (*_sides(queries, keys), kept, panel.values)
         _native.nt_xent_gradient_panel(*tensors, scale, *corner, source, bounded, *_given(queries, keys))
 
-    def finish_gradient(
-        self,
-        side: Side,
-        positives: Positives,
-        weights: GradientWeights,
-        by_key: QueriesByKey | None,
-        accumulated: Tensor,
-        out: tuple[Tensor, Tensor],
-    ) -> None:
-        queries, keys, positive, temperature = positives
-        x, y = (keys, queries) if side == Side.KEY else (queries, keys)
+    def finish_gradient(self, gradient: SideGradient, d_x0: Tensor, d_x1: Tensor) -> None:
+        side, positives, weights, accumulated, by_key = gradient
+        x, y, positive = gradient.rows, gradient.others, positives.positive
         order, first = by_key or (positive, positive)  # not read
         rows = (x.x0, x.x1, y.x0, y.x1, x.table.packed)
-        tensors = (*rows, weights.values, positive, order, first, accumulated, weights.largest, *out)
-        _native.nt_xent_finish_gradient(*tensors, temperature, side, x.library, x.normalize)
+        tensors = (*rows, weights.values, positive, order, first, accumulated, weights.largest, d_x0, d_x1)
+        _native.nt_xent_finish_gradient(*tensors, positives.temperature, side, x.library, x.normalize)
 
     def detached_sums(self, queries: Rows, keys: Rows, state: Tensor, out: Tensor, scale: float, bounded: bool) -> None:
         _native.nt_xent_detached_sums(*_operand(queries), *_operand(keys), state, out, scale, keys.count, bounded)

@@ -143,6 +143,26 @@ class QueriesByKey(NamedTuple):
     first: Tensor  # (keys + 1,) int64
 
 
+class SideGradient(NamedTuple):
+    """The gradient of the rows of one side, to which the positives' part is still to be added."""
+
+    side: Side
+    positives: Positives
+    weights: GradientWeights  # of the queries
+    accumulated: Tensor  # (splits, padded, columns), G times the other side
+    by_key: QueriesByKey | None = None  # for Side.KEY
+
+    @property
+    def rows(self) -> Rows:
+        """Whose gradient it is."""
+        return self.positives.keys if self.side == Side.KEY else self.positives.queries
+
+    @property
+    def others(self) -> Rows:
+        """The rows that hold the positives."""
+        return self.positives.queries if self.side == Side.KEY else self.positives.keys
+
+
 class Kernels(Protocol):
     """One set of kernels.
 
@@ -221,25 +241,8 @@ class Kernels(Protocol):
     ) -> None:
         """Writes G, in the dtype of u, to the panel. kept: (K,) float16, what `symmetric_sums` wrote."""
 
-    def finish_gradient(
-        self,
-        side: Side,
-        positives: Positives,
-        weights: GradientWeights,
-        by_key: QueriesByKey | None,
-        accumulated: Tensor,
-        out: tuple[Tensor, Tensor],
-    ) -> None:
-        """Writes the gradients of the rows of one side, 0 where not valid.
-
-        Args:
-            side: whose rows.
-            positives: whose part is added.
-            weights: of the queries.
-            by_key: given for Side.KEY.
-            accumulated: (splits, padded, columns), G times the other side.
-            out: the gradients of x0 and x1 of the rows, written.
-        """
+    def finish_gradient(self, gradient: SideGradient, d_x0: Tensor, d_x1: Tensor) -> None:
+        """Writes d_x0 and d_x1, the gradients of x0 and x1 of gradient.rows, 0 where not valid."""
 
     def detached_sums(self, queries: Rows, keys: Rows, state: Tensor, out: Tensor, scale: float, bounded: bool) -> None:
         """Writes the sums of the negatives' keys, and of their terms, whose largest is about LARGEST_WEIGHT.

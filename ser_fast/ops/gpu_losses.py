@@ -47,6 +47,7 @@ from ser_fast.ops.gpu_kernels import (
     QueriesByKey,
     Rows,
     Side,
+    SideGradient,
     Source,
     Table,
 )
@@ -297,21 +298,21 @@ class GPULosses:
         else:
             d_query, d_key = self._by_panels(positives, weights, kept, need_query, need_key)
 
-        def finished(side: Side, accumulated: Tensor, by_key: QueriesByKey | None = None) -> tuple[Tensor, Tensor]:
-            rows = keys if side == Side.KEY else queries
-            out = rows.x0.new_empty(rows.x0.shape, dtype=dtype), rows.x1.new_empty(rows.x1.shape, dtype=dtype)
-            self._kernels.finish_gradient(side, positives, weights, by_key, accumulated, out)
-            return out
+        def finished(unfinished: SideGradient) -> tuple[Tensor, Tensor]:
+            d_x0, d_x1 = (x.new_empty(x.shape, dtype=dtype) for x in (unfinished.rows.x0, unfinished.rows.x1))
+            self._kernels.finish_gradient(unfinished, d_x0, d_x1)
+            return d_x0, d_x1
 
         none = weight.new_empty(0, dtype=dtype)
         of_query, of_key = (none, none), (none, none)
         if need_query:
-            of_query = finished(Side.VIEWS if positives.views else Side.QUERY, d_query)
+            side = Side.VIEWS if positives.views else Side.QUERY
+            of_query = finished(SideGradient(side, positives, weights, d_query))
         if need_key:
             valid = queries.table.valid[: queries.count] != 0
             sorted_positive, order = positive.masked_fill(~valid, keys.count).sort(stable=True)
             first = torch.searchsorted(sorted_positive, torch.arange(keys.count + 1, device=positive.device))
-            of_key = finished(Side.KEY, d_key, QueriesByKey(order, first))
+            of_key = finished(SideGradient(Side.KEY, positives, weights, d_key, QueriesByKey(order, first)))
         return of_query, of_key
 
     def _stationary_splits(self, queries: Rows, keys: Rows) -> int:
