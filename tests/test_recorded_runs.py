@@ -14,11 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ser_fast import cli
 
 pytestmark = pytest.mark.slow
 
@@ -74,17 +77,28 @@ def fingerprint() -> str:
 
 
 def command(*arguments: Any) -> None:
+    """ser-fast with these arguments, in this process."""
+    with mock.patch.object(sys, "argv", ["ser-fast", *map(str, arguments)]):
+        cli.main()
+
+
+def command_of_two(*arguments: Any) -> None:
+    """ser-fast with these arguments, in two processes under torchrun."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ser_fast.cli")
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", *launcher, *map(str, arguments)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def train(name: str, out: Path) -> dict[str, Any]:
     """Train for twelve steps; the bits of the encoder and the losses of every step."""
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m") if name == "processes" else ()
-    command(
-        *launcher, "ser_fast.cli", "train", "--out", out, "--data", "photos", "--device", "cpu", "--workers", 0,
+    (command_of_two if name == "processes" else command)(
+        "train", "--out", out, "--data", "photos", "--device", "cpu", "--workers", 0,
         "--model.name", "vit_tiny_patch16_224", "--model.split", 1, "--model.image-size", 32, "--model.patch-size", 8,
         "--model.embed-dim", 48, "--model.depth", 3, "--model.num-heads", 3, "--views.share", 0.5,
         "--ser.hidden-dim", 32, "--ser.out-dim", 16, "--moco.dim", 16, "--moco.mlp-dim", 32, "--optim.batch-size", 8,
@@ -102,7 +116,7 @@ def evaluate(name: str, run: Path, out: Path) -> dict[str, str]:
     """The tables that a command writes of a run, by file name."""
     out.mkdir()
     data = () if name == "detection" else ("--data", "photos")  # it generates its own
-    command("ser_fast.cli", name.split("_")[0], run, *data, "--device", "cpu", "--out", out, *EVALUATIONS[name])
+    command(name.split("_")[0], run, *data, "--device", "cpu", "--out", out, *EVALUATIONS[name])
     return {table: shortened((out / table).read_text().replace(str(run), "RUN")) for table in TABLES[name]}
 
 
