@@ -510,6 +510,7 @@ def test_clipping_per_parameter() -> None:
     assert parameters[3].grad is None
     assert clip_gradients(parameters, float("inf"), "parameter") == pytest.approx(math.sqrt(0.25 + 0.01), rel=1e-5)
     assert clip_gradients(parameters, 0.05, "global") == pytest.approx(math.sqrt(0.25 + 0.01), rel=1e-5)
+    assert clip_gradients(parameters[3:], 0.05, "parameter") == 0
     norms = torch.stack([p.grad.norm() for p in parameters[:2]])
     assert float(norms.norm()) == pytest.approx(0.05, rel=1e-4)
 
@@ -597,7 +598,8 @@ def test_center_of_dino_moves_once_a_step_of_accumulated_parts() -> None:
 
 
 def test_decay_and_clipping_of_the_recipe_reach_the_training(tmp_path: Path) -> None:
-    _, trainer = first_step("dino", tmp_path, optim__clip_grad=1e-3)
+    _, trainer = first_step("dino", tmp_path, optim__clip_grad=1e-3, optim__epochs=7)
+    assert trainer.model.objective.epochs == 7
     decayed, others = trainer.optimizer.param_groups
     assert decayed["weight_decay"] == pytest.approx(0.04)
     assert others["weight_decay"] == 0.0
