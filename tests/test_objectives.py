@@ -520,9 +520,13 @@ def test_clipping_per_parameter() -> None:
 
 
 def first_step(name: str, out: Path, **options: Any) -> tuple[Trainer, Trainer]:
-    """The training before and after its first step."""
+    """The training before and after its first step, in which the teacher is not the student."""
     config = small_config(name, out, **options)
     trainer, before = Trainer(config, CPU), Trainer(config, CPU)
+    for run in (trainer, before):
+        torch.manual_seed(1)
+        for p in [] if run.model.teacher is None else run.model.teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))
     epoch, batch = next(trainer.batches())
     trainer.step(0, epoch, batch.images, batch.indices)
     return before, trainer
