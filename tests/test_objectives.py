@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from objective_cases import SIZES, small_config, small_objective
+from cases.objectives import SIZES, small_config, small_objective
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
