@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from objective_cases import SIZES, small_config, small_objective
+from cases.objectives import SIZES, small_config, small_objective
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
@@ -424,7 +424,8 @@ def test_options_are_the_arguments_of_the_class(name: str) -> None:
     defaults = {option: p.default for option, p in signature.items() if p.default is not p.empty}
     assert asdict(config) == defaults
     assert config.__class__.__doc__
-    assert from_json(to_json(default_config(name))) == default_config(name)
+    content = to_json(default_config(name))
+    assert to_json(from_json(content)) == content
 
 
 def test_recipes() -> None:
@@ -510,6 +511,7 @@ def test_clipping_per_parameter() -> None:
     assert parameters[3].grad is None
     assert clip_gradients(parameters, float("inf"), "parameter") == pytest.approx(math.sqrt(0.25 + 0.01), rel=1e-5)
     assert clip_gradients(parameters, 0.05, "global") == pytest.approx(math.sqrt(0.25 + 0.01), rel=1e-5)
+    assert clip_gradients(parameters[3:], 0.05, "parameter") == 0
     norms = torch.stack([p.grad.norm() for p in parameters[:2]])
     assert float(norms.norm()) == pytest.approx(0.05, rel=1e-4)
 
@@ -518,9 +520,13 @@ def test_clipping_per_parameter() -> None:
 
 
 def first_step(name: str, out: Path, **options: Any) -> tuple[Trainer, Trainer]:
-    """The training before and after its first step."""
+    """The training before and after its first step, in which the teacher is not the student."""
     config = small_config(name, out, **options)
     trainer, before = Trainer(config, CPU), Trainer(config, CPU)
+    for run in (trainer, before):
+        torch.manual_seed(1)
+        for p in [] if run.model.teacher is None else run.model.teacher.parameters():
+            p.add_(0.1 * torch.randn_like(p))
     epoch, batch = next(trainer.batches())
     trainer.step(0, epoch, batch.images, batch.indices)
     return before, trainer
@@ -597,7 +603,8 @@ def test_center_of_dino_moves_once_a_step_of_accumulated_parts() -> None:
 
 
 def test_decay_and_clipping_of_the_recipe_reach_the_training(tmp_path: Path) -> None:
-    _, trainer = first_step("dino", tmp_path, optim__clip_grad=1e-3)
+    _, trainer = first_step("dino", tmp_path, optim__clip_grad=1e-3, optim__epochs=7)
+    assert trainer.model.objective.epochs == 7
     decayed, others = trainer.optimizer.param_groups
     assert decayed["weight_decay"] == pytest.approx(0.04)
     assert others["weight_decay"] == 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from objective_cases import small_config, small_objective
+from cases.objectives import small_config, small_objective
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

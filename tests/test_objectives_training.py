@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from objective_cases import small_config
+from cases.objectives import small_config
 from torch import Tensor
 
 from ser_fast.objectives import OBJECTIVES

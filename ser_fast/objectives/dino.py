@@ -115,8 +115,9 @@ class DINO(Objective):
         )
         if self.training:
             with torch.no_grad():
-                rows = torch.cat(teacher).to(self.center.dtype)
-                self._collected.append(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
+                total = torch.stack([logits.sum(0, dtype=self.center.dtype) for logits in teacher]).sum(0)
+                count = total.new_tensor([sum(map(len, teacher))])
+                self._collected.append(torch.cat([total, count]))
         return {"loss": loss}
 
     def temperature(self, progress: float) -> float:
@@ -135,8 +136,8 @@ class DINO(Objective):
 
     def after_step(self, progress: float) -> None:
         if self._collected:
-            *total, count = all_reduce_sum(torch.stack(self._collected).sum(0)).split([len(self.center), 1])
-            self.center.lerp_(total[0] / count, 1 - self.center_momentum)
+            collected = all_reduce_sum(torch.stack(self._collected).sum(0))
+            self.center.lerp_(collected[:-1] / collected[-1], 1 - self.center_momentum)
             self._collected.clear()
 
 

@@ -53,9 +53,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, clip: Liter
         The norm of all gradients before.
     """
     parameters = list(parameters)
-    if clip == "global":
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if clip == "global" or not gradients:
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
     norms = torch.stack(torch._foreach_norm(gradients))
     torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1.0).unbind()))
     return float(norms.norm())
