@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ser_fast.addons import ADDONS
-from ser_fast.addons.augself import OUTPUTS, AugSelfHead, difference
+from ser_fast.addons.augself import OUTPUTS, AugSelfConfig, AugSelfHead, difference
 from ser_fast.addons.base import LayerView
 from ser_fast.addons.contrast import cross_view, symmetric
-from ser_fast.addons.equimod import EquiModHead
+from ser_fast.addons.equimod import EquiModConfig, EquiModHead
 from ser_fast.addons.essl import predictor, turn_loss
 from ser_fast.addons.geometry import geometry
 from ser_fast.addons.stl import STLHead
@@ -21,6 +21,7 @@ from ser_fast.lattice import LatticeMap
 from ser_fast.loss import SERLoss
 from ser_fast.ops.group_action import group_action
 from ser_fast.training.config import TrainConfig, default_config, with_options
+from ser_fast.training.options import parse
 from ser_fast.training.pretraining import Pretraining
 from ser_fast.views.color import LAYOUT, Color
 from ser_fast.views.pixels import transform_images
@@ -451,6 +452,34 @@ def test_heads_learn_what_the_views_say() -> None:
     labels = torch.eye(4).repeat_interleave(6, 0)
     assert turn_loss(100 * labels).item() < 1e-6
     assert turn_loss(100 * labels.flip(0)).item() > 50
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_losses_are_in_float32_under_autocast(name: str) -> None:
+    config = tiny(name, (2,))
+    model = config.build()
+    views = views_of(config, model)
+    exact = model(views, 0.0)[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(views, 0.0)[name]
+    assert rounded.dtype == f32
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.1)
+    rounded.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.addons.parameters() if p.grad is not None)
+
+
+def test_options_on_the_command_line() -> None:
+    arguments = "--equimod.layers 3 last --equimod.read mean --augself.layers 2 --augself.turn 0.5 --stl.form released"
+    with pytest.raises(SystemExit):
+        parse(arguments.split())  # names and numbers are not mixed
+    addons = parse(arguments.replace(" last", " 12").split()).addons
+    assert isinstance(addons["equimod"], EquiModConfig)
+    assert (addons["equimod"].layers, addons["equimod"].read) == ((3, 12), "mean")
+    assert addons["augself"] == AugSelfConfig(layers=(2,), turn=0.5)
+    assert addons["essl"].layers == addons["stl"].layers == "off"
+    assert {name: addon.weight for name, addon in addons.items()} == {
+        "ser": 1.0, "equimod": 1.0, "augself": 1.0, "essl": 0.4, "stl": 1.0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -222,3 +222,20 @@ def test_every_pair_trains(objective: str, addon: str, layer: str, tmp_path: Pat
 
     assert fell("loss")
     assert addon == "none" or fell(addon)
+
+
+def test_a_resumed_training_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """With every add-on, of which four have batch norms."""
+    layers = {f"{name}.layers": (1, 3) for name in ADDONS}
+    config = tiny("moco_v3", **layers, **{"out": tmp_path / "run", "optim.steps": 4, "ser.locals": True})
+    straight = Trainer(config, torch.device("cpu"))
+    _, loaded = next(straight.batches())
+    records = []
+    for step in range(4):
+        if step == 2:
+            straight.save(2)
+        records.append(straight.step(step, 0, loaded.images, loaded.indices))
+    resumed = Trainer(with_options(config, {"resume": "auto"}), torch.device("cpu"))
+    assert resumed.start == 2
+    again = [resumed.step(step, 0, loaded.images, loaded.indices) for step in (2, 3)]
+    assert again == records[2:]
