@@ -33,7 +33,7 @@ OPTIONS = {
     "reflections": ("--views.sampler", "reflections"),
     "affine": ("--views.sampler", "affine"),
     "crop": ("--views.sampler", "crop"),
-    "accumulate": ("--optim.accumulate", "2"),
+    "accumulate": ("--optim.accumulate", "2", "--optim.accumulate-mode", "plain"),
     "processes": (),
 }
 EVALUATIONS = {

@@ -161,7 +161,10 @@ class OptimConfig:
     batch_size: int = 256
     """Images a step, over all ranks and accumulated parts."""
     accumulate: int = 1
-    """Parts that a rank's batch is processed in, one after another; each contrasts within itself."""
+    """Parts that a rank's batch is walked over in, one after another, in the memory of one."""
+    accumulate_mode: Literal["exact", "plain"] = "exact"
+    """"exact": the parts give what the whole batch gives, for one more forward pass of the encoder; "plain": each part
+    has heads, batch norms and contrast of its own."""
     lr: float = 3e-4
     """Peak learning rate for a batch of 256; scaled linearly with batch_size."""
     lr_end: float = 0.0
@@ -242,7 +245,7 @@ class TrainConfig:
         return Pretraining(encoder, objective, addons)
 
     def check(self, world_size: int) -> int:
-        """Check the options that need neither data nor model; returns the number of images a forward pass.
+        """Check the options that need neither data nor model; returns how many images a rank contrasts at a time.
 
         Raises:
             ValueError: one that doesn't fit.
@@ -262,7 +265,8 @@ class TrainConfig:
                 f"optim.batch_size: {optim.batch_size} is no multiple of {world_size} ranks x "
                 f"optim.accumulate {optim.accumulate}"
             )
-        part = optim.batch_size // (world_size * optim.accumulate)
+        parts = optim.accumulate if optim.accumulate_mode == "plain" else 1
+        part = optim.batch_size // (world_size * parts)
         ser = self.addons.get("ser")
         contrasted = round(self.views.share * part) * (world_size if getattr(ser, "gather", True) else 1)
         if self.views.share > 0 and contrasted < 2:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from timm.layers import DropPath
@@ -78,10 +78,29 @@ class Pretraining(nn.Module):
         Returns:
             Scalars: "loss" to step on, "invariance", every add-on by its name (unweighted), and the parts of each.
         """
+        return self.contrast(views, self.encode(views), self.teach(views), progress)
+
+    def encode(self, views: Views) -> list[Encoded]:
+        """What the encoder gives of each view: the embedding, and the layers that add-ons read."""
+        return _walk(self.encoder, views.views, {role: self._layers(role) for role in _ROLES})
+
+    @torch.no_grad()
+    def teach(self, views: Views) -> list[Encoded | None]:
+        """What the teacher's encoder gives of each global view; None of the others, and without a teacher."""
+        if self.teacher is None:
+            return [None] * len(views.views)
+        addons = self._addons().values()
+        layers = sorted({layer for addon in addons if "teacher" in addon.needs for layer in addon.layers})
+        return [_encode(self.teacher.encoder, view, layers) if view.role == "global" else None for view in views.views]
+
+    def contrast(
+        self, views: Views, seen: list[Encoded], teacher: list[Encoded | None], progress: float
+    ) -> dict[str, Tensor]:
+        """The losses, as `forward` returns them, from what `encode` and `teach` gave of the whole batch."""
         addons = self._addons()
-        seen = _walk(self.encoder, views.views, {role: self._layers(role) for role in _ROLES})
-        student = self._project(self.objective.head, [e.embedding for e in seen if e.embedding is not None])
-        teacher, targets = self._teach(views)
+        student = self._project(self.objective.head, seen)
+        with torch.no_grad():
+            targets = [] if self.teacher is None else self._project(self.teacher.head, teacher)
         parts = self.objective(student, targets, progress)
         losses = {"loss": parts["loss"], "invariance": parts["loss"]}
         losses |= {name: value for name, value in parts.items() if name != "loss"}
@@ -127,20 +146,9 @@ class Pretraining(nn.Module):
     def _addons(self) -> dict[str, AddOn]:
         return dict(self.addons.items())  # type: ignore[arg-type]
 
-    @torch.no_grad()
-    def _teach(self, views: Views) -> tuple[list[Encoded | None], list[Tensor]]:
-        """What the teacher reads of each view (None of those that are not global), and its outputs of global views."""
-        if self.teacher is None:
-            return [None] * len(views.views), []
-        encoder, head = self.teacher.encoder, self.teacher.head
-        addons = self._addons().values()
-        layers = sorted({layer for addon in addons if "teacher" in addon.needs for layer in addon.layers})
-        seen = [_encode(encoder, view, layers) if view.role == "global" else None for view in views.views]
+    def _project(self, head: nn.Module, seen: Sequence[Encoded | None]) -> list[Tensor]:
+        """The head's output of each view that has an embedding."""
         embeddings = [encoded.embedding for encoded in seen if encoded is not None and encoded.embedding is not None]
-        return seen, self._project(head, embeddings)
-
-    def _project(self, head: nn.Module, embeddings: list[Tensor]) -> list[Tensor]:
-        """The head's output of each view."""
         if self.objective.joins_views:
             return list(head(torch.cat(embeddings)).split([len(embedding) for embedding in embeddings]))
         return [head(embedding) for embedding in embeddings]

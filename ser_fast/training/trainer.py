@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_dataset
 from ser_fast.distributed import gather_counts, rank, world_size
+from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
 from ser_fast.training.optim import build_optimizer, clip_gradients, set_schedules
@@ -68,7 +69,7 @@ class Trainer:
         self.config, self.device, self.folder = config, device, RunFolder(config.out)
         self.console = Console(quiet=rank() != 0)
         optim = config.optim
-        self.part = config.check(world_size())  # images a forward pass
+        self.part = config.check(world_size())  # images that are contrasted on this rank
         self.loader = make_loader(
             open_dataset(config.data, train=True, image_size=config.model.image_size),
             batch_size=optim.batch_size,
@@ -205,17 +206,12 @@ class Trainer:
             self.model.move_teacher(progress)
         self.optimizer.zero_grad(set_to_none=True)
         images = images.to(self.device, non_blocking=True)
-        sums: dict[str, Tensor] = {}
-        for i, (part, samples) in enumerate(zip(images.split(self.part), indices.split(self.part), strict=True)):
-            views = self.make_views(part, samples, epoch)
-            local = i < accumulate - 1 and isinstance(self.parallel, DistributedDataParallel)
-            with self.parallel.no_sync() if local else nullcontext():  # type: ignore[operator]
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    losses = self.parallel(views, progress)
-                (losses["loss"] / accumulate).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / accumulate
-        record = {name: float(value) for name, value in sums.items()}
+        if accumulate > 1 and self.config.optim.accumulate_mode == "exact":
+            views = self.make_views(images, indices, epoch)
+            losses = backward_in_parts(self.model, views, accumulate, progress, amp=self.amp)
+            record = {name: float(value) for name, value in losses.items()}
+        else:
+            record = self._backward(images, indices, epoch, progress)
         norm = self._clip()
         # The gradient, averaged over the ranks, also tells each of them of another one's loss.
         if not np.isfinite([record["loss"], *norm]).all():
@@ -231,6 +227,21 @@ class Trainer:
         if objective.moves_teacher == "after":
             self.model.move_teacher(progress)
         return record
+
+    def _backward(self, images: Tensor, indices: Tensor, epoch: int, progress: float) -> dict[str, float]:
+        """Add the gradient of the batch, of each of its parts by itself; the losses."""
+        accumulate = len(images) // self.part
+        sums: dict[str, Tensor] = {}
+        for i, (part, samples) in enumerate(zip(images.split(self.part), indices.split(self.part), strict=True)):
+            views = self.make_views(part, samples, epoch)
+            local = i < accumulate - 1 and isinstance(self.parallel, DistributedDataParallel)
+            with self.parallel.no_sync() if local else nullcontext():  # type: ignore[operator]
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                    losses = self.parallel(views, progress)
+                (losses["loss"] / accumulate).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / accumulate
+        return {name: float(value) for name, value in sums.items()}
 
     def _clip(self) -> list[float]:
         """Clip the gradients of the model and of each add-on apart, so that no add-on's heads can change how far the
