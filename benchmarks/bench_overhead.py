@@ -1,6 +1,6 @@
 """What a call of a small operation costs beside its kernels: checks, torch's dispatcher, autograd, in microseconds.
 
-A time is of a hundred calls, so 1 ms is 10 us a call. The floor is the backend's own functions, called directly with
+A time is of ten calls, so 1 ms is 100 us a call. The floor is the backend's own functions, called directly with
 the arguments that the operators give them.
 """
 
@@ -15,7 +15,7 @@ from ser_fast import LatticeMap, group_action, nt_xent
 from ser_fast.ops.backends import choose, implementation
 from ser_fast.ops.contract import GroupAction, LossGradient, NTXent
 
-CALLS = 100
+CALLS = 10
 BATCH, SIDE, CHANNELS = 2, 7, 32
 ROWS, DIM, TEMPERATURE = 64, 32, 0.3
 WAYS = ("forward", "forward and backward")
@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _hundred(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _repeated(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def calls(x: Tensor) -> Tensor:
         for _ in range(CALLS):
             out = call(x)
@@ -62,10 +62,10 @@ def bench_group_action_call(compare, backends, device, way: str) -> None:
 
     compare(
         "group_action",
-        {backend: _hundred(partial(call, backend=backend)) for backend in backends},
+        {backend: _repeated(partial(call, backend=backend)) for backend in backends},
         x,
         oracle=partial(call, backend="reference"),
-        floor=_hundred(bare),
+        floor=_repeated(bare),
         calls=CALLS,
         direction=way,
         B=BATCH,
@@ -96,10 +96,10 @@ def bench_nt_xent_call(compare, backends, device, way: str) -> None:
 
     compare(
         "nt_xent",
-        {backend: _hundred(partial(call, backend=backend)) for backend in backends},
+        {backend: _repeated(partial(call, backend=backend)) for backend in backends},
         x,
         oracle=partial(call, backend="reference"),
-        floor=_hundred(bare),
+        floor=_repeated(bare),
         calls=CALLS,
         direction=way,
         T=ROWS,

@@ -15,6 +15,9 @@ Tokens with a single tap of weight 1 are copied instead: a product would turn -0
 ones these are is found on the device, and where there are no others no product is formed.
 
 Positions are float64 and, relative to their first tap, float32: good to 1e-7 of a token anywhere on the lattice.
+
+The file is one kernel and the functions that are inlined into it, in the order in which they build on each other, so it
+is longer than others.
 """
 
 from dataclasses import dataclass

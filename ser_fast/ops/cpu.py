@@ -27,7 +27,7 @@ importlib.import_module("ser_fast._C")  # registers the operators
 _native = torch.ops.ser_fast_native
 
 
-class _Rows:
+class _SortedRows:
     """The rows that are not masked out, normalized and sorted by image, as the kernels take them.
 
     Args:
@@ -79,14 +79,14 @@ class _Pairs:
         self.bounded = _bounded(inputs.temperature, inputs.normalize)
         if isinstance(inputs, NTXent):
             z0, z1, image, valid = inputs.z0, inputs.z1, inputs.image, inputs.valid
-            self.queries = self.keys = _Rows(
+            self.queries = self.keys = _SortedRows(
                 z0, z1, torch.cat([image, image]), torch.cat([valid, valid]), inputs.normalize
             )
             positive = (self.queries.index + len(z0)) % max(1, 2 * len(z0))
         else:
             query, key = inputs.query, inputs.key
-            self.queries = _Rows(query, query[:0], inputs.image, inputs.valid, inputs.normalize)
-            self.keys = _Rows(key, key[:0], inputs.key_image, inputs.key_valid, inputs.normalize)
+            self.queries = _SortedRows(query, query[:0], inputs.image, inputs.valid, inputs.normalize)
+            self.keys = _SortedRows(key, key[:0], inputs.key_image, inputs.key_valid, inputs.normalize)
             positive = inputs.positive[self.queries.index]
         self.positive = self.keys.place[positive]  # (n,), rows of keys
 
