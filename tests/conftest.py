@@ -23,8 +23,8 @@ torch.set_num_threads(1)
 _WHOLE = ("test_golden", "test_every_option_is_its_formula", "test_the_gradient_is_the_adjoint")
 _ONE_IN = 32
 
-# Slow by their kind: GPU kernels on the host or compiled, sanitizers, the wheel, torch.compile, opcheck.
-_SLOW = re.compile(r"/test_(cuda|triton)_|::test_(opcheck|\w*compiles|kernels_are_clean|the_wheel_works)")
+# Slow by their kind: GPU kernels on the host or compiled, sanitizers, the wheel, torch.compile, opcheck, ONNX.
+_SLOW = re.compile(r"/test_(cuda|triton)_|::test_(opcheck|\w*compiles|kernels_are_clean|the_wheel_works|onnx)")
 _INTERPRETER = (pytest.mark.slow, pytest.mark.interpreter)
 
 

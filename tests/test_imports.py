@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("lattice", "interpolation"),
     ("ops", "kernels", "_C", "_C_cuda"),
-    ("loss", "vit", "pretrained", "heads", "export", "distributed", "io", "device", "views", "ser_fast"),
+    ("loss", "vit", "pretrained", "heads", "export", "distributed", "io", "device", "progress", "views", "ser_fast"),
     ("data",),
     ("objectives", "addons"),
     ("training",),
-    ("evaluation", "sensitivity", "report"),
+    ("evaluation", "sensitivity", "report", "doctor"),
     ("demo",),
     ("cli",),
 )
