@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("lattice", "interpolation"),
     ("ops", "kernels", "_C", "_C_cuda"),
-    ("loss", "vit", "pretrained", "heads", "export", "distributed", "io", "device", "views", "ser_fast"),
+    ("loss", "vit", "pretrained", "heads", "export", "distributed", "io", "device", "progress", "views", "ser_fast"),
     ("data",),
     ("objectives", "addons"),
     ("training",),
     ("evaluation", "sensitivity", "report"),
-    ("demo",),
+    ("demo", "doctor"),
     ("cli",),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
