@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ser_fast.lattice import LatticeMap
-from ser_fast.vit import SplitViT
+
+if TYPE_CHECKING:  # the options of a training are read without timm
+    from ser_fast.vit import SplitViT
 
 Layers = tuple[int, ...] | Literal["off", "split", "last", "all"]
 """Where an add-on reads: numbers of blocks, or "split" (where the prefix tokens enter), "last", "all", or "off"."""
@@ -55,7 +57,7 @@ class AddOn(nn.Module):
         made = {"locals": "local", "plain": "plain", "turns": "turn"}
         return frozenset({"global", *(made[need] for need in self.needs if need in made)})
 
-    def prepare(self, encoder: SplitViT) -> None:
+    def prepare(self, encoder: "SplitViT") -> None:
         """Fit to the encoder before training.
 
         Raises:
@@ -91,7 +93,7 @@ class VectorAddOn(AddOn):
         self.heads = nn.ModuleDict({str(layer): head for layer, head in heads.items()})
         self.norms = nn.ModuleDict({str(layer): nn.Identity() for layer in heads})
 
-    def prepare(self, encoder: SplitViT) -> None:
+    def prepare(self, encoder: "SplitViT") -> None:
         has_cls = getattr(encoder, "cls_token", None) is not None and min(self.layers) > encoder.split
         if self.read == "auto":
             self.reads = "cls" if has_cls else "mean"

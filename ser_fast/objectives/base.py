@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ser_fast.vit import SplitViT
+if TYPE_CHECKING:  # the options of a training are read without timm
+    from ser_fast.vit import SplitViT
 
 
 class Objective(nn.Module):
@@ -32,7 +33,7 @@ class Objective(nn.Module):
     joins_views: bool = False
     epochs: int = 100
 
-    def prepare(self, encoder: SplitViT) -> None:
+    def prepare(self, encoder: "SplitViT") -> None:
         """Change the encoder before it is trained from scratch, for instance freeze a part of it.
 
         Pretrained weights stay as they are: it is not called for them.
@@ -75,7 +76,7 @@ class ObjectiveConfig:
         raise NotImplementedError
 
 
-def fix_patches(encoder: SplitViT) -> None:
+def fix_patches(encoder: "SplitViT") -> None:
     """Freeze the patch embedding, and set absolute positions, where there are some, to fixed sin-cos.
 
     Source: MoCo-v3, arXiv 2104.02057, section 4.2, for stability.

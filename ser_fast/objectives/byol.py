@@ -1,7 +1,7 @@
 """BYOL: a predictor on the embeddings of one view finds the direction of the teacher's on the other view."""
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch.nn.functional import cosine_similarity
 from ser_fast.distributed import mean_over_rows
 from ser_fast.heads import mlp
 from ser_fast.objectives.base import Objective, ObjectiveConfig, fix_patches, in_float32
-from ser_fast.vit import SplitViT
+
+if TYPE_CHECKING:  # the options of a training are read without timm
+    from ser_fast.vit import SplitViT
 
 
 class BYOL(Objective):
@@ -31,7 +33,7 @@ class BYOL(Objective):
         self.head = mlp([encoder_dim, mlp_dim, dim], last="bias")
         self.predictor = mlp([dim, mlp_dim, dim], last="bias")
 
-    def prepare(self, encoder: SplitViT) -> None:
+    def prepare(self, encoder: "SplitViT") -> None:
         fix_patches(encoder)
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], progress: float) -> dict[str, Tensor]:

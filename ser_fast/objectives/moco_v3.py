@@ -1,7 +1,7 @@
 """MoCo-v3: a momentum encoder's embeddings of one view are the targets of a predictor on the other view's."""
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_siz
 from ser_fast.heads import mlp
 from ser_fast.objectives.base import Objective, ObjectiveConfig, fix_patches, in_float32
 from ser_fast.ops.nt_xent import info_nce
-from ser_fast.vit import SplitViT
+
+if TYPE_CHECKING:  # the options of a training are read without timm
+    from ser_fast.vit import SplitViT
 
 
 class MoCoV3(Objective):
@@ -48,7 +50,7 @@ class MoCoV3(Objective):
         self.head = mlp([encoder_dim, mlp_dim, mlp_dim, dim], last="norm")
         self.predictor = mlp([dim, mlp_dim, dim], last="norm")
 
-    def prepare(self, encoder: SplitViT) -> None:
+    def prepare(self, encoder: "SplitViT") -> None:
         fix_patches(encoder)
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], progress: float) -> dict[str, Tensor]:

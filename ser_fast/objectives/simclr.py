@@ -1,7 +1,7 @@
 """SimCLR: the embeddings of two views of an image find each other among those of all other images."""
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_siz
 from ser_fast.heads import mlp
 from ser_fast.objectives.base import Objective, ObjectiveConfig, fix_patches, in_float32, view_pairs
 from ser_fast.ops.nt_xent import info_nce, nt_xent
-from ser_fast.vit import SplitViT
+
+if TYPE_CHECKING:  # the options of a training are read without timm
+    from ser_fast.vit import SplitViT
 
 
 class SimCLR(Objective):
@@ -30,7 +32,7 @@ class SimCLR(Objective):
         self.temperature = temperature
         self.head = mlp([encoder_dim, mlp_dim, mlp_dim, dim], last="norm")
 
-    def prepare(self, encoder: SplitViT) -> None:
+    def prepare(self, encoder: "SplitViT") -> None:
         fix_patches(encoder)
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], progress: float) -> dict[str, Tensor]:

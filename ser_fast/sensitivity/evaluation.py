@@ -105,7 +105,7 @@ def evaluate(
         device = device_of(next(iter(named.values()))) if named else "cpu"
     protocol = Protocol(data, images, image_size, seed)
     table = run_study(named, protocol, folder, full=preset == "full", device=torch.device(device), progress=progress)
-    return SensitivityResult(table.rows, table.protocol, read_scores(folder) if folder else ())
+    return SensitivityResult(table.rows, table.protocol, read_scores(folder) if folder else [])
 
 
 __all__ = ["REPORT", "TABLE", "SensitivityResult", "evaluate"]

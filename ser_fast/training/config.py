@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,11 +14,12 @@ from ser_fast.addons.ser import SERConfig
 from ser_fast.objectives import OBJECTIVES
 from ser_fast.objectives.base import ObjectiveConfig
 from ser_fast.objectives.moco_v3 import MoCoV3Config
-from ser_fast.training.pretraining import Pretraining
-from ser_fast.views.color import Color
-from ser_fast.views.recipe import MakeViews, SmallCrop
 from ser_fast.views.samplers import SAMPLERS, Crop
-from ser_fast.vit import SplitViT
+
+if TYPE_CHECKING:  # options are read without timm and torchvision, which what they build takes
+    from ser_fast.training.pretraining import Pretraining
+    from ser_fast.views.recipe import MakeViews
+    from ser_fast.vit import SplitViT
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class ModelConfig:
             return self.split
         return 3 if self.pretrained == "none" else 0
 
-    def build(self) -> SplitViT:
+    def build(self) -> "SplitViT":
         """The encoder, with drawn or pretrained weights.
 
         Raises:
             ValueError: as SplitViT, and for a part to freeze that the model does not have.
         """
+        from ser_fast.vit import SplitViT
+
         shape = {name: getattr(self, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
         given = {name: value for name, value in shape.items() if value is not None}
         model = SplitViT(
@@ -122,12 +125,15 @@ class ViewsConfig:
     turn_area: tuple[float, float] = (0.05, 0.14)
     """Range of its area, relative to the image."""
 
-    def build(self, patch_size: int, seed: int, needs: Set[str] = frozenset()) -> MakeViews:
+    def build(self, patch_size: int, seed: int, needs: Set[str] = frozenset()) -> "MakeViews":
         """What makes the views of batches, and those that add-ons need besides (see AddOn.needs).
 
         Raises:
             ValueError: an option that doesn't fit.
         """
+        from ser_fast.views.color import Color
+        from ser_fast.views.recipe import MakeViews, SmallCrop
+
         crop = Crop(area=self.crop_area)
         partial = replace(crop, turns=self.crop_turns)
         sampler = partial if self.sampler == "crop" else SAMPLERS[self.sampler]()
@@ -221,12 +227,14 @@ class TrainConfig:
     seed: int = 0
     """Of the weights, the order of the images and every draw."""
 
-    def build(self) -> Pretraining:
+    def build(self) -> "Pretraining":
         """The module to train, with weights drawn from torch's generator.
 
         Raises:
             ValueError: an option that doesn't fit the encoder.
         """
+        from ser_fast.training.pretraining import Pretraining
+
         encoder = self.model.build()
         # The objective first: its initial weights don't depend on the add-ons' options.
         objective = self.objective.build(encoder.embed_dim)

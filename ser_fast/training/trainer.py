@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_dataset
 from ser_fast.distributed import gather_counts, rank, world_size
+from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
@@ -128,10 +128,9 @@ class Trainer:
             self.folder.write_description(config, describe_environment(self.device))
         for note in self.beginning.notes:
             self.console.print(note, markup=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         images = self.loader.dataset.images
         reported, skipped = 0, set()
-        with stop_signals() as stop, Progress(*columns, console=self.console) as progress:
+        with stop_signals() as stop, progress_bar(console=self.console) as progress:
             task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
