@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast.distributed import all_reduce_sum, mean_over_rows, rank, world_size
+from ser_fast.heads import SyncBatchNorm1d
 from ser_fast.objectives import OBJECTIVES
-from ser_fast.objectives.heads import SyncBatchNorm1d
 
 pytestmark = pytest.mark.slow
 
