@@ -315,6 +315,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.3, 0.01])
 def test_no_matrix_of_similarities(temperature):
     """16384 x 16384 of float32 is 1024 MiB."""
@@ -337,6 +338,7 @@ sys.meta_path.insert(0, Broken())
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HIDDEN)
 def test_without_the_extension_the_reference_runs(how):
     program = f"import sys\n{HIDDEN[how]}\n" + (
