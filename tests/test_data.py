@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from ser_fast.data.loader import make_loader
-from ser_fast.data.sources import UnreadableImageError, open_dataset
+from ser_fast.data.pictures import UnreadableImageError
+from ser_fast.data.sources import open_dataset
 
 RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
 
@@ -69,13 +70,13 @@ def epoch_indices(loader, epoch=0, start=0):
 
 
 def pixels_covered(dataset):
-    covered = [torch.zeros(photograph.shape[1:], dtype=torch.bool) for photograph in dataset.photographs]
-    for label, top, left, size in dataset.tiles:
+    covered = [torch.zeros(photograph.shape[1:], dtype=torch.bool) for photograph in dataset.source.photographs]
+    for label, top, left, size in dataset.source.tiles:
         covered[label][top : top + size, left : left + size] = True
     return covered
 
 
-@pytest.mark.parametrize("size", [32, 64, 100, 128])
+@pytest.mark.parametrize("size", [32, 64, 100, 128, 224, 600])
 def test_photos_share_no_pixel_between_train_and_held_out(size):
     train, held_out = (open_dataset("photos", train=part, image_size=size) for part in (True, False))
     assert train.classes == held_out.classes
@@ -94,7 +95,7 @@ def test_photos_counts_at_64():
 def test_photos_hold_out_is_spread_over_the_photograph():
     held_out = open_dataset("photos", train=False, image_size=64)
     corners = torch.tensor(
-        [(top, left) for label, top, left, _ in held_out.tiles if held_out.classes[label] == "brick"]
+        [(top, left) for label, top, left, _ in held_out.source.tiles if held_out.classes[label] == "brick"]
     )
     assert (corners.amin(0) < 128).all()
     assert (corners.amax(0) > 512 - 2 * 102).all()
@@ -104,8 +105,8 @@ def test_photos_items_are_their_tiles():
     dataset = open_dataset("photos", train=True, image_size=64)
     for index in (0, 1000, len(dataset) - 1):
         image, label, item = dataset[index]
-        tile = dataset.tiles[index]
-        expected = dataset.photographs[tile.label][:, tile.top : tile.top + 64, tile.left : tile.left + 64]
+        tile = dataset.source.tiles[index]
+        expected = dataset.source.photographs[tile.label][:, tile.top : tile.top + 64, tile.left : tile.left + 64]
         assert image.dtype == torch.uint8
         assert torch.equal(image, expected)
         assert (label, item) == (tile.label, index)
@@ -125,13 +126,19 @@ def test_photos_are_the_files_in_the_wheel_and_need_no_network(monkeypatch):
     folder = Path(fetchers.__file__).parent
     for name in ("astronaut", "camera"):  # colour and grey
         pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
-        assert torch.equal(dataset.photographs[dataset.classes.index(name)], torch.tensor(pixels).permute(2, 0, 1))
+        assert torch.equal(
+            dataset.source.photographs[dataset.classes.index(name)], torch.tensor(pixels).permute(2, 0, 1)
+        )
 
 
-@pytest.mark.parametrize("size", [144, 600])
-def test_photos_too_small(size):
-    with pytest.raises(ValueError, match=rf"image_size: got {size}, takes 128 at most .*\.png"):
-        open_dataset("photos", train=True, image_size=size)
+def test_photos_beyond_128_are_as_large_as_a_photograph_allows():
+    dataset = open_dataset("photos", train=True, image_size=224)
+    sides = {dataset.classes[tile.label]: tile.size for tile in dataset.source.tiles}
+    assert (sides["retina"], sides["rocket"], sides["page"]) == (224, 213, 128)
+    assert dataset.source.longest == 224
+    assert len(dataset) >= 256  # a batch
+    assert dataset[0][0].shape == (3, 224, 224)
+    assert dataset.source.read(0).pixels.shape == (3, 170, 170)
 
 
 # Image folders
