@@ -6,9 +6,9 @@ What is read from a source is bounded: a picture's pixels before they are decode
 import os
 import stat
 import warnings
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,8 @@ class UnreadableImageError(Exception):
         self.path, self.reason = path, reason
 
 
-class Picture(NamedTuple):
+@dataclass(frozen=True)
+class Picture:
     """One picture of a source.
 
     Attributes:
