@@ -356,7 +356,9 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
             own = slice(start, start + len(made))
             by = sampler if part == 0 and share > 0 else Crop()
             expected_g = by((32, 32), PATCH, u[own], view)
-            expected = transform_images(images[own].float() / 255, expected_g).clamp(0, 1)
+            expected = transform_images(images[own].float() / 255, expected_g, antialias=expected_g.axis_aligned).clamp(
+                0, 1
+            )
             expected, color = make.colors[view](expected, samples[own], seed=3, epoch=4, view=view)
             torch.testing.assert_close(made, normalize(expected), rtol=0, atol=1e-5)
             if part == 0:
@@ -472,7 +474,7 @@ def test_maps_of_small_views_are_those_of_their_pixels(role: str) -> None:
     images = uint8(6, 3, 28, 28)
     for view in make(images, torch.arange(6) + 9, epoch=1).views:
         if view.role == role:
-            expected = normalize(transform_images(images[:3].float() / 255, view.g).clamp(0, 1))
+            expected = normalize(transform_images(images[:3].float() / 255, view.g, antialias=True).clamp(0, 1))
             torch.testing.assert_close(view.images[0][:3], expected, rtol=0, atol=2e-5)
 
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-MAX_PIXELS = 178_956_970
-"""Of one picture: from there on PIL refuses to decode."""
+from ser_fast.data import MAX_PIXELS
 
 # PostScript and other formats that run programs are not among them.
 _FORMATS = ["BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP"]
@@ -128,11 +128,11 @@ def to_rgb(image: Image.Image) -> Tensor:
 
 
 def to_canvas(pixels: Tensor, side: int) -> Tensor:
-    """Stretch a whole picture (3, H, W) on a square canvas: (3, side, side), antialiased."""
+    """Stretch a whole picture (3, H, W) on a square canvas: (3, side, side), bicubic and antialiased."""
     height, width = pixels.shape[1:]
     if max(height, width) > _LONG * min(height, width):
         pixels = transforms.resize(pixels, [min(height, side), min(width, side)], antialias=True)
-    return transforms.resize(pixels, [side, side], antialias=True)
+    return transforms.resize(pixels, [side, side], InterpolationMode.BICUBIC, antialias=True)
 
 
 def to_square(pixels: Tensor, side: int, *, crop_pct: float = 1.0) -> Tensor:

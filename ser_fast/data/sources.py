@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.pictures import (
-    MAX_PIXELS,
     Picture,
     UnreadableImageError,
     read_image,

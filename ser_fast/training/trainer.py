@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast.data.loader import Batch, make_loader
-from ser_fast.data.sources import open_dataset
+from ser_fast.data.sources import open_canvases
 from ser_fast.distributed import gather_counts, rank, world_size
 from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
@@ -71,7 +71,13 @@ class Trainer:
         optim = config.optim
         self.part = config.check(world_size())  # images that are contrasted on this rank
         self.loader = make_loader(
-            open_dataset(config.data, train=True, image_size=config.model.image_size),
+            open_canvases(
+                config.data,
+                train=True,
+                image_size=config.model.image_size,
+                canvas=config.canvas,
+                max_pixels=config.max_pixels,
+            ),
             batch_size=optim.batch_size,
             train=True,
             seed=config.seed,
@@ -87,7 +93,9 @@ class Trainer:
         self.beginning = find_beginning(config, self.identity)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = config.build().to(device)
-        self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed, self.model.needs)
+        self.make_views = config.views.build(
+            self.model.encoder.patch_size[0], config.seed, self.model.needs, image_size=config.model.image_size
+        )
         self.parallel: nn.Module = self.model
         if world_size() > 1:
             self.parallel = DistributedDataParallel(self.model)
@@ -134,7 +142,7 @@ class Trainer:
             task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
-                record = self.step(step, epoch, batch.images, batch.indices)
+                record = self.step(step, epoch, batch.images, batch.indices, batch.aspects)
                 step += 1
                 now = time.perf_counter()
                 record["images_per_s"] = config.optim.batch_size / (now - begin)
@@ -180,14 +188,17 @@ class Trainer:
                 yield epoch, loaded
             epoch, batch = epoch + 1, 0
 
-    def step(self, step: int, epoch: int, images: Tensor, indices: Tensor) -> dict[str, float]:
+    def step(
+        self, step: int, epoch: int, images: Tensor, indices: Tensor, aspects: Tensor | None = None
+    ) -> dict[str, float]:
         """One optimizer step.
 
         Args:
             step: how many were done before.
             epoch: of the data.
-            images: (B, 3, S, S) uint8, this rank's.
+            images: (B, 3, K, K) uint8, this rank's.
             indices: (B,), theirs in the data set.
+            aspects: (B,), the true width over height of the pictures stretched on them; default 1.
 
         Returns:
             What to log: the losses, the learning rate and the norm of the gradient.
@@ -205,12 +216,13 @@ class Trainer:
             self.model.move_teacher(progress)
         self.optimizer.zero_grad(set_to_none=True)
         images = images.to(self.device, non_blocking=True)
+        aspects = torch.ones(len(images)) if aspects is None else aspects
         if accumulate > 1 and self.config.optim.accumulate_mode == "exact":
-            views = self.make_views(images, indices, epoch)
+            views = self.make_views(images, indices, epoch, aspects)
             losses = backward_in_parts(self.model, views, accumulate, progress, amp=self.amp)
             record = {name: float(value) for name, value in losses.items()}
         else:
-            record = self._backward(images, indices, epoch, progress)
+            record = self._backward(images, indices, epoch, progress, aspects)
         norm = self._clip()
         # The gradient, averaged over the ranks, also tells each of them of another one's loss.
         if not np.isfinite([record["loss"], *norm]).all():
@@ -227,12 +239,15 @@ class Trainer:
             self.model.move_teacher(progress)
         return record
 
-    def _backward(self, images: Tensor, indices: Tensor, epoch: int, progress: float) -> dict[str, float]:
+    def _backward(
+        self, images: Tensor, indices: Tensor, epoch: int, progress: float, aspects: Tensor
+    ) -> dict[str, float]:
         """Add the gradient of the batch, of each of its parts by itself; the losses."""
         accumulate = len(images) // self.part
         sums: dict[str, Tensor] = {}
-        for i, (part, samples) in enumerate(zip(images.split(self.part), indices.split(self.part), strict=True)):
-            views = self.make_views(part, samples, epoch)
+        split = (values.split(self.part) for values in (images, indices, aspects))
+        for i, (part, samples, true) in enumerate(zip(*split, strict=True)):
+            views = self.make_views(part, samples, epoch, true)
             local = i < accumulate - 1 and isinstance(self.parallel, DistributedDataParallel)
             with self.parallel.no_sync() if local else nullcontext():  # type: ignore[operator]
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
