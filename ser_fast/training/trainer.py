@@ -24,6 +24,7 @@ from ser_fast.training.optim import build_optimizer, clip_gradients, set_schedul
 from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, stop_signals
 from ser_fast.training.resume import Identity, find_beginning, require_agreement
 from ser_fast.training.run_folder import RunFolder
+from ser_fast.training.summary import Pace, summarize
 
 
 class NonFiniteLossError(RuntimeError):
@@ -137,6 +138,17 @@ class Trainer:
         for note in self.beginning.notes:
             self.console.print(note, markup=False)
         images = self.loader.dataset.images
+        summary = summarize(
+            config,
+            self.model,
+            pictures=len(images),
+            canvas=images.image_size,
+            steps=self.steps,
+            device=self.device.type,
+        )
+        self.console.print(summary, markup=False, highlight=False, soft_wrap=True)
+        batch_size, device = config.optim.batch_size, self.device
+        pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
         with stop_signals() as stop, progress_bar(console=self.console) as progress:
             task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
@@ -163,6 +175,7 @@ class Trainer:
                         self.save(step)
                 losses = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", *self.model.weights))
                 progress.update(task, completed=step, description=f"{escape(config.out.name)}  {losses}")
+                pace.after(step, losses)
                 if len(skipped) > config.max_skipped * len(images):
                     raise ValueError(
                         f"data: {len(skipped)} of {len(images)} images can't be read by step {step}, more than the "
