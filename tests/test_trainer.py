@@ -347,10 +347,12 @@ def test_what_is_not_finite_stops_the_run(tiny: TrainConfig, monkeypatch: pytest
             record["loss"] = record["loss"] + (zero / 0 if poisoned == "loss" else zero.sqrt())
         return record
 
-    def watched(self: Trainer, number: int, epoch: int, images: Tensor, indices: Tensor) -> dict[str, float]:
+    def watched(
+        self: Trainer, number: int, epoch: int, images: Tensor, indices: Tensor, aspects: Tensor
+    ) -> dict[str, float]:
         parameters = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         seen.update(run=self, parameters=parameters, indices=indices.tolist(), steps=seen["steps"] + 1)
-        return step(self, number, epoch, images, indices)
+        return step(self, number, epoch, images, indices, aspects)
 
     monkeypatch.setattr(Pretraining, "forward", poison)
     monkeypatch.setattr(Trainer, "step", watched)
@@ -717,8 +719,8 @@ rank, folder, told_to_stop = os.environ["RANK"], sys.argv.pop(1), sys.argv.pop(1
 torch.set_num_threads(1)
 make, look, made = MakeViews.__call__, RunFolder.list_checkpoints, []
 
-def recorded(self, images, samples, epoch):
-    views = make(self, images, samples, epoch)
+def recorded(self, images, samples, epoch, aspects):
+    views = make(self, images, samples, epoch, aspects)
     view = views.views[0]
     made.append({"samples": samples, "g": view.g.linear, "size": view.g.size_out, "image": view.images[0][0]})
     torch.save(made, f"{folder}/{rank}.pt")
