@@ -73,8 +73,8 @@ def axis_weights(
         position: (B, T) in lattice coordinates: token i covers [i, i+1].
         step: (B,) distance between neighbouring output tokens, in input tokens; on the device of `position`, or on the
             CPU, so that the number of taps is known without waiting for a GPU.
-        exact: (B,) bool, on either device: the map carries centres onto centres (D4 and whole shifts). Every kernel copies there, also
-            mitchell, which would blur.
+        exact: (B,) bool, on either device: the map carries centres onto centres (D4 and whole shifts). Every kernel
+            copies there, also mitchell, which would blur.
         size: n, the number of tokens on the axis.
         interpolation: one of INTERPOLATIONS. "bicubic" with antialias uses a = -0.5, as torch does. "area" is the
             mean of the tokens touched, as adaptive_avg_pool; it follows `step` by itself.
