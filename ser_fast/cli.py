@@ -145,6 +145,7 @@ def knn(
     k: tuple[int, ...] = (1, 5, 10, 20, 50),
     temperature: float = 0.07,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
     out: Path | None = None,
     batch_size: int = 256,
     workers: int = 0,
@@ -158,6 +159,7 @@ def knn(
         k: numbers of neighbours.
         temperature: of the neighbours' votes.
         image_size: side of the images in pixels; default the model's.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         out: folder for knn.csv, knn.png, knn_confusion.csv and knn_confusion.png; default the checkpoint's.
         batch_size: images at a time.
         workers: processes that load images.
@@ -167,6 +169,7 @@ def knn(
 
     model, data, out = _open(checkpoint, data, out, device)
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    loading["crop_pct"] = crop_pct
     _show(evaluate(model, data, k=k, temperature=temperature, progress=True, **loading), out)
 
 
@@ -181,6 +184,7 @@ def linear(
     held_out: float = 0.1,
     seed: int = 0,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
     out: Path | None = None,
     cache: Path | None = None,
     batch_size: int = 256,
@@ -201,6 +205,7 @@ def linear(
         held_out: share of the training images that the rate is chosen on.
         seed: of that share, the order and the weights.
         image_size: side of the images in pixels; default the model's.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         out: folder for linear.csv, linear_rates.csv, linear_confusion.csv and linear_confusion.png; default the
             checkpoint's.
         cache: folder of the features, computed once for each checkpoint and data set; default OUT/features.
@@ -213,6 +218,7 @@ def linear(
     model, data, out = _open(checkpoint, data, out, device)
     probe: dict[str, Any] = {"rates": rates, "epochs": epochs, "hidden": hidden, "held_out": held_out, "seed": seed}
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    loading["crop_pct"] = crop_pct
     loading["cache"] = cache or out / "features"
     _show(evaluate(model, data, heads=heads, blocks=blocks, progress=True, **probe, **loading), out)
 

@@ -71,9 +71,10 @@ def axis_weights(
 
     Args:
         position: (B, T) in lattice coordinates: token i covers [i, i+1].
-        step: (B,) distance between neighbouring output tokens, in input tokens.
-        exact: (B,) bool: the map carries centres onto centres (D4 and whole shifts). Every kernel copies there, also
-            mitchell, which would blur.
+        step: (B,) distance between neighbouring output tokens, in input tokens; on the device of `position`, or on the
+            CPU, so that the number of taps is known without waiting for a GPU.
+        exact: (B,) bool, on either device: the map carries centres onto centres (D4 and whole shifts). Every kernel
+            copies there, also mitchell, which would blur.
         size: n, the number of tokens on the axis.
         interpolation: one of INTERPOLATIONS. "bicubic" with antialias uses a = -0.5, as torch does. "area" is the
             mean of the tokens touched, as adaptive_avg_pool; it follows `step` by itself.
@@ -101,6 +102,7 @@ def axis_weights(
 
     # Taps in unfolded coordinates: every centre within `reach` of the position, (B, T, K).
     taps = torch.arange(int(2 * reach.max()) + 2, device=position.device)
+    reach, stretch, exact = reach.to(position), stretch.to(position), exact.to(position.device)
     tap = torch.floor(position[..., None] - reach).long() + taps
     distance = tap + 0.5 - position[..., None]
     k = (distance.abs() < reach).to(position.dtype) if area else _KERNELS[interpolation][0](distance / stretch)

@@ -2,6 +2,7 @@ import os
 import pickle
 import shutil
 import socket
+from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from ser_fast.data import pictures
 from ser_fast.data.loader import make_loader
-from ser_fast.data.sources import UnreadableImageError, open_dataset
+from ser_fast.data.pictures import UnreadableImageError
+from ser_fast.data.sources import open_canvases, open_dataset
 
 RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
 
@@ -69,13 +72,13 @@ def epoch_indices(loader, epoch=0, start=0):
 
 
 def pixels_covered(dataset):
-    covered = [torch.zeros(photograph.shape[1:], dtype=torch.bool) for photograph in dataset.photographs]
-    for label, top, left, size in dataset.tiles:
+    covered = [torch.zeros(photograph.shape[1:], dtype=torch.bool) for photograph in dataset.source.photographs]
+    for label, top, left, size in dataset.source.tiles:
         covered[label][top : top + size, left : left + size] = True
     return covered
 
 
-@pytest.mark.parametrize("size", [32, 64, 100, 128])
+@pytest.mark.parametrize("size", [32, 64, 100, 128, 224, 600])
 def test_photos_share_no_pixel_between_train_and_held_out(size):
     train, held_out = (open_dataset("photos", train=part, image_size=size) for part in (True, False))
     assert train.classes == held_out.classes
@@ -94,7 +97,7 @@ def test_photos_counts_at_64():
 def test_photos_hold_out_is_spread_over_the_photograph():
     held_out = open_dataset("photos", train=False, image_size=64)
     corners = torch.tensor(
-        [(top, left) for label, top, left, _ in held_out.tiles if held_out.classes[label] == "brick"]
+        [(top, left) for label, top, left, _ in held_out.source.tiles if held_out.classes[label] == "brick"]
     )
     assert (corners.amin(0) < 128).all()
     assert (corners.amax(0) > 512 - 2 * 102).all()
@@ -104,8 +107,8 @@ def test_photos_items_are_their_tiles():
     dataset = open_dataset("photos", train=True, image_size=64)
     for index in (0, 1000, len(dataset) - 1):
         image, label, item = dataset[index]
-        tile = dataset.tiles[index]
-        expected = dataset.photographs[tile.label][:, tile.top : tile.top + 64, tile.left : tile.left + 64]
+        tile = dataset.source.tiles[index]
+        expected = dataset.source.photographs[tile.label][:, tile.top : tile.top + 64, tile.left : tile.left + 64]
         assert image.dtype == torch.uint8
         assert torch.equal(image, expected)
         assert (label, item) == (tile.label, index)
@@ -125,13 +128,19 @@ def test_photos_are_the_files_in_the_wheel_and_need_no_network(monkeypatch):
     folder = Path(fetchers.__file__).parent
     for name in ("astronaut", "camera"):  # colour and grey
         pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"))
-        assert torch.equal(dataset.photographs[dataset.classes.index(name)], torch.tensor(pixels).permute(2, 0, 1))
+        assert torch.equal(
+            dataset.source.photographs[dataset.classes.index(name)], torch.tensor(pixels).permute(2, 0, 1)
+        )
 
 
-@pytest.mark.parametrize("size", [144, 600])
-def test_photos_too_small(size):
-    with pytest.raises(ValueError, match=rf"image_size: got {size}, takes 128 at most .*\.png"):
-        open_dataset("photos", train=True, image_size=size)
+def test_photos_beyond_128_are_as_large_as_a_photograph_allows():
+    dataset = open_dataset("photos", train=True, image_size=224)
+    sides = {dataset.classes[tile.label]: tile.size for tile in dataset.source.tiles}
+    assert (sides["retina"], sides["rocket"], sides["page"]) == (224, 213, 128)
+    assert dataset.source.longest == 224
+    assert len(dataset) >= 256  # a batch
+    assert dataset[0][0].shape == (3, 224, 224)
+    assert dataset.source.read(0).pixels.shape == (3, 170, 170)
 
 
 # Image folders
@@ -344,6 +353,127 @@ def test_cifar10_image_folder(class_folder):
     (class_folder / "val").rename(class_folder / "test")
     train, held_out = (open_dataset(f"cifar10:{class_folder}", train=part, image_size=32) for part in (True, False))
     assert (len(train), len(held_out), held_out[0][1]) == (10, 1, 1)
+
+
+# Canvases
+
+
+def test_a_canvas_is_the_whole_picture_with_its_aspect(tmp_path):
+    image = np.zeros((30, 90, 3), np.uint8)
+    image[:, :30], image[:, 60:] = RED, BLUE
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    dataset = open_canvases(f"folder:{tmp_path}", train=True, image_size=14)
+    canvas, label, index, aspect = dataset[0]
+    assert (tuple(canvas.shape), canvas.dtype, label, index, aspect) == ((3, 24, 24), torch.uint8, -1, 0, 3.0)
+    assert canvas[:, 12, 2].tolist() == list(RED)
+    assert canvas[:, 12, 12].tolist() == [0, 0, 0]
+    assert canvas[:, 12, 22].tolist() == list(BLUE)
+    batch = next(iter(make_loader(dataset, batch_size=1, train=True)))
+    assert batch.images.shape == (1, 3, 24, 24)
+    assert batch.aspects.tolist() == [3.0]
+    assert next(iter(make_loader(Numbers(2), batch_size=2, train=True))).aspects.tolist() == [1.0, 1.0]
+
+
+def test_sides_of_canvases(class_folder, cifar_batches):
+    def side(source, image_size, canvas=None):
+        return open_canvases(source, train=True, image_size=image_size, canvas=canvas).image_size
+
+    assert side(f"folder:{class_folder}", 224) == 384
+    assert side(f"folder:{class_folder}", 224, 512) == 512
+    assert side(f"cifar10:{cifar_batches}", 32) == 32  # no picture has more pixels
+    assert side(f"cifar10:{cifar_batches}", 224) == 32
+    assert side("photos", 64) == 64
+    assert side("photos", 224) == 224
+    with pytest.raises(ValueError, match="canvas: got 0, takes a positive number"):
+        side("photos", 64, 0)
+
+
+def test_the_crop_of_evaluations_is_a_share_of_the_picture(tmp_path):
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[4:60, 36:92] = RED  # .875 of the shorter side, about the center
+    Image.fromarray(image).save(tmp_path / "0.png")
+    cropped = open_dataset(f"folder:{tmp_path}", train=True, image_size=56, crop_pct=0.875)[0][0]
+    assert (cropped[0] == RED[0]).all()
+    assert (open_dataset(f"folder:{tmp_path}", train=True, image_size=64)[0][0][0] == 0).any()
+    with pytest.raises(ValueError, match=r"crop_pct: got 1\.5, takes a number in"):
+        open_dataset("photos", train=True, image_size=64, crop_pct=1.5)
+
+
+# Hostile files
+
+
+@pytest.mark.parametrize("size", [(1, 65000), (65000, 1), (3, 9000)])
+def test_long_pictures_are_cheap(tmp_path, monkeypatch, size):
+    Image.new("RGB", size, GREEN).save(tmp_path / "0.png")
+    largest, resize = [], pictures.transforms.resize
+
+    def measured(*args, **options):
+        out = resize(*args, **options)
+        largest.append(out.numel())
+        return out
+
+    monkeypatch.setattr(pictures.transforms, "resize", measured)
+    square = open_dataset(f"folder:{tmp_path}", train=True, image_size=224)[0][0]
+    canvas, _, _, aspect = open_canvases(f"folder:{tmp_path}", train=True, image_size=224)[0]
+    assert (square == torch.tensor(GREEN)[:, None, None]).all()
+    assert (canvas == torch.tensor(GREEN)[:, None, None]).all()
+    assert aspect == size[0] / size[1]
+    assert max(largest) <= 8 * 3 * 384**2
+
+
+def test_a_picture_of_too_many_pixels_is_unreadable(tmp_path):
+    Image.new("RGB", (100, 100)).save(tmp_path / "0.png")
+    Image.new("RGB", (101, 100)).save(tmp_path / "1.png")
+    dataset = open_canvases(f"folder:{tmp_path}", train=True, image_size=8, max_pixels=10_000)
+    dataset[0]
+    with pytest.raises(UnreadableImageError, match="101 x 100 pixels, more than max_pixels = 10000"):
+        dataset[1]
+    with pytest.raises(ValueError, match="max_pixels: got 0, takes 1 to"):
+        open_canvases("photos", train=True, image_size=8, max_pixels=0)
+
+
+def test_only_regular_image_files_are_read(tmp_path):
+    write_image(tmp_path / "0.png", RED)
+    os.mkfifo(tmp_path / "1.jpg")
+    (tmp_path / "2.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    (tmp_path / "3.jpg").symlink_to("/dev/zero")
+    dataset = open_dataset(f"folder:{tmp_path}", train=True, image_size=8)
+    assert len(dataset) == 4
+    batch = next(iter(make_loader(dataset, batch_size=4, train=True)))
+    assert batch.indices.tolist() == [0, 0, 0, 0]
+    reasons = {Path(path).name: reason for path, reason in batch.skipped}
+    assert reasons["1.jpg"] == "OSError: not a regular file"
+    assert reasons["2.jpg"].startswith("UnidentifiedImageError")
+    assert reasons["3.jpg"] == "OSError: not a regular file"
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    write_image(tmp_path / "elsewhere/deep/0.png", RED)
+    write_image(tmp_path / "data/ant/1.png", RED)
+    (tmp_path / "data/ant/circle").symlink_to(tmp_path / "data/ant")
+    (tmp_path / "data/ant/one").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/ant/two").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/bee").symlink_to(tmp_path / "elsewhere")
+    dataset = open_dataset(f"folder:{tmp_path / 'data'}", train=True, image_size=8)
+    found = [(str(Path(path).relative_to(tmp_path / "data")), label) for path, label in dataset.source.files]
+    assert found == [("ant/1.png", 0), ("ant/one/deep/0.png", 0), ("bee/deep/0.png", 1)]
+
+
+def test_both_decoders_give_the_same_picture(tmp_path):
+    """Torchvision's and PIL's, of a photograph as JPEG and as PNG, turned by EXIF and in grey."""
+    with files("skimage").joinpath("data", "coffee.png").open("rb") as file:
+        photograph = Image.open(file).convert("RGB").resize((201, 133))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph.save(tmp_path / "0.jpg", quality=90, exif=exif)
+    photograph.save(tmp_path / "1.png")
+    photograph.convert("L").save(tmp_path / "2.jpg")
+    for name in ("0.jpg", "1.png", "2.jpg"):
+        ours = pictures.read_image(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            theirs = pictures.to_rgb(image)
+        assert ours.shape == theirs.shape
+        assert (ours.int() - theirs.int()).abs().max() <= 2, name
 
 
 # Order

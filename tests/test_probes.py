@@ -101,7 +101,7 @@ def test_knn_ranks_classes_by_votes_and_names_none_that_has_no_vote() -> None:
 @pytest.fixture(scope="module")
 def tiles() -> ImageDataset:
     dataset = open_dataset("photos", train=False, image_size=32)
-    dataset.tiles = dataset.tiles[::40]
+    dataset.source.tiles = dataset.source.tiles[::40]
     return dataset
 
 
@@ -153,7 +153,7 @@ def test_other_weights_settings_and_data_are_other_features(
         return model
 
     fewer = open_dataset("photos", train=True, image_size=32)
-    fewer.tiles = fewer.tiles[: len(tiles)]
+    fewer.source.tiles = fewer.source.tiles[: len(tiles)]
     for number, (model, dataset, blocks) in enumerate(
         [
             (tiny(), tiles, None),

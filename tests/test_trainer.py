@@ -347,10 +347,12 @@ def test_what_is_not_finite_stops_the_run(tiny: TrainConfig, monkeypatch: pytest
             record["loss"] = record["loss"] + (zero / 0 if poisoned == "loss" else zero.sqrt())
         return record
 
-    def watched(self: Trainer, number: int, epoch: int, images: Tensor, indices: Tensor) -> dict[str, float]:
+    def watched(
+        self: Trainer, number: int, epoch: int, images: Tensor, indices: Tensor, aspects: Tensor
+    ) -> dict[str, float]:
         parameters = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         seen.update(run=self, parameters=parameters, indices=indices.tolist(), steps=seen["steps"] + 1)
-        return step(self, number, epoch, images, indices)
+        return step(self, number, epoch, images, indices, aspects)
 
     monkeypatch.setattr(Pretraining, "forward", poison)
     monkeypatch.setattr(Trainer, "step", watched)
@@ -599,7 +601,7 @@ def test_a_checkpoint_that_is_none_is_refused(tiny: TrainConfig, tmp_path: Path,
     ("options", "message"),
     [
         ({"optim.batch_size": 7, "optim.accumulate": 2}, "optim.batch_size: 7 is no multiple of 1 ranks x optim.acc"),
-        ({"optim.batch_size": 25}, "batch_size=25 exceeds the 24 images"),
+        ({"optim.batch_size": 25}, "batch_size: got 25, takes the 24 images of the dataset at most"),
         ({"optim.accumulate": 0}, "optim.accumulate: got 0"),
         ({"optim.steps": 0}, "optim.steps, optim.epochs: give at least one step"),
         ({"optim.warmup": 1.5}, "optim.warmup: got 1.5"),
@@ -610,7 +612,7 @@ def test_a_checkpoint_that_is_none_is_refused(tiny: TrainConfig, tmp_path: Path,
         ({"views.color_gray": 2.0}, "color gray: got 2.0"),
         ({"save_every": 0}, "save_every: got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: got 0"),
-        ({"data": "photographs"}, "data must be 'photos'"),
+        ({"data": "photographs"}, "data: got 'photographs', takes 'photos'"),
         ({"model.name": "resnet18"}, "model: 'resnet18' is not supported"),
         ({"model.split": 4}, "split: .* can be split at 0 to 3 blocks, got 4"),
         ({"ser.temperature": 0.0}, "temperature: got 0.0"),
@@ -717,8 +719,8 @@ rank, folder, told_to_stop = os.environ["RANK"], sys.argv.pop(1), sys.argv.pop(1
 torch.set_num_threads(1)
 make, look, made = MakeViews.__call__, RunFolder.list_checkpoints, []
 
-def recorded(self, images, samples, epoch):
-    views = make(self, images, samples, epoch)
+def recorded(self, images, samples, epoch, aspects):
+    views = make(self, images, samples, epoch, aspects)
     view = views.views[0]
     made.append({"samples": samples, "g": view.g.linear, "size": view.g.size_out, "image": view.images[0][0]})
     torch.save(made, f"{folder}/{rank}.pt")

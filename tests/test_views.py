@@ -3,13 +3,18 @@
 import itertools
 import math
 from dataclasses import replace
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.stats import ks_2samp
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop, v2
 
+from ser_fast.data.pictures import to_canvas, to_rgb
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action
@@ -356,7 +361,9 @@ def test_a_batch_is_partitioned_by_share(name: str, share: float, sizes: list[in
             own = slice(start, start + len(made))
             by = sampler if part == 0 and share > 0 else Crop()
             expected_g = by((32, 32), PATCH, u[own], view)
-            expected = transform_images(images[own].float() / 255, expected_g).clamp(0, 1)
+            expected = transform_images(images[own].float() / 255, expected_g, antialias=expected_g.axis_aligned).clamp(
+                0, 1
+            )
             expected, color = make.colors[view](expected, samples[own], seed=3, epoch=4, view=view)
             torch.testing.assert_close(made, normalize(expected), rtol=0, atol=1e-5)
             if part == 0:
@@ -472,7 +479,7 @@ def test_maps_of_small_views_are_those_of_their_pixels(role: str) -> None:
     images = uint8(6, 3, 28, 28)
     for view in make(images, torch.arange(6) + 9, epoch=1).views:
         if view.role == role:
-            expected = normalize(transform_images(images[:3].float() / 255, view.g).clamp(0, 1))
+            expected = normalize(transform_images(images[:3].float() / 255, view.g, antialias=True).clamp(0, 1))
             torch.testing.assert_close(view.images[0][:3], expected, rtol=0, atol=2e-5)
 
 
@@ -554,3 +561,153 @@ def test_small_views_are_three_sevenths_of_the_image_in_whole_patches() -> None:
     u = draws(0, 0, torch.arange(1), 0)
     assert [small.draw((side, side), 16, u, 0).size_out[0] for side in (224, 32, 384)] == [96, 16, 160]
     assert replace(small, size=48).draw((224, 224), 16, u, 0).size_out == (48, 48)
+
+
+# ---------------------------------------------------------------- pictures on a canvas
+
+
+def boxes_of_torchvision(size: Size, count: int) -> Tensor:
+    """(count, 4) top, left, height, width on the unit square."""
+    picture = torch.empty(3, *size, device="meta")
+    found = [RandomResizedCrop.get_params(picture, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    return torch.tensor(found).double() / torch.tensor([*size, *size])
+
+
+@pytest.mark.parametrize("size", [(3750, 5000), (4000, 4000), (6000, 2000), (2000, 9000)], ids=str)
+def test_boxes_are_those_of_torchvision(size: Size) -> None:
+    """In area, true aspect and place; the long pictures take several tries, and the longest the box after the last."""
+    aspect, count = size[1] / size[0], 2000
+    theirs = boxes_of_torchvision(size, count)
+    ours = Crop().boxes(draws(7, 0, torch.arange(count), 0), torch.full((count,), aspect))
+    assert (ours >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= 1 + 1e-12).all()
+
+    def measures(boxes: Tensor) -> Tensor:
+        height, width = boxes[:, 2], boxes[:, 3]
+        centers = boxes[:, :2] + boxes[:, 2:] / 2
+        return torch.stack([height * width, width / height * aspect, centers[:, 0], centers[:, 1]])
+
+    for name, one, other in zip(("area", "aspect", "y", "x"), measures(ours), measures(theirs), strict=True):
+        # Whole pixels there: rounded to a hundredth, the box after the last try is the same number in both.
+        assert ks_2samp(one.round(decimals=2), other.round(decimals=2)).pvalue > 1e-3, name
+
+
+def test_a_picture_too_long_for_any_box_gives_the_largest_centered_one() -> None:
+    u = draws(0, 0, torch.arange(5), 0)
+    for aspect, box in ((100.0, [0, 0.5 - 1 / 150, 1, 1 / 75]), (0.01, [0.5 - 1 / 150, 0, 1 / 75, 1])):
+        boxes = Crop(area=(0.9, 1.0)).boxes(u, torch.full((5,), aspect))
+        torch.testing.assert_close(boxes, torch.tensor(box).double().expand(5, 4), rtol=0, atol=1e-7)
+
+
+def photograph(name: str, height: int, width: int) -> Tensor:
+    """(3, height, width) uint8, the center of one of scikit-image's, enlarged where it is smaller."""
+    with files("skimage").joinpath("data", name).open("rb") as file:
+        pixels = to_rgb(Image.open(file))
+    share = min(1, pixels.shape[1] / height, pixels.shape[2] / width)
+    cut = v2.functional.center_crop(pixels, [int(height * share), int(width * share)])
+    return v2.functional.resize(cut, [height, width], v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def view_of(canvas: Tensor, box: list[float], side: int, *, antialias: bool = True) -> Tensor:
+    """Grey levels of a view (3, side, side) of a box on the unit square."""
+    g = LatticeMap.crop((1, 1), torch.tensor([box]), (1, 1)).on((canvas.shape[1], canvas.shape[2]), (side, side))
+    return transform_images(canvas[None].float() / 255, g, antialias=antialias).clamp(0, 1)[0] * 255
+
+
+@pytest.mark.parametrize("area", [0.08, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("name", "size", "side"),
+    [
+        ("astronaut.png", (375, 500), 512),
+        ("coffee.png", (375, 500), 512),
+        ("motorcycle_left.png", (375, 500), 512),
+        ("retina.jpg", (1200, 1600), 768),
+        ("motorcycle_left.png", (1200, 1600), 768),
+        ("hubble_deep_field.jpg", (1200, 1600), 768),
+    ],
+)
+def test_a_view_is_the_crop_that_torchvision_cuts_from_the_file(name: str, size: Size, side: int, area: float) -> None:
+    """To 1.5 grey levels where the canvas has the pixels; a square of the view's side is several times as far."""
+    picture, (height, width) = photograph(name, *size), size
+    h = height if area == 1 else round(math.sqrt(area * height * width / 1.2))
+    w = width if area == 1 else round(1.2 * h)
+    top, left = (height - h) // 3, (width - w) // 3
+    expected = v2.functional.resized_crop(
+        picture, top, left, h, w, [224, 224], v2.InterpolationMode.BICUBIC, antialias=True
+    ).float()
+    box = [top / height, left / width, h / height, w / width]
+    difference = float((view_of(to_canvas(picture, side), box, 224) - expected).abs().mean())
+    coarse = float((view_of(to_canvas(picture, 224), box, 224) - expected).abs().mean())
+    assert difference <= 1.5
+    assert area == 1 or difference < coarse / 1.3
+
+
+@pytest.mark.parametrize("sampler", ["crop", "d4_scale", "reflections", "affine"])
+def test_views_of_wide_pictures_show_the_boxes_of_their_maps(sampler: str) -> None:
+    """An encoder that averages patches is equivariant to the maps between two views, wherever both see."""
+    wide, tall = photograph("coffee.png", 200, 400), photograph("astronaut.png", 450, 300)
+    canvases = torch.stack([to_canvas(picture, 96) for picture in (wide, tall)] * 4)
+    blurred = torch.nn.functional.avg_pool2d(canvases.float(), 9, 1, 4, count_include_pad=False).byte()
+    aspects = torch.tensor([2.0, 2 / 3] * 4)
+    config = ViewsConfig(sampler=sampler, share=1.0, color_strength=0.0, crop_area=(0.4, 1.0))  # type: ignore[arg-type]
+    make = config.build(PATCH, 2, image_size=64)
+    first, second = make(blurred, torch.arange(8), epoch=0, aspects=aspects).views
+
+    def encode(images: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(images, PATCH).permute(0, 2, 3, 1)
+
+    tokens = [tuple(n // PATCH for n in view.g.size_out) for view in (first, second)]
+    relative = LatticeMap.relative(first.g, second.g).on(*tokens)  # type: ignore[arg-type]
+    moved = group_action(encode(first.images[0]), relative, interpolation="bilinear", backend="reference")
+    assert isinstance(moved, Tensor)
+    valid = relative.valid().view(8, *tokens[1])
+    encoded = encode(second.images[0])
+    error = (moved - encoded).abs().mean(-1)[valid]
+    chance = (encoded - encoded.flip(0)).abs().mean(-1)[valid]
+    assert valid.double().mean() > 0.2
+    assert error.mean() < 0.15 * chance.mean()
+
+
+def test_both_views_of_the_share_come_from_one_frame() -> None:
+    """A random resized crop of their own picture, that both have in common; the rest is as without it."""
+    canvases = uint8(6, 3, 48, 48)
+    aspects = torch.tensor([0.5, 0.8, 1.0, 1.3, 2.0, 3.0])
+    still = replace(D4Scale(), area=(1, 1), aspect=(1, 1))
+    color = Color(0.0)
+    make = MakeViews(still, Crop(), 0.5, PATCH, (color, color), 3, needs=frozenset({"plain"}), size=32, frame=Crop())
+    views = make(canvases, torch.arange(6), 0, aspects).views
+    frames = views[2].images[0]
+    for view in views[:2]:
+        for frame, shown, code in zip(frames, view.images[0], d4_codes(view.g).tolist(), strict=True):
+            expected = torch.rot90(frame.flip(-1) if code >= 4 else frame, code % 4, (1, 2))
+            torch.testing.assert_close(shown, expected, rtol=0, atol=1e-4)
+    whole = replace(make, frame=None)(canvases, torch.arange(6), 0, aspects).views
+    assert not torch.equal(whole[2].images[0], frames)
+    assert torch.equal(whole[0].images[1], views[0].images[1])
+    assert torch.equal(whole[0].g.linear, views[0].g.linear)
+    assert not torch.equal(make(canvases, torch.arange(6), 1, aspects).views[2].images[0], frames)
+
+
+def test_small_views_are_related_to_the_frame() -> None:
+    """The maps of a local view and of a framed one agree on what both show."""
+    yy, xx = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    canvases = torch.stack([4 * yy, 4 * xx, 127 + 0 * xx]).byte()[None].expand(8, -1, -1, -1)
+    color = Color(0.0)
+    local = SmallCrop(Crop((0.1, 0.3)), color)
+    make = MakeViews(D4Scale(), Crop(), 1.0, PATCH, (color, color), 3, locals=(local,), size=32, frame=Crop())
+    views = make(canvases, torch.arange(8), 0, torch.full((8,), 1.5)).views
+    shown, small = views[0], views[2]
+    relative = LatticeMap.relative(shown.g, small.g)
+    moved = transform_images(shown.images[0], relative, interpolation="bilinear", antialias=True)
+    valid = relative.valid().view(8, 1, *small.g.size_out).expand_as(moved)
+    assert valid.double().mean() > 0.1
+    assert (moved - small.images[0])[valid].abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("side", [32, 56, 224])
+def test_the_size_of_views_is_not_the_canvas(side: int) -> None:
+    views = ViewsConfig(share=0.5).build(8, 0, image_size=side)(uint8(4, 3, 40, 40), torch.arange(4), epoch=0).views
+    for view in views:
+        assert view.images[1].shape == (2, 3, side, side)
+        assert view.g.size_in == (side, side)
+        assert view.images[0].shape[2:] == view.g.size_out

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ser_fast.data.sources import ImageDataset, UnreadableImageError
+from ser_fast.data.pictures import UnreadableImageError
+from ser_fast.data.sources import ImageDataset
 
 
 @dataclass(frozen=True)
@@ -16,25 +18,29 @@ class Batch:
     """One rank's part of a batch.
 
     Attributes:
-        images: (B, 3, S, S) uint8.
+        images: (B, 3, S, S) uint8, square crops of the pictures or whole pictures stretched on a canvas.
+        aspects: (B,) float64, the true width over height of what the images show.
         labels: (B,) int64; -1 for none.
         indices: (B,) int64, the items' own: where an unreadable file was replaced, those of the replacement.
         skipped: (path, reason) of the files that could not be read for this batch.
     """
 
     images: Tensor
+    aspects: Tensor
     labels: Tensor
     indices: Tensor
     skipped: list[tuple[str, str]]
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory; DataLoader calls it."""
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.indices.pin_memory(), self.skipped)
+        images, aspects = self.images.pin_memory(), self.aspects.pin_memory()
+        return Batch(images, aspects, self.labels.pin_memory(), self.indices.pin_memory(), self.skipped)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The batch on a device."""
         return Batch(
             self.images.to(device, non_blocking=non_blocking),
+            self.aspects.to(device, non_blocking=non_blocking),
             self.labels.to(device, non_blocking=non_blocking),
             self.indices.to(device, non_blocking=non_blocking),
             self.skipped,
@@ -103,7 +109,7 @@ class _BatchReader(Dataset[Batch]):
         self.images, self.train = images, train
 
     def __getitem__(self, indices: list[int]) -> Batch:
-        items: list[tuple[Tensor, int, int]] = []
+        items: list[tuple[Any, ...]] = []  # (image, label, index), and the aspect where it isn't 1
         skipped: list[tuple[str, str]] = []
         for index in indices:
             for offset in range(len(self.images) if self.train else 1):
@@ -119,9 +125,10 @@ class _BatchReader(Dataset[Batch]):
                     )
         size = self.images.image_size
         return Batch(
-            images=torch.stack([image for image, _, _ in items]) if items else torch.empty(0, 3, size, size).byte(),
-            labels=torch.tensor([label for _, label, _ in items], dtype=torch.int64),
-            indices=torch.tensor([index for _, _, index in items], dtype=torch.int64),
+            images=torch.stack([item[0] for item in items]) if items else torch.empty(0, 3, size, size).byte(),
+            aspects=torch.tensor([item[3] if len(item) > 3 else 1 for item in items], dtype=torch.float64),
+            labels=torch.tensor([item[1] for item in items], dtype=torch.int64),
+            indices=torch.tensor([item[2] for item in items], dtype=torch.int64),
             skipped=skipped,
         )
 

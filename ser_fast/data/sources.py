@@ -1,21 +1,32 @@
-"""What can be opened as images: fixed square uint8 tensors with a label.
+"""What can be opened: sources of pictures of any size, and their pictures as squares of one size with a label.
 
-Augmentation is not done here: ser_fast.views applies it to whole batches on the device.
+Augmentation is not done here: ser_fast.views cuts and colors whole batches on the device.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ser_fast.data import MAX_PIXELS
+from ser_fast.data.pictures import (
+    Picture,
+    UnreadableImageError,
+    read_image,
+    to_canvas,
+    to_rgb,
+    to_square,
+)
+
+CIFAR10_SIDE = 32
 
 # Left out of the files in scikit-image's wheel: motorcycle_right (its pixels are those of motorcycle_left: held-out
 # tiles would leak), cell and clock_motion (featureless almost everywhere), microaneurysms and lfw_subset (too small),
@@ -40,21 +51,32 @@ PHOTOGRAPHS = (
 )
 
 
-class UnreadableImageError(Exception):
-    """An image file that cannot be decoded.
+class Source(Protocol):
+    """An indexable set of pictures, each of its own size.
 
     Attributes:
-        path: of the file.
-        reason: what the decoder said.
+        classes: their names, in the order of the labels; none where pictures have no label (-1).
+        longest: the longest side of any of its pictures, in pixels; None where that isn't known unless all are decoded.
     """
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
+    classes: list[str]
+    longest: int | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Picture:
+        """Picture number `index`.
+
+        Raises:
+            UnreadableImageError: it cannot be decoded.
+        """
+
+    def digest(self) -> str:
+        """A hash of what the source lists, and in which order: another one, other data."""
 
 
 class ImageDataset(Protocol):
-    """What open_dataset returns: item i is (image uint8 (3, S, S), label, i).
+    """What make_loader reads: item i is (image uint8 (3, S, S), label, i), or these and the picture's aspect.
 
     Attributes:
         image_size: S, in pixels.
@@ -71,28 +93,61 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]: ...
+    def __getitem__(self, index: int) -> tuple[Any, ...]: ...
 
     def digest(self) -> str:
         """A hash of what the data set lists, and in which order: another one, other data."""
 
 
-def open_dataset(source: str, *, train: bool, image_size: int) -> ImageDataset:
-    """Open the training images or the held-out images of a source.
+class Squares:
+    """A source's pictures made square, in the one place where that is done.
+
+    Item i is (image uint8 (3, S, S), label, i), and on a canvas also the picture's aspect, width over height.
 
     Args:
-        source: "photos" (tiles of photographs that scikit-image carries, see `PhotoTiles`), "folder:PATH" (see
-            `ImageFolder`) or "cifar10:PATH" (PATH holds torchvision's cifar-10-batches-py, or an image folder with
-            train/ and test/).
+        source: gives the pictures.
+        image_size: S, in pixels.
+        canvas: True stretches the whole picture; False resizes it and crops the center.
+        crop_pct: without a canvas, the crop's share of the picture's shorter side.
+
+    Attributes:
+        classes: the source's.
+        skipped: (path, reason) of the files that the loaders could not read, each once.
+    """
+
+    def __init__(self, source: Source, image_size: int, *, canvas: bool = False, crop_pct: float = 1.0) -> None:
+        self.source, self.image_size, self.canvas, self.crop_pct = source, image_size, canvas, crop_pct
+        self.classes = source.classes
+        self.skipped: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        picture = self.source.read(index)
+        if self.canvas:
+            return to_canvas(picture.pixels, self.image_size), picture.label, index, picture.aspect
+        return to_square(picture.pixels, self.image_size, crop_pct=self.crop_pct), picture.label, index
+
+    def digest(self) -> str:
+        """The source's."""
+        return self.source.digest()
+
+
+def open_dataset(source: str, *, train: bool, image_size: int, crop_pct: float = 1.0) -> Squares:
+    """Open the training images or the held-out images of a source, as squares cut from their center.
+
+    Args:
+        source: as `open_source` takes it.
         train: the training images, else the held-out ones.
         image_size: the side of the square images, in pixels.
+        crop_pct: the crop's share of the picture's shorter side: 1 is all of it, 0.875 what ImageNet's protocol has.
 
     Returns:
         A dataset whose item i is (image uint8 (3, S, S), label, i).
 
     Raises:
-        ValueError: the source is none of these, is missing, holds no readable image or no held-out part, or its
-            photographs are too small for image_size.
+        ValueError: as `open_source`, or a crop_pct outside (0, 1].
 
     Example:
         >>> dataset = open_dataset("photos", train=True, image_size=64)
@@ -100,8 +155,57 @@ def open_dataset(source: str, *, train: bool, image_size: int) -> ImageDataset:
         >>> dataset.classes[label]
         'astronaut'
     """
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct: got {crop_pct}, takes a number in (0, 1]")
+    return Squares(open_source(source, train=train, image_size=image_size), image_size, crop_pct=crop_pct)
+
+
+def open_canvases(
+    source: str, *, train: bool, image_size: int, canvas: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Squares:
+    """Open a source's pictures, each stretched on a square canvas, for views that are cut from it.
+
+    Args:
+        source: as `open_source` takes it.
+        train: the training images, else the held-out ones.
+        image_size: the side of the views, in pixels.
+        canvas: the side of the canvas; default 12/7 of the views' (384 of 224), or the longest side of the source's
+            pictures where that is known to be less.
+        max_pixels: of one picture; one of more is unreadable.
+
+    Returns:
+        A dataset whose item i is (canvas uint8 (3, K, K), label, i, aspect).
+
+    Raises:
+        ValueError: as `open_source`, or a canvas that isn't positive.
+    """
+    if canvas is not None and canvas < 1:
+        raise ValueError(f"canvas: got {canvas}, takes a positive number of pixels")
+    pictures = open_source(source, train=train, image_size=image_size, max_pixels=max_pixels)
+    if canvas is None:
+        canvas = round(image_size * 12 / 7)
+        canvas = canvas if pictures.longest is None else min(canvas, pictures.longest)
+    return Squares(pictures, canvas, canvas=True)
+
+
+def open_source(source: str, *, train: bool, image_size: int, max_pixels: int = MAX_PIXELS) -> Source:
+    """Open the training pictures or the held-out pictures of a source, each of its own size.
+
+    Args:
+        source: "photos" (tiles of photographs that scikit-image carries, see `PhotoTiles`), "folder:PATH" (see
+            `ImageFolder`) or "cifar10:PATH" (PATH holds torchvision's cifar-10-batches-py, or an image folder with
+            train/ and test/).
+        train: the training pictures, else the held-out ones.
+        image_size: what the side of the images or views made of them will be, in pixels.
+        max_pixels: of one picture; one of more is unreadable.
+
+    Raises:
+        ValueError: the source is none of these, is missing, or holds no readable image or no held-out part.
+    """
     if image_size < 1:
         raise ValueError(f"image_size: got {image_size}, takes a positive number")
+    if not 1 <= max_pixels <= MAX_PIXELS:
+        raise ValueError(f"max_pixels: got {max_pixels}, takes 1 to {MAX_PIXELS}")
     kind, _, location = source.partition(":")
     if source == "photos":
         return PhotoTiles(train=train, image_size=image_size)
@@ -111,12 +215,12 @@ def open_dataset(source: str, *, train: bool, image_size: int) -> ImageDataset:
     if not path.is_dir():
         raise ValueError(f"data: got {source!r}, and there is no folder {path}")
     if kind == "folder":
-        return ImageFolder(path, train=train, image_size=image_size)
+        return ImageFolder(path, train=train, max_pixels=max_pixels)
     if (path / CIFAR10.base_folder).is_dir():
-        return Cifar10(path, train=train, image_size=image_size)
+        return Cifar10(path, train=train)
     if not (path / "train").is_dir() or not (path / "test").is_dir():
         raise ValueError(f"data: got {source!r}, takes a folder with {CIFAR10.base_folder}/, or train/ and test/")
-    return ImageFolder(path, train=train, image_size=image_size)
+    return ImageFolder(path, train=train, max_pixels=max_pixels, longest=CIFAR10_SIDE)
 
 
 class Tile(NamedTuple):
@@ -131,55 +235,50 @@ class Tile(NamedTuple):
 class PhotoTiles:
     """Square tiles of the PHOTOGRAPHS in scikit-image's wheel; the label is the photograph. Nothing is downloaded.
 
-    A photograph is cut into cells of about 3/2 image_size, of which every fifth, a knight's move apart, is held out.
-    Held-out tiles lie inside one such cell and training tiles touch none: no pixel is in both. Tiles of one part
+    A photograph is cut into cells of about 3/2 the tiles' side, of which every fifth, a knight's move apart, is held
+    out. Held-out tiles lie inside one such cell and training tiles touch none: no pixel is in both. Tiles of one part
     overlap, a third of their side apart. At image_size=64 there are 3752 training and 361 held-out tiles of 16 classes.
-    Photographs longer than 800 pixels (hubble_deep_field, retina) are halved so that they do not outnumber the others.
+
+    Their side is image_size up to 128 pixels; there, photographs longer than 800 pixels (hubble_deep_field, retina) are
+    halved so that they do not outnumber the others. Beyond 128, the tiles of a photograph are as large as it allows: a
+    third of its width, its height and image_size at most.
 
     Args:
         train: the training tiles, else the held-out ones.
-        image_size: their side, up to 128 pixels.
-
-    Raises:
-        ValueError: a photograph is too small to give both training and held-out tiles.
+        image_size: their largest side, in pixels.
     """
 
     def __init__(self, *, train: bool, image_size: int) -> None:
-        self.image_size = image_size
         self.classes = [Path(name).stem for name in PHOTOGRAPHS]
-        self.skipped: list[tuple[str, str]] = []
         self.photographs: list[Tensor] = []  # uint8 (3, H, W) each
         self.tiles: list[Tile] = []
         for label, name in enumerate(PHOTOGRAPHS):
-            with files("skimage").joinpath("data", name).open("rb") as file:
-                photograph = _decode_rgb(Image.open(file))
-            if max(photograph.size) > 800:
-                photograph = photograph.reduce(2)
-            corners = _tile_corners(photograph.height, photograph.width, train=train, size=image_size)
-            if not corners:
-                raise ValueError(
-                    f"image_size: got {image_size}, takes 128 at most for 'photos': {name} has {photograph.size} pixels"
-                )
-            self.photographs.append(transforms.pil_to_tensor(photograph))
-            self.tiles += [Tile(label, top, left, image_size) for top, left in corners]
+            with files("skimage").joinpath("data", name).open("rb") as file, Image.open(file) as image:
+                halved = image_size <= 128 and max(image.size) > 800
+                photograph = to_rgb(image.convert("RGB").reduce(2) if halved else image)
+            _, height, width = photograph.shape
+            side = min(image_size, height, width // 3)
+            self.photographs.append(photograph)
+            self.tiles += [
+                Tile(label, top, left, side) for top, left in _tile_corners(height, width, train=train, size=side)
+            ]
+        self.longest: int | None = max(tile.size for tile in self.tiles)
 
     def __len__(self) -> int:
         return len(self.tiles)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def read(self, index: int) -> Picture:
         label, top, left, size = self.tiles[index]
-        return self.photographs[label][:, top : top + size, left : left + size].clone(), label, index
+        return Picture(self.photographs[label][:, top : top + size, left : left + size].clone(), label, index)
 
     def digest(self) -> str:
         return _hash(self.classes, self.tiles)
 
 
 def _tile_corners(height: int, width: int, *, train: bool, size: int) -> list[tuple[int, int]]:
-    """The (top, left) of the tiles of one photograph; none where it has fewer than two cells in a row."""
+    """The (top, left) of the tiles of one photograph, at least two cells wide."""
     cell, stride = size * 3 // 2, max(1, size // 3)
     rows, columns = max(1, height // cell), width // cell
-    if height < size or columns < 2:
-        return []
     held = [  # (top, left, bottom, right) of the cells held out
         (i * height // rows, j * width // columns, (i + 1) * height // rows, (j + 1) * width // columns)
         for i in range(rows)
@@ -202,15 +301,17 @@ def _tile_corners(height: int, width: int, *, train: bool, size: int) -> list[tu
 
 
 class ImageFolder:
-    """Image files below a folder, each resized (shorter side, antialiased) and center-cropped to image_size.
-
-    Grey, palette, CMYK, 16-bit and transparent files become 8-bit RGB, turned upright by their EXIF orientation.
+    """Image files below a folder.
 
     Args:
         path: holds one folder a class, or image files alone (label -1, no classes), or either of these below train/
             and val/ (else test/). Held-out images need val/ or test/; their labels follow the class folders of train/.
         train: the training images, else the held-out ones.
-        image_size: the side of the images, in pixels.
+        max_pixels: of one picture; one of more is unreadable.
+        longest: the longest side of any of them, where that is known.
+
+    Attributes:
+        files: (path, label) of each.
 
     Raises:
         ValueError: the folder has no held-out part, classes unknown to train/ or no readable image.
@@ -218,9 +319,8 @@ class ImageFolder:
     Source: torchvision.datasets.ImageFolder, for the layout and the file name extensions.
     """
 
-    def __init__(self, path: Path, *, train: bool, image_size: int) -> None:
-        self.image_size = image_size
-        self.skipped: list[tuple[str, str]] = []
+    def __init__(self, path: Path, *, train: bool, max_pixels: int = MAX_PIXELS, longest: int | None = None) -> None:
+        self.max_pixels, self.longest = max_pixels, longest
         wanted = ("train",) if train else ("val", "test")
         parts = [path / name for name in wanted if (path / name).is_dir()]
         if not parts and (not train or any((path / name).is_dir() for name in ("val", "test"))):
@@ -230,11 +330,9 @@ class ImageFolder:
         self.classes = _class_folders(names)
         if unknown := sorted(set(_class_folders(folder)) - set(self.classes)):
             raise ValueError(f"data: got {', '.join(unknown)} in {folder}, takes the classes of {names}")
-        parent, labels = folder, {name: label for label, name in enumerate(self.classes)}
-        if not self.classes:
-            parent, labels = folder.parent, {folder.name: -1}
         self.folder = folder
-        self.files = make_dataset(parent, labels, extensions=IMG_EXTENSIONS, allow_empty=True)  # (path, label) each
+        parts_of_classes = [(folder / name, label) for label, name in enumerate(self.classes)] or [(folder, -1)]
+        self.files = [(file, label) for part, label in parts_of_classes for file in _image_files(part)]
         if not any(self._is_readable(index) for index in range(len(self.files))):
             accepted = ", ".join(IMG_EXTENSIONS)
             raise ValueError(
@@ -244,14 +342,9 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def read(self, index: int) -> Picture:
         path, label = self.files[index]
-        try:
-            with Image.open(path) as file:
-                image = _decode_rgb(file)
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-            raise UnreadableImageError(path, f"{type(error).__name__}: {error}") from error
-        return _square(transforms.pil_to_tensor(image), self.image_size), label, index
+        return Picture(read_image(path, max_pixels=self.max_pixels), label, index)
 
     def digest(self) -> str:
         sizes = ((str(Path(path).relative_to(self.folder)), Path(path).stat().st_size) for path, _ in self.files)
@@ -259,10 +352,25 @@ class ImageFolder:
 
     def _is_readable(self, index: int) -> bool:
         try:
-            self[index]
+            self.read(index)
         except UnreadableImageError:
             return False
         return True
+
+
+def _image_files(folder: Path) -> list[str]:
+    """The image files below a folder; of those below a linked folder, and so of a circle of links, once."""
+    found: list[tuple[str, list[str]]] = []
+    walked: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in walked:
+            folders.clear()
+            continue
+        walked.add((status.st_dev, status.st_ino))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        found.append((parent, [name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]))
+    return [os.path.join(parent, name) for parent, names in sorted(found) for name in names]
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -275,7 +383,6 @@ class Cifar10:
     Args:
         path: the folder that holds cifar-10-batches-py.
         train: the training images, else the test set.
-        image_size: the side of the images in pixels; resized where it is not 32.
 
     Raises:
         ValueError: its files are incomplete or damaged.
@@ -283,21 +390,20 @@ class Cifar10:
     Source: torchvision.datasets.CIFAR10.
     """
 
-    def __init__(self, path: Path, *, train: bool, image_size: int) -> None:
+    def __init__(self, path: Path, *, train: bool) -> None:
         try:
             self.cifar = CIFAR10(path, train=train, download=False)
         except RuntimeError as error:
             raise ValueError(f"data: got {path / CIFAR10.base_folder}, incomplete or damaged") from error
-        self.image_size = image_size
         self.classes: list[str] = self.cifar.classes
-        self.skipped: list[tuple[str, str]] = []
+        self.longest: int | None = CIFAR10_SIDE
 
     def __len__(self) -> int:
         return len(self.cifar)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image = torch.from_numpy(self.cifar.data[index]).permute(2, 0, 1).contiguous()  # uint8 (3, 32, 32)
-        return _square(image, self.image_size), self.cifar.targets[index], index
+    def read(self, index: int) -> Picture:
+        pixels = torch.from_numpy(self.cifar.data[index]).permute(2, 0, 1).contiguous()  # uint8 (3, 32, 32)
+        return Picture(pixels, self.cifar.targets[index], index)
 
     def digest(self) -> str:
         return _hash(self.classes, [self.cifar.targets, hashlib.sha256(self.cifar.data.tobytes()).hexdigest()])
@@ -308,19 +414,3 @@ def _hash(classes: list[str], entries: Iterable[Any]) -> str:
     for entry in entries:
         digest.update(repr(entry).encode())
     return digest.hexdigest()
-
-
-def _decode_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255; PIL's 16-bit RGB is 8-bit already
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")  # PIL warns where a palette with transparency becomes RGB directly
-    return image.convert("RGB")
-
-
-def _square(image: Tensor, size: int) -> Tensor:
-    """(3, H, W) -> (3, size, size)"""
-    if image.shape[1:] == (size, size):
-        return image
-    return transforms.center_crop(transforms.resize(image, [size], antialias=True), [size, size])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.data.loader import Batch, make_loader
-from ser_fast.data.sources import ImageDataset, ImageFolder, UnreadableImageError
+from ser_fast.data.pictures import UnreadableImageError
+from ser_fast.data.sources import ImageDataset, ImageFolder, Squares
 from ser_fast.io import write_atomically
 from ser_fast.progress import track
 from ser_fast.views.pixels import normalize
@@ -218,9 +219,10 @@ def _embed_batches(
 def _digest(model: SplitViT, dataset: ImageDataset, blocks: int | None) -> str:
     digest = hashlib.sha256(safetensors.torch.save({k: v.cpu() for k, v in model.state_dict().items()}))
     files = []
-    if isinstance(dataset, ImageFolder):
-        files = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path, _ in dataset.files]
-    described = [type(dataset).__name__, len(dataset), dataset.image_size, dataset.classes, files]
+    source = dataset.source if isinstance(dataset, Squares) else dataset
+    if isinstance(source, ImageFolder):
+        files = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path, _ in source.files]
+    described = [type(source).__name__, len(dataset), dataset.image_size, dataset.classes, dataset.digest(), files]
     digest.update(json.dumps([described, model.recipe, model.split, blocks], default=str).encode())
     digest.update(spread_images(dataset, _PROBED).numpy().tobytes())
     return digest.hexdigest()[:32]

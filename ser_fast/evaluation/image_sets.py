@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from ser_fast.data.loader import make_loader
-from ser_fast.data.sources import ImageFolder
+from ser_fast.data.sources import ImageFolder, Squares
 from ser_fast.evaluation.classification import Classification, grade, rank
 from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES, corrupt, perturb
 
@@ -180,7 +180,7 @@ class ClassFolder:
         if not folder.is_dir():
             raise ValueError(f"shifted: got {folder}, and there is no such folder")
         self.name = folder.resolve().name
-        self.images = ImageFolder(folder, train=True, image_size=image_size)
+        self.images = Squares(ImageFolder(folder, train=True), image_size)
         names = self.images.classes
         numbers = {name: index for index, name in enumerate(classes)}
         if not set(names) <= set(numbers) and all(name.isdecimal() and int(name) < len(classes) for name in names):

@@ -189,6 +189,7 @@ def evaluate(
     k: Sequence[int] = (1, 5, 10, 20, 50),
     temperature: float = 0.07,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
@@ -201,6 +202,7 @@ def evaluate(
         k: numbers of neighbors.
         temperature: of the neighbors' votes.
         image_size: side of the images in pixels; default the model's.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         batch_size: images at a time.
         workers: processes that load images.
         progress: show bars on the terminal.
@@ -216,7 +218,7 @@ def evaluate(
         >>> result.write(Path("results"))
     """
     size = check_image_size(model, image_size)
-    train_set, test_set = open_labelled(data, size)
+    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct)
     check_vote(k, temperature, len(train_set))
     loaders = [
         make_loader(dataset, batch_size=batch_size, train=False, workers=workers) for dataset in (train_set, test_set)

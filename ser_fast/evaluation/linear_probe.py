@@ -231,6 +231,7 @@ def evaluate(
     held_out: float = 0.1,
     seed: int = 0,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
     cache: Path | None = None,
     batch_size: int = 256,
     workers: int = 0,
@@ -250,6 +251,7 @@ def evaluate(
         held_out: share of the training images that the rate is chosen on.
         seed: of that share, the order and the weights.
         image_size: side of the images in pixels; default the model's.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         cache: folder of the features, computed once for each checkpoint and data set; None keeps them in memory.
         batch_size: images at a time.
         workers: processes that load images.
@@ -268,7 +270,7 @@ def evaluate(
     if not heads or not set(heads) <= {"linear", "mlp"}:
         raise ValueError(f"heads: got {tuple(heads)}, takes 'linear' and 'mlp'")
     size = check_image_size(model, image_size, read=embedder(model, blocks))
-    train_set, test_set = open_labelled(data, size)
+    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct)
     check_probe(rates, epochs, batch_size, hidden, held_out, len(train_set))
     device, classes = device_of(model), train_set.classes
     rows: Rows = []

@@ -142,17 +142,18 @@ def check_images(model: SplitViT, images: Tensor) -> Size:
     return images.shape[2] // patch_height, images.shape[3] // patch_width
 
 
-def open_labelled(data: str, image_size: int) -> tuple[ImageDataset, ImageDataset]:
+def open_labelled(data: str, image_size: int, *, crop_pct: float = 1.0) -> tuple[ImageDataset, ImageDataset]:
     """The training images and the held-out images of a source, of the same classes.
 
     Args:
         data: as `open_dataset` takes it.
         image_size: the side of the images in pixels.
+        crop_pct: share of a picture's shorter side that the images show.
 
     Raises:
         ValueError: the source can't be opened, or its images have no classes.
     """
-    train, test = (open_dataset(data, train=part, image_size=image_size) for part in (True, False))
+    train, test = (open_dataset(data, train=part, image_size=image_size, crop_pct=crop_pct) for part in (True, False))
     if not train.classes:
         raise ValueError(f"data: got {data!r}, whose images have no classes, takes a folder for each class")
     return train, test

@@ -11,6 +11,7 @@ import tyro
 from ser_fast.addons import ADDONS
 from ser_fast.addons.base import AddOn, AddOnConfig, resolve_layers
 from ser_fast.addons.ser import SERConfig
+from ser_fast.data import MAX_PIXELS
 from ser_fast.objectives import OBJECTIVES
 from ser_fast.objectives.base import ObjectiveConfig
 from ser_fast.objectives.moco_v3 import MoCoV3Config
@@ -96,8 +97,11 @@ class ViewsConfig:
     affine map, or crops as partial maps."""
     share: float = 0.1
     """Of the batch, given to equivariance; 0 trains without SER."""
+    frame: Literal["crop", "whole"] = "crop"
+    """What both views of the equivariance share are maps of: one random resized crop, or the whole picture. The sampler
+    "crop" needs none."""
     crop_area: tuple[float, float] = (0.2, 1.0)
-    """Range of the crops' area, relative to the image."""
+    """Range of the crops' and the frames' area, relative to the image."""
     crop_turns: bool = True
     """With the sampler "crop": crops in all eight elements of D4. Equivariance to turns is learned from turns."""
     color_strength: Annotated[float, tyro.conf.arg(aliases=("--views.colour-strength",))] = 1.0
@@ -125,8 +129,16 @@ class ViewsConfig:
     turn_area: tuple[float, float] = (0.05, 0.14)
     """Range of its area, relative to the image."""
 
-    def build(self, patch_size: int, seed: int, needs: Set[str] = frozenset()) -> "MakeViews":
+    def build(
+        self, patch_size: int, seed: int, needs: Set[str] = frozenset(), *, image_size: int | None = None
+    ) -> "MakeViews":
         """What makes the views of batches, and those that add-ons need besides (see AddOn.needs).
+
+        Args:
+            patch_size: pixels a token.
+            seed: of all draws.
+            needs: of the add-ons.
+            image_size: side of the global views; default that of the images they are cut from.
 
         Raises:
             ValueError: an option that doesn't fit.
@@ -157,6 +169,8 @@ class ViewsConfig:
             locals=(local,) * self.locals,
             turns=turns,
             needs=frozenset(needs),
+            frame=crop if self.frame == "crop" else None,
+            size=image_size,
         )
 
 
@@ -201,6 +215,11 @@ class TrainConfig:
     """The run's folder: config, environment, log, checkpoints."""
     data: str = "photos"
     """"photos" (in scikit-image's wheel), "folder:PATH" or "cifar10:PATH"."""
+    canvas: int | None = None
+    """Side in pixels of the squares that pictures are read as and views are cut from; default 12/7 of the views' (384
+    of 224), or the source's longest side where that is known to be less."""
+    max_pixels: int = MAX_PIXELS
+    """Of one picture; one of more is unreadable."""
     model: ModelConfig = field(default_factory=ModelConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     objective: ObjectiveConfig = field(default_factory=MoCoV3Config)

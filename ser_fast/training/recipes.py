@@ -48,7 +48,7 @@ def demo_recipes(
     ser = TrainConfig(
         data=data,
         model=demo_model(image_size=image_size, patch_size=patch_size),
-        views=ViewsConfig(share=0.5),
+        views=ViewsConfig(share=0.5, frame="whole"),  # tiles as small as the views: no pixels to spare
         objective=MoCoV3Config(mlp_dim=512),
         addons={"ser": SERConfig(hidden_dim=256, out_dim=128, max_tokens=1024)},
         optim=OptimConfig(batch_size=32, steps=steps, lr=12e-3),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast.data.loader import Batch, make_loader
-from ser_fast.data.sources import open_dataset
+from ser_fast.data.sources import open_canvases
 from ser_fast.distributed import gather_counts, rank, world_size
 from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
@@ -24,6 +24,7 @@ from ser_fast.training.optim import build_optimizer, clip_gradients, set_schedul
 from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, stop_signals
 from ser_fast.training.resume import Identity, find_beginning, require_agreement
 from ser_fast.training.run_folder import RunFolder
+from ser_fast.training.summary import Pace, summarize
 
 
 class NonFiniteLossError(RuntimeError):
@@ -71,7 +72,13 @@ class Trainer:
         optim = config.optim
         self.part = config.check(world_size())  # images that are contrasted on this rank
         self.loader = make_loader(
-            open_dataset(config.data, train=True, image_size=config.model.image_size),
+            open_canvases(
+                config.data,
+                train=True,
+                image_size=config.model.image_size,
+                canvas=config.canvas,
+                max_pixels=config.max_pixels,
+            ),
             batch_size=optim.batch_size,
             train=True,
             seed=config.seed,
@@ -87,7 +94,9 @@ class Trainer:
         self.beginning = find_beginning(config, self.identity)
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         self.model = config.build().to(device)
-        self.make_views = config.views.build(self.model.encoder.patch_size[0], config.seed, self.model.needs)
+        self.make_views = config.views.build(
+            self.model.encoder.patch_size[0], config.seed, self.model.needs, image_size=config.model.image_size
+        )
         self.parallel: nn.Module = self.model
         if world_size() > 1:
             self.parallel = DistributedDataParallel(self.model)
@@ -129,12 +138,23 @@ class Trainer:
         for note in self.beginning.notes:
             self.console.print(note, markup=False)
         images = self.loader.dataset.images
+        summary = summarize(
+            config,
+            self.model,
+            pictures=len(images),
+            canvas=images.image_size,
+            steps=self.steps,
+            device=self.device.type,
+        )
+        self.console.print(summary, markup=False, highlight=False, soft_wrap=True)
+        batch_size, device = config.optim.batch_size, self.device
+        pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
         with stop_signals() as stop, progress_bar(console=self.console) as progress:
             task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
-                record = self.step(step, epoch, batch.images, batch.indices)
+                record = self.step(step, epoch, batch.images, batch.indices, batch.aspects)
                 step += 1
                 now = time.perf_counter()
                 record["images_per_s"] = config.optim.batch_size / (now - begin)
@@ -155,6 +175,7 @@ class Trainer:
                         self.save(step)
                 losses = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", *self.model.weights))
                 progress.update(task, completed=step, description=f"{escape(config.out.name)}  {losses}")
+                pace.after(step, losses)
                 if len(skipped) > config.max_skipped * len(images):
                     raise ValueError(
                         f"data: {len(skipped)} of {len(images)} images can't be read by step {step}, more than the "
@@ -180,14 +201,17 @@ class Trainer:
                 yield epoch, loaded
             epoch, batch = epoch + 1, 0
 
-    def step(self, step: int, epoch: int, images: Tensor, indices: Tensor) -> dict[str, float]:
+    def step(
+        self, step: int, epoch: int, images: Tensor, indices: Tensor, aspects: Tensor | None = None
+    ) -> dict[str, float]:
         """One optimizer step.
 
         Args:
             step: how many were done before.
             epoch: of the data.
-            images: (B, 3, S, S) uint8, this rank's.
+            images: (B, 3, K, K) uint8, this rank's.
             indices: (B,), theirs in the data set.
+            aspects: (B,), the true width over height of the pictures stretched on them; default 1.
 
         Returns:
             What to log: the losses, the learning rate and the norm of the gradient.
@@ -205,12 +229,13 @@ class Trainer:
             self.model.move_teacher(progress)
         self.optimizer.zero_grad(set_to_none=True)
         images = images.to(self.device, non_blocking=True)
+        aspects = torch.ones(len(images)) if aspects is None else aspects
         if accumulate > 1 and self.config.optim.accumulate_mode == "exact":
-            views = self.make_views(images, indices, epoch)
+            views = self.make_views(images, indices, epoch, aspects)
             losses = backward_in_parts(self.model, views, accumulate, progress, amp=self.amp)
             record = {name: float(value) for name, value in losses.items()}
         else:
-            record = self._backward(images, indices, epoch, progress)
+            record = self._backward(images, indices, epoch, progress, aspects)
         norm = self._clip()
         # The gradient, averaged over the ranks, also tells each of them of another one's loss.
         if not np.isfinite([record["loss"], *norm]).all():
@@ -227,12 +252,15 @@ class Trainer:
             self.model.move_teacher(progress)
         return record
 
-    def _backward(self, images: Tensor, indices: Tensor, epoch: int, progress: float) -> dict[str, float]:
+    def _backward(
+        self, images: Tensor, indices: Tensor, epoch: int, progress: float, aspects: Tensor
+    ) -> dict[str, float]:
         """Add the gradient of the batch, of each of its parts by itself; the losses."""
         accumulate = len(images) // self.part
         sums: dict[str, Tensor] = {}
-        for i, (part, samples) in enumerate(zip(images.split(self.part), indices.split(self.part), strict=True)):
-            views = self.make_views(part, samples, epoch)
+        split = (values.split(self.part) for values in (images, indices, aspects))
+        for i, (part, samples, true) in enumerate(zip(*split, strict=True)):
+            views = self.make_views(part, samples, epoch, true)
             local = i < accumulate - 1 and isinstance(self.parallel, DistributedDataParallel)
             with self.parallel.no_sync() if local else nullcontext():  # type: ignore[operator]
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):

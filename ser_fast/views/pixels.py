@@ -58,7 +58,15 @@ def transform_images(
         samples = torch.nonzero(transposed == transpose)[:, 0]
         # The input's y follows the output's y, or after a quarter turn its x; the input's x the other one.
         along_y, along_x = (
-            _along_axis(g[samples], axis, 1 - axis if transpose else axis, interpolation, padding, antialias).to(images)
+            _along_axis(
+                g[samples],
+                axis,
+                1 - axis if transpose else axis,
+                device=images.device,
+                interpolation=interpolation,
+                padding=padding,
+                antialias=antialias,
+            ).to(images)
             for axis in (0, 1)
         )
         samples = samples.to(images.device)
@@ -67,13 +75,23 @@ def transform_images(
     return out
 
 
-def _along_axis(g: LatticeMap, axis: int, axis_out: int, interpolation: str, padding: str, antialias: bool) -> Tensor:
-    """(B, n_out, n_in): the rows of weights of an input axis for positions along an output axis."""
+def _along_axis(
+    g: LatticeMap,
+    axis: int,
+    axis_out: int,
+    *,
+    device: torch.device,
+    interpolation: str,
+    padding: str,
+    antialias: bool,
+) -> Tensor:
+    """(B, n_out, n_in) on a device: the rows of weights of an input axis for positions along an output axis."""
     size, size_out = g.size_in[axis], g.size_out[axis_out]
     centres = torch.arange(size_out, dtype=torch.float64, device=g.device) + (0.5 - size_out / 2)
     slope = g.linear[:, axis, axis_out]
     position = slope[:, None] * centres + g.offset[:, axis, None] + size / 2
     exact = (g.linear.abs().sum(-1) == 1).all(-1)  # centres onto centres only if along both axes
+    position = position.to(device)  # a few numbers a row go there, not the rows
     return axis_weights(
         position, slope.abs(), exact, size, interpolation=interpolation, padding=padding, antialias=antialias
     )

@@ -12,7 +12,8 @@ from ser_fast.views.color import Color
 from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.views.samplers import Crop, Sampler, draws
 
-_TURNS = 1 << 16  # the view number of the turned crop's draws: no other view's, however many there are
+# View numbers of draws that are no view's, however many there are: of the turned crop, and of the frame.
+_TURNS, _FRAME = 1 << 16, 1 << 17
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ class View:
 
     Attributes:
         images: by part, (B_part, 3, h, w), normalized; in the order of the batch.
-        g: the maps from the images to this view, in pixels, of the samples that add-ons see.
+        g: the maps from the frame to this view, in pixels, of the samples that add-ons see. The frame is what all views
+            of a sample have in common: the image, or the crop of it that `MakeViews.frame` drew.
         color: (B, P) what was drawn for the colors of those samples, as `ser_fast.views.color.LAYOUT` says; None of
             a view whose colors are the image's.
-        role: "global" and "local" views are crops for the objective; "plain" (the image itself) and "turn" (a
+        role: "global" and "local" views are crops for the objective; "plain" (the frame itself) and "turn" (a
             quarter turn of a small crop) are made for add-ons alone, of the samples that they see.
     """
 
@@ -59,18 +61,19 @@ class SmallCrop:
     color: Color
     size: int | None = None
 
-    def draw(self, size: Size, patch_size: int, u: Tensor, view: int) -> LatticeMap:
-        """The maps from images of `size` to it, for draws u (B, 8)."""
+    def draw(self, size: Size, patch_size: int, u: Tensor, view: int, aspects: Tensor | None = None) -> LatticeMap:
+        """The maps from images of `size` to it, for draws u (B, 23) and pictures of true aspects (B,)."""
         side = self.size or max(1, round(size[0] * 3 / 7 / patch_size)) * patch_size
-        return self.crop(size, patch_size, u, view).on(size, (side, side))
+        return self.crop(size, patch_size, u, view, aspects).on(size, (side, side))
 
 
 @dataclass(frozen=True)
 class MakeViews:
     """The views of a batch, as the recipe partitions it.
 
-    A share of the batch gets the sampler's maps, without crops, and the add-ons; the rest gets random resized crops.
-    Crops as the sampler need no partition: all samples are cropped, and the add-ons see the share.
+    A share of the batch gets the sampler's maps of a frame that both views have in common, and the add-ons; the rest
+    gets random resized crops. Crops as the sampler need no partition: all samples are cropped, and the add-ons see the
+    share. A view is one antialiased resampling of the canvas; only a rotated one is made of the frame at its own size.
 
     Attributes:
         sampler: draws g for the equivariance share.
@@ -82,6 +85,8 @@ class MakeViews:
         locals: the local views, drawn of all samples.
         turns: the crop that add-ons see in its four quarter turns, each with colors of its own.
         needs: of add-ons: "plain", "turns", "pairs"; see `ser_fast.addons.base.AddOn`.
+        frame: draws the frames of the share; None: the whole image is the frame, as it is for crops.
+        size: the side of the global views in pixels, D4's scales apart; None: the images'.
     """
 
     sampler: Sampler
@@ -93,6 +98,8 @@ class MakeViews:
     locals: tuple[SmallCrop, ...] = ()
     turns: SmallCrop | None = None
     needs: frozenset[str] = field(default_factory=frozenset)
+    frame: Crop | None = None
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -103,67 +110,116 @@ class MakeViews:
         if "turns" in self.needs and self.turns is None:
             raise ValueError("turns: got None, and an add-on needs them")
 
-    def __call__(self, images: Tensor, samples: Tensor, epoch: int) -> Views:
-        """Views of images (B, 3, H, W) uint8, on their device, with samples (B,) their indices in the data set."""
+    def __call__(self, images: Tensor, samples: Tensor, epoch: int, aspects: Tensor | None = None) -> Views:
+        """Cut the views of a batch.
+
+        Args:
+            images: (B, 3, K, K) uint8, on the device of the views.
+            samples: (B,) their indices in the data set.
+            epoch: of the draws.
+            aspects: (B,) the true width over height of the pictures stretched on them; default 1.
+        """
         pixels = v2.functional.to_dtype(images, torch.float32, scale=True)
-        size, chosen = (images.shape[2], images.shape[3]), round(self.share * len(images))
-        drawn_as = _in_pairs(samples, chosen) if "pairs" in self.needs else samples
-        views = [self._global(pixels, drawn_as, chosen, epoch, view) for view in (0, 1)]
-        views += [
-            self._local(local, pixels, samples, chosen, epoch, view) for view, local in enumerate(self.locals, start=2)
-        ]
+        aspects = torch.ones(len(images), dtype=torch.float64) if aspects is None else aspects.cpu().double()
+        chosen = round(self.share * len(images))
+        drawn_as = _in_pairs(len(images), chosen) if "pairs" in self.needs else torch.arange(len(images))
+        canvas = images.shape[2], images.shape[3]
+        size = canvas if self.size is None else (self.size, self.size)
+        cut = _Cut(self, pixels, samples, aspects, epoch, size)
+        if chosen and self.frame and not isinstance(self.sampler, Crop):
+            first = drawn_as[:chosen]
+            u = draws(self.seed, epoch, samples[first.to(samples.device)], _FRAME)
+            cut.frame = LatticeMap.crop((1, 1), self.frame.boxes(u, aspects[first]), (1, 1)).on(canvas, size)
+        views = [cut.global_view(view, chosen, drawn_as) for view in (0, 1)]
+        views += [cut.local_view(local, view, chosen) for view, local in enumerate(self.locals, start=2)]
         if chosen and "plain" in self.needs:
-            views.append(View([normalize(pixels[:chosen])], LatticeMap.identity(size, batch=chosen), role="plain"))
+            g = LatticeMap.identity(size, batch=chosen)
+            views.append(View([normalize(cut.moved(g, slice(chosen), framed=True))], g, role="plain"))
         if chosen and "turns" in self.needs:
-            views += self._turned(pixels[:chosen], samples[:chosen], epoch)
+            views += cut.turned_views(chosen)
         return Views(views, chosen)
 
-    def _global(self, pixels: Tensor, samples: Tensor, chosen: int, epoch: int, view: int) -> View:
+
+@dataclass
+class _Cut:
+    """The canvases of one batch, and what is cut from them.
+
+    Attributes:
+        pixels: (B, 3, K, K) in [0, 1].
+        samples, aspects, epoch, size: as MakeViews has them.
+        frame: the maps from the canvas to the frames of the share; None: the whole canvas.
+    """
+
+    make: MakeViews
+    pixels: Tensor
+    samples: Tensor
+    aspects: Tensor
+    epoch: int
+    size: Size
+    frame: LatticeMap | None = None
+
+    def global_view(self, view: int, chosen: int, drawn_as: Tensor) -> View:
+        make = self.make
+        u = draws(make.seed, self.epoch, self.samples[drawn_as.to(self.samples.device)], view)
         cuts: list[tuple[Sampler, slice]]
-        if isinstance(self.sampler, Crop):
-            cuts = [(self.sampler, slice(None))]
+        if isinstance(make.sampler, Crop):
+            cuts = [(make.sampler, slice(0, None))]
         else:
-            cuts = [(self.sampler, slice(chosen)), (self.crop, slice(chosen, None))]
-        u = draws(self.seed, epoch, samples, view)
+            cuts = [(make.sampler, slice(0, chosen)), (make.crop, slice(chosen, None))]
         parts, maps, colors = [], [], []
         for sampler, part in cuts:
-            if len(samples[part]):
-                g = sampler((pixels.shape[2], pixels.shape[3]), self.patch_size, u[part], view)
-                moved, color = self._paint(pixels[part], g, self.colors[view], samples[part], epoch, view)
-                parts.append(moved)
+            if len(u[part]):
+                aspects = (self.aspects[drawn_as][part],) if isinstance(sampler, Crop) else ()
+                g = sampler(self.size, make.patch_size, u[part], view, *aspects)
+                moved = self.moved(g, part, framed=not aspects)
+                samples = self.samples[drawn_as.to(self.samples.device)][part]
+                painted, color = make.colors[view](moved, samples, seed=make.seed, epoch=self.epoch, view=view)
+                parts.append(normalize(painted))
                 maps.append(g)
                 colors.append(color)
         return View(parts, maps[0][:chosen], colors[0][:chosen])
 
-    def _local(self, local: SmallCrop, pixels: Tensor, samples: Tensor, chosen: int, epoch: int, view: int) -> View:
-        u = draws(self.seed, epoch, samples, view)
-        g = local.draw((pixels.shape[2], pixels.shape[3]), self.patch_size, u, view)
-        moved, color = self._paint(pixels, g, local.color, samples, epoch, view)
-        return View([moved], g[:chosen], color[:chosen], "local")
+    def local_view(self, local: SmallCrop, view: int, chosen: int) -> View:
+        make = self.make
+        u = draws(make.seed, self.epoch, self.samples, view)
+        g = local.draw(self.size, make.patch_size, u, view, self.aspects)
+        moved = self.moved(g, slice(None))
+        painted, color = local.color(moved, self.samples, seed=make.seed, epoch=self.epoch, view=view)
+        return View([normalize(painted)], self.of_frame(g[:chosen]), color[:chosen], "local")
 
-    def _turned(self, pixels: Tensor, samples: Tensor, epoch: int) -> list[View]:
-        assert self.turns is not None
-        u = draws(self.seed, epoch, samples, _TURNS)
-        g = self.turns.draw((pixels.shape[2], pixels.shape[3]), self.patch_size, u, _TURNS)
-        crop = transform_images(pixels, g).clamp(0, 1)
+    def turned_views(self, chosen: int) -> list[View]:
+        make, samples = self.make, self.samples[:chosen]
+        assert make.turns is not None
+        u = draws(make.seed, self.epoch, samples, _TURNS)
+        g = make.turns.draw(self.size, make.patch_size, u, _TURNS, self.aspects[:chosen])
+        crop, g = self.moved(g, slice(chosen)), self.of_frame(g)
         views = []
         for k in range(4):
             turned = torch.rot90(crop, k, (2, 3))
-            painted, color = self.turns.color(turned, samples, seed=self.seed, epoch=epoch, view=_TURNS + k)
+            painted, color = make.turns.color(turned, samples, seed=make.seed, epoch=self.epoch, view=_TURNS + k)
             views.append(View([normalize(painted)], LatticeMap.rot90(g.size_out, k).compose(g), color, "turn"))
         return views
 
-    def _paint(
-        self, pixels: Tensor, g: LatticeMap, color: Color, samples: Tensor, epoch: int, view: int
-    ) -> tuple[Tensor, Tensor]:
-        """Images moved by g, with other colors, normalized; and the draws of the colors."""
-        moved = transform_images(pixels, g).clamp(0, 1)
-        changed, drawn = color(moved, samples, seed=self.seed, epoch=epoch, view=view)
-        return normalize(changed), drawn
+    def moved(self, g: LatticeMap, part: slice, *, framed: bool = False) -> Tensor:
+        """What g, a map of the whole canvas or of the frames, shows of some samples; in [0, 1]."""
+        pixels = self.pixels[part]
+        base = self.frame if framed and self.frame is not None else self.whole()
+        if g.axis_aligned:
+            return transform_images(pixels, g @ base, antialias=True).clamp(0, 1)
+        if base.size_in != base.size_out or base is self.frame:
+            pixels = transform_images(pixels, base, antialias=True).clamp(0, 1)
+        return transform_images(pixels, g).clamp(0, 1)
+
+    def whole(self) -> LatticeMap:
+        """From the canvas to an image of the views' size."""
+        return LatticeMap.resize((self.pixels.shape[2], self.pixels.shape[3]), self.size)
+
+    def of_frame(self, g: LatticeMap) -> LatticeMap:
+        """A map of the canvas as one of the frame."""
+        return g if self.frame is None else g @ self.whole() @ self.frame.inverse()
 
 
-def _in_pairs(samples: Tensor, chosen: int) -> Tensor:
-    """The samples whose draws each gets: in the share, those of the first of each two neighbors."""
-    first = torch.arange(len(samples))
-    paired = first < chosen // 2 * 2
-    return samples[torch.where(paired, first & ~1, first).to(samples.device)]
+def _in_pairs(count: int, chosen: int) -> Tensor:
+    """(B,) whose draws each sample gets: in the share, those of the first of each two neighbors."""
+    first = torch.arange(count)
+    return torch.where(first < chosen // 2 * 2, first & ~1, first)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ser_fast.lattice import LatticeMap, Size
 
-_DRAWS = 8  # uniform numbers a sampler may use for one view of one sample
+_TRIES = 10  # boxes that a crop draws until one lies within the image
+_DRAWS = 5 + 2 * (_TRIES - 1)  # uniform numbers a sampler may use for one view of one sample
 GEOMETRY, COLOR = 0, 1
 
 
@@ -24,7 +25,7 @@ def generator(seed: int, epoch: int, sample: int, view: int, purpose: int) -> np
 
 
 def draws(seed: int, epoch: int, samples: Tensor, view: int) -> Tensor:
-    """(B, 8) float64 uniform numbers in [0, 1) for the geometry of one view (a number) of samples (B,)."""
+    """(B, 23) float64 uniform numbers in [0, 1) for the geometry of one view (a number) of samples (B,)."""
     rows = [generator(seed, epoch, sample, view, GEOMETRY).random(_DRAWS) for sample in samples.tolist()]
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, _DRAWS, dtype=torch.float64)
 
@@ -106,14 +107,17 @@ class Affine:
 
 @dataclass(frozen=True)
 class Crop:
-    """A random resized crop, mirrored half of the time, as a partial map.
+    """A random resized crop, mirrored half of the time, as a partial map: torchvision's RandomResizedCrop.
+
+    Area, aspect and place are drawn as there: up to ten boxes until one lies within the picture, else the largest
+    centered one whose aspect is in range. On a canvas a box of true aspect r is one of r / A, with A the picture's.
 
     Two crops see different parts of the image. Their relative map knows which tokens have a partner, so equivariance
     needs no views without crops.
 
     Attributes:
         area: range of the box's area, relative to the image's.
-        aspect: range of its width over height; log-uniform.
+        aspect: range of its true width over height; log-uniform.
         turns: all eight elements of D4 with equal chance, instead of the mirror image alone.
     """
 
@@ -121,18 +125,38 @@ class Crop:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     turns: bool = False
 
-    def __call__(self, size: Size, patch_size: int, u: Tensor, view: int) -> LatticeMap:
-        full = u.new_tensor(size)
-        area, aspect = _between(u[:, 0], *self.area), _log_between(u[:, 1], *self.aspect)
-        extent = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1).clamp(max=1) * full  # (B, 2)
-        corner = u[:, 2:4] * (full - extent)
+    def boxes(self, u: Tensor, aspects: Tensor | None = None) -> Tensor:
+        """(B, 4) boxes on the unit square (top, left, height, width), for draws u (B, 23).
+
+        Args:
+            u: uniform numbers.
+            aspects: (B,) the pictures' true width over height; default 1.
+        """
+        true = u.new_ones(len(u)) if aspects is None else aspects.to(u)
+        tries = torch.cat([u[:, :2], u[:, 5:]], 1).unflatten(1, (_TRIES, 2))
+        area, aspect = _between(tries[..., 0], *self.area), _log_between(tries[..., 1], *self.aspect) / true[:, None]
+        extents = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1)  # (B, tries, 2)
+        within = (extents <= 1).all(-1)
+        first = extents[torch.arange(len(u)), within.int().argmax(1)]
+        low, high = self.aspect
+        largest = torch.stack([true / low, high / true], -1).clamp(max=1)
+        drawn = within.any(1, keepdim=True)
+        extent = torch.where(drawn, first, largest)
+        corner = torch.where(drawn, u[:, 2:4], 0.5) * (1 - extent)
+        return torch.cat([corner, extent], -1)
+
+    def __call__(self, size: Size, patch_size: int, u: Tensor, view: int, aspects: Tensor | None = None) -> LatticeMap:
         code = (8 * u[:, 4]).long() if self.turns else 4 * (u[:, 4] < 0.5).long()
-        cropped = LatticeMap.crop(size, torch.cat([corner, extent], -1), size)
+        cropped = LatticeMap.crop(size, self.boxes(u, aspects) * u.new_tensor([*size, *size]), size)
         return LatticeMap.d4((1, 1), code).on(size, size) @ cropped
 
 
 Sampler = Callable[[Size, int, Tensor, int], LatticeMap]
-"""(image size, patch size, draws (B, 8), view) to the map from the image's pixels to the view's."""
+"""(image size, patch size, draws (B, 23), view) to the map from the image's pixels to the view's.
+
+Images are square canvases on which pictures are stretched. `Crop` takes their true aspects besides: all that other
+samplers do is relative to the image.
+"""
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "d4_scale": D4Scale,
