@@ -42,6 +42,7 @@ def batches(*sizes: int) -> list[Batch]:
     return [
         Batch(
             torch.randint(256, (n, 3, 8, 8), dtype=torch.uint8),
+            aspects=torch.ones(n),
             labels=torch.arange(n) + 100 * i,
             indices=torch.arange(n),
             skipped=[],
