@@ -247,9 +247,9 @@ def test_folder_makes_every_format_8_bit_rgb(tmp_path, save, name, top, bottom):
         ("folder:{}/alone", True, "got .*alone, takes a folder that holds one named train"),
         ("folder:{}/strange", False, "wasp"),
         ("cifar10:{}/train", True, "takes a folder with cifar-10-batches-py/, or train/ and test/"),
-        ("folder:", True, "'photos', 'folder:PATH' or 'cifar10:PATH'"),
-        ("photos:{}", True, "'photos', 'folder:PATH' or 'cifar10:PATH'"),
-        ("imagenet", True, "data: got 'imagenet', takes 'photos', 'folder:PATH' or 'cifar10:PATH'"),
+        ("folder:", True, "'photos', 'folder:PATH', 'cifar10:PATH', 'tar:PATTERN'"),
+        ("photos:{}", True, "'photos', 'folder:PATH', 'cifar10:PATH', 'tar:PATTERN'"),
+        ("imagenet", True, "data: got 'imagenet', takes 'photos', 'folder:PATH', 'cifar10:PATH', 'tar:PATTERN'"),
     ],
 )
 def test_bad_source(class_folder, source, train, message):

@@ -1,8 +1,9 @@
-"""Sources beside folders of files: shards, Hugging Face data sets, a function of the user's; and how files are listed."""
+"""Sources that are no folders: shards, Hugging Face data sets, a function of the user's; and how files are listed."""
 
 import io
 import json
 import os
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -47,7 +48,12 @@ def touch(*paths: Path) -> None:
 
 
 def test_files_are_listed_folder_by_folder(tmp_path):
-    touch(*(tmp_path / name for name in ("b/2.PNG", "b/1.png", "a-x/1.png", "a/z.png", "a/deep/0.png", "0.png", "a/x.txt")))
+    touch(
+        *(
+            tmp_path / name
+            for name in ("b/2.PNG", "b/1.png", "a-x/1.png", "a/z.png", "a/deep/0.png", "0.png", "a/x.txt")
+        )
+    )
     listed = [str(Path(path).relative_to(tmp_path)) for path in list_files(tmp_path, [".png"])]
     assert listed == ["0.png", "a/z.png", "a-x/1.png", "a/deep/0.png", "b/1.png", "b/2.PNG"]
 
@@ -312,15 +318,30 @@ def test_columns_of_hugging_face_are_chosen_by_type_or_name(tmp_path, hugging_fa
     hugging_face(range(3), ("img",)).save_to_disk(tmp_path / "none")
     unlabelled = HuggingFace("", str(tmp_path / "none"), train=True)
     assert (unlabelled.classes, unlabelled.read(2).label) == ([], -1)
-    unlabelled.rows.remove_columns("img").add_column("n", [1, 2, 3]).save_to_disk(tmp_path / "bare")
+    type(unlabelled.rows).from_dict({"n": [1, 2, 3]}).save_to_disk(tmp_path / "bare")
     with pytest.raises(ValueError, match="without a column of images, takes one of the type Image, not n"):
         HuggingFace("hf:bare", str(tmp_path / "bare"), train=True)
+
+
+def test_pictures_that_hugging_face_has_the_paths_of(tmp_path, hugging_face):
+    for number in range(3):
+        touch(path := tmp_path / f"set/train/{'ab'[number % 2]}/{number}.png")
+        path.write_bytes(png(number))
+    source = HuggingFace("", str(tmp_path / "set"), train=True)
+    assert (sorted(read_all(source)), source.classes) == ([(0, 0), (1, 1), (2, 0)], ["a", "b"])
+    digest = source.digest()
+    shutil.rmtree(tmp_path / "set/train/b")
+    assert source.digest() == digest
+    with pytest.raises(UnreadableImageError, match=r"1\.png.*No such file"):
+        read_all(source)
 
 
 @pytest.mark.parametrize("location", ["nobody/no-such-set", "{}/missing", "{}/broken", "{}/broken/0.parquet"])
 def test_what_hugging_face_cannot_open_is_said_in_a_line(tmp_path, hugging_face, location):
     touch(tmp_path / "broken/0.parquet")
-    with pytest.raises(ValueError, match=r"^data: got 'hf:x', takes a folder of save_to_disk, Parquet files, or [^\n]*$"):
+    with pytest.raises(
+        ValueError, match=r"^data: got 'hf:x', takes a folder of save_to_disk, Parquet files, or [^\n]*$"
+    ):
         HuggingFace("hf:x", location.format(tmp_path), train=True)
 
 
@@ -424,7 +445,7 @@ def test_bad_function(module, location, message):
         ("wrong", r"got dict for python:module_of_mine:wrong\[0\], takes \(picture, label\)"),
         ("normalized", r"got values from -.* takes uint8, or floating numbers in \[0, 1\]"),
         ("channels", r"got a tensor \(4, 4, 3\) for .*, takes a PIL image or a tensor \(3, H, W\)"),
-        ("outside", r"got label 2 for .*\[2\], takes -1 to 0"),
+        ("outside", r"got label 1 for .*\[1\], takes -1 to 0"),
     ],
 )
 def test_bad_items_of_a_function(module, function, message):
@@ -463,7 +484,7 @@ def broken_source(request, tmp_path, monkeypatch):
     if request.param == "hf":
         make = request.getfixturevalue("hugging_face")
         pictures = [{"bytes": broken_bytes(n), "path": None} for n in range(6)]
-        pictures[3] = {"bytes": None, "path": str(tmp_path / "nowhere.png")}
+        pictures[3] = None
         make(range(6), ("img",), pictures).save_to_disk(tmp_path / "set")
         return f"hf:{tmp_path}/set"
     if request.param == "python":
@@ -486,5 +507,5 @@ def test_what_cannot_be_read_is_skipped_counted_and_named(broken_source, workers
         assert set(seen) == {0, 1, 4, 5}, "the next readable picture takes the place"
     assert len(dataset.skipped) == 2
     for name, reason in dataset.skipped:
-        assert any(mark in name for mark in ("[2]", "[3]", "2.png", "3.png", "nowhere.png")), name
+        assert any(mark in name for mark in ("[2]", "[3]", "2.png", "3.png")), name
         assert reason

@@ -25,7 +25,7 @@ class HuggingFace:
         max_pixels: of one picture; one of more is unreadable.
 
     Raises:
-        ValueError: `datasets` is not installed, there is no such data set, split or column, or the Hub can't be reached.
+        ValueError: `datasets` is not installed, there is no such data set, split or column, or no way to the Hub.
 
     Example:
         >>> HuggingFace("hf:cifar100?image=img&label=fine_label", "cifar100?image=img&label=fine_label", train=True)
@@ -44,7 +44,10 @@ class HuggingFace:
         features = part.features
         self.image = _choose_column(source, features, datasets.Image, "image", options.get("image"))
         if self.image is None:
-            raise ValueError(f"data: got {source!r} without a column of images, takes one of {', '.join(features)}")
+            named = ", ".join(features)
+            raise ValueError(
+                f"data: got {source!r} without a column of images, takes one of the type Image, not {named}"
+            )
         self.label = _choose_column(source, features, datasets.ClassLabel, "label", options.get("label"))
         self.classes: list[str] = [] if self.label is None else list(features[self.label].names)
         columns = [column for column in (self.image, self.label) if column]
@@ -59,7 +62,7 @@ class HuggingFace:
         row = self.rows[index]
         image, label = row[self.image], -1 if self.label is None else row[self.label]
         name = f"{self.name}[{index}]"
-        if image is None or image["bytes"] is None and image["path"] is None:
+        if image is None or (image["bytes"] is None and image["path"] is None):
             raise UnreadableImageError(name, "no picture")
         if image["bytes"] is None:
             pixels = read_image(image["path"], max_pixels=self.max_pixels)
@@ -114,7 +117,7 @@ def _choose_split(source: str, loaded: Any, options: dict[str, str], *, train: b
 
 
 def _choose_column(source: str, features: Any, kind: type, usual: str, wanted: str | None) -> str | None:
-    """The column of a type: the one that is named, the only one, or that of the usual name; None where there is none."""
+    """The column of a type: the one named, the only one, or that of the usual name; None where there is none."""
     columns = [name for name, feature in features.items() if isinstance(feature, kind)]
     if wanted is not None:
         if wanted not in columns:

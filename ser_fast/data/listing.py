@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -33,9 +34,9 @@ def list_files(folder: Path, extensions: Collection[str], *, known: Collection[P
     endings = tuple(extensions)
     seen = {_identity(path) for path in known} - {_identity(folder)}
     # Links wait until all folders are listed: a folder that lies here keeps its own name.
-    folders, links, found = [str(folder)], [], []
+    folders, links, found = deque([str(folder)]), deque[str](), []
     while folders or links:
-        parent = folders.pop() if folders else links.pop(0)
+        parent = (folders or links).popleft()
         if (identity := _identity(parent)) in seen:
             continue
         seen.add(identity)
@@ -74,11 +75,11 @@ def split_options(source: str, location: str, accepted: Collection[str]) -> tupl
         >>> split_options("hf:birds?image=img", "birds?image=img", ["image"])
         ('birds', {'image': 'img'})
     """
-    # The last question mark that options follow: one in a pattern stands for any character.
-    path, mark, query = location.rpartition("?")
-    if not mark or "=" not in query:
+    # A question mark that no option follows is the pattern's, for any character.
+    match = re.fullmatch(r"(.*?)\?(\w+=.*)", location)
+    if not match:
         return location, {}
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    path, options = match[1], dict(parse_qsl(match[2], keep_blank_values=True))
     for key, value in options.items():
         if key not in accepted or not value:
             raise ValueError(f"data: got {f'{key}={value}'!r} in {source!r}, takes {', '.join(accepted)} with a value")

@@ -77,7 +77,7 @@ class PythonFunction:
         pixels, label = _to_pixels(item[0], name), -1 if item[1] is None else int(item[1])
         if pixels.shape[1] * pixels.shape[2] > self.max_pixels:
             raise UnreadableImageError(name, f"{tuple(pixels.shape)}, more than max_pixels = {self.max_pixels}")
-        if label < -1 or self.classes and label >= len(self.classes):
+        if label < -1 or (self.classes and label >= len(self.classes)):
             raise ValueError(f"data: got label {label} for {name}, takes -1 to {len(self.classes) - 1}")
         return Picture(pixels, label, index)
 
@@ -107,10 +107,12 @@ def _to_pixels(picture: Any, name: str) -> Tensor:
     if picture.is_floating_point():
         if not 0 <= picture.min() <= picture.max() <= 1:  # normalized pixels, or NaN
             raise ValueError(
-                f"data: got values from {picture.min():.3g} to {picture.max():.3g} for {name}, takes uint8, or floating "
-                "numbers in [0, 1]"
+                f"data: got values from {picture.min():.3g} to {picture.max():.3g} for {name}, takes uint8, or "
+                "floating numbers in [0, 1]"
             )
         picture = (picture * 255).round()
     elif picture.dtype != torch.uint8:
-        raise ValueError(f"data: got a tensor of {picture.dtype} for {name}, takes uint8, or floating numbers in [0, 1]")
+        raise ValueError(
+            f"data: got a tensor of {picture.dtype} for {name}, takes uint8, or floating numbers in [0, 1]"
+        )
     return picture.to(torch.uint8).expand(3, -1, -1)

@@ -1,14 +1,14 @@
 """Pictures in WebDataset shards, read by index: tar files that are never unpacked.
 
-The webdataset package reads shards as a stream, whose shuffled order can't be had again from a seed and a step. Here the
-headers are walked once, by the standard library's tarfile, and an item is then one read at its offset.
+The webdataset package reads shards as a stream, whose shuffled order can't be had again from a seed and a step. Here
+the headers are walked once, by the standard library's tarfile, and an item is then one read at its offset.
 """
 
 import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -128,7 +128,7 @@ def _stamp(path: str) -> tuple[str, int, int]:
     return path, status.st_size, status.st_mtime_ns
 
 
-@lru_cache(maxsize=None)  # training and held-out pictures are opened one after the other, and both need the labels
+@cache  # training and held-out pictures are opened one after the other, and both need the labels
 def _scan(path: str, size: int, mtime: int) -> list[Sample]:
     """The samples of a shard: its headers are read, and the small members that hold labels.
 
@@ -208,7 +208,9 @@ def _class_names(source: str, labels: Sequence[int | str | None], names: Path) -
         return [str(number) for number in range(count)]
     lines = names.read_text().splitlines()
     if len(lines) < count:
-        raise ValueError(f"data: got {len(lines)} lines in {names}, takes one for each of the {count} classes of {source!r}")
+        raise ValueError(
+            f"data: got {len(lines)} lines in {names}, takes one for each of the {count} classes of {source!r}"
+        )
     return lines
 
 
@@ -227,8 +229,8 @@ def _number(source: str, labels: Sequence[int | str | None], classes: Sequence[s
         number = numbers.get(str(label), -1) if named else label
         if not isinstance(number, int) or not 0 <= number < len(classes):
             raise ValueError(
-                f"data: got {'no label' if label is None else f'label {label}'} for picture {index} of {source!r}, takes "
-                f"one of its {len(classes)} training classes for every picture, or none for all"
+                f"data: got {'no label' if label is None else f'label {label}'} for picture {index} of {source!r}, "
+                f"takes one of its {len(classes)} training classes for every picture, or none for all"
             )
         found.append(number)
     return found
