@@ -319,7 +319,7 @@ def test_columns_of_hugging_face_are_chosen_by_type_or_name(tmp_path, hugging_fa
     unlabelled = HuggingFace("", str(tmp_path / "none"), train=True)
     assert (unlabelled.classes, unlabelled.read(2).label) == ([], -1)
     type(unlabelled.rows).from_dict({"n": [1, 2, 3]}).save_to_disk(tmp_path / "bare")
-    with pytest.raises(ValueError, match="without a column of images, takes one of the type Image, not n"):
+    with pytest.raises(ValueError, match="with the columns n, takes one of the type Image among them"):
         HuggingFace("hf:bare", str(tmp_path / "bare"), train=True)
 
 

@@ -151,7 +151,7 @@ def _scan(path: str, size: int, mtime: int) -> list[Sample]:
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while member := archive.next():
-        archive.members.clear()  # it keeps every header that it read
+        archive.members = []  # type: ignore[attr-defined]  # it keeps every header that it read
         if member.isreg():
             yield member
     # tarfile takes any header that makes no sense for the end, which is a block of zeros or of nothing.
@@ -192,9 +192,9 @@ def _sample(archive: tarfile.TarFile, members: Sequence[tarfile.TarInfo]) -> Sam
 
 
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None  # only regular members get here
-    return file.read()
+    assert archive.fileobj is not None
+    archive.fileobj.seek(member.offset_data)  # next() goes back to where it was
+    return archive.fileobj.read(member.size)
 
 
 def _class_names(source: str, labels: Sequence[int | str | None], names: Path) -> list[str]:
