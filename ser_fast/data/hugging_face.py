@@ -44,9 +44,8 @@ class HuggingFace:
         features = part.features
         self.image = _choose_column(source, features, datasets.Image, "image", options.get("image"))
         if self.image is None:
-            named = ", ".join(features)
             raise ValueError(
-                f"data: got {source!r} without a column of images, takes one of the type Image, not {named}"
+                f"data: got {source!r} with the columns {', '.join(features)}, takes one of the type Image among them"
             )
         self.label = _choose_column(source, features, datasets.ClassLabel, "label", options.get("label"))
         self.classes: list[str] = [] if self.label is None else list(features[self.label].names)
