@@ -193,6 +193,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
         tolerance: dict[str, float] | None = None,
         ours: str | None = None,
         items: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
         **sizes: Any,
     ) -> None:
         """Check the rivals, time them in turns, and keep a row for the table.
@@ -209,6 +210,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
             other: name -> the oracle of a rival with another definition.
             tolerance: name -> largest error, where it isn't that of the dtype.
             ours: the rival that the others are compared with, where it is no backend.
+            clock: the seconds that are compared.
             items: in x; where it is given, the table has a column of how many a second.
         """
         ours = ours or choose(op, "auto", torch.empty(0, device=DEVICE))
@@ -252,10 +254,10 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
         times: dict[str, list[float]] = {name: [] for name in stages}
 
         def run(name: str, state: Any) -> None:
-            begin = time.perf_counter()
+            begin = clock()
             stages[name][1](state)
             _synchronize()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
 
         def turn(name: str) -> None:
             state = stages[name][0](next(inputs))
