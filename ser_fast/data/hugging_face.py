@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.listing import HELD_OUT, hash_entries, split_options
-from ser_fast.data.pictures import MAX_PIXELS, Picture, UnreadableImageError, decode, read_image
+from ser_fast.data.pictures import Picture, UnreadableImageError, decode, read_image
 
 _OPTIONS = ("split", "val", "image", "label", "config")
 

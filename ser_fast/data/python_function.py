@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.listing import hash_entries
-from ser_fast.data.pictures import MAX_PIXELS, Picture, UnreadableImageError, to_rgb
+from ser_fast.data.pictures import Picture, UnreadableImageError, to_rgb
 
 
 class PythonFunction:

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.listing import HELD_OUT, expand_pattern, hash_entries, list_files, split_options
-from ser_fast.data.pictures import MAX_PIXELS, Picture, UnreadableImageError, decode
+from ser_fast.data.pictures import Picture, UnreadableImageError, decode
 
 _FIELDS = ("label", "cls", "class")  # of a .json, the first that is there
 
