@@ -70,10 +70,10 @@ def test_links_are_followed_once_and_never_in_a_circle(tmp_path):
     assert len(list_files(tmp_path / "set/a", [".png"], known=known)) == 2
 
 
-def test_pipes_are_not_listed_and_links_to_nowhere_are(tmp_path):
+def test_what_is_no_file_is_listed_but_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere")
-    assert list_files(tmp_path, [".png"]) == [str(tmp_path / "lost.png")]
+    assert list_files(tmp_path, [".png"]) == [str(tmp_path / "lost.png"), str(tmp_path / "pipe.png")]
 
 
 def test_listing_decodes_and_opens_nothing(tmp_path, monkeypatch):

@@ -46,9 +46,8 @@ def list_files(folder: Path, extensions: Collection[str], *, known: Collection[P
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     if entry.is_dir():
                         (links if entry.is_symlink() else folders).append(entry.path)
-                    # A pipe would be waited for; a link that leads nowhere is listed, and found unreadable.
-                    elif entry.name.lower().endswith(endings) and (entry.is_file() or not os.path.exists(entry.path)):
-                        names.append(entry.name)
+                    elif entry.name.lower().endswith(endings):
+                        names.append(entry.name)  # also a pipe or a link to nowhere: they are named where they are read
         except OSError as error:
             raise ValueError(f"data: got {parent}, which can't be listed: {error.strerror}") from error
         found.append((parent, names))
