@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).parent / "results"
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error, relative to the largest value
-PACKAGES = ("ser-fast", "torch", "triton", "numpy", "timm", "pytest-benchmark")
+PACKAGES = ("ser-fast", "torch", "torchvision", "pillow", "triton", "numpy", "timm", "pytest-benchmark")
 PACKAGES += ("kornia", "lightly", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "memeff")
 _rows = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -191,6 +191,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
         floor: Rival | None = None,
         other: dict[str, Rival] | None = None,
         tolerance: dict[str, float] | None = None,
+        ours: str | None = None,
+        items: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
         **sizes: Any,
     ) -> None:
         """Check the rivals, time them in turns, and keep a row for the table.
@@ -206,8 +209,11 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
             floor: the floor, where it is neither.
             other: name -> the oracle of a rival with another definition.
             tolerance: name -> largest error, where it isn't that of the dtype.
+            ours: the rival that the others are compared with, where it is no backend.
+            clock: the seconds that are compared.
+            items: in x; where it is given, the table has a column of how many a second.
         """
-        ours = choose(op, "auto", torch.empty(0, device=DEVICE))
+        ours = ours or choose(op, "auto", torch.empty(0, device=DEVICE))
         exact = x.double() if x.is_floating_point() else x
         cotangent = None
         if way != "fwd":
@@ -228,7 +234,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
             try:
                 out = run(prepare(x))
             except Exception as error:  # a peer that can't run here (dtype, compiler, memory) is named in the table
-                if name in BACKENDS:
+                if name in BACKENDS or name == ours:
                     raise
                 failed[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
                 continue
@@ -248,10 +254,10 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
         times: dict[str, list[float]] = {name: [] for name in stages}
 
         def run(name: str, state: Any) -> None:
-            begin = time.perf_counter()
+            begin = clock()
             stages[name][1](state)
             _synchronize()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
 
         def turn(name: str) -> None:
             state = stages[name][0](next(inputs))
@@ -287,6 +293,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
                 name: {
                     "ms": ms[name],
                     "fastest_ms": 1e3 * min(times[name]),
+                    "items_a_second": 1e3 * items / ms[name] if items else None,
                     "of_floor": ms[name] / ms["floor"],
                     "of_default": ms[name] / ms[ours],
                     "error": errors.get(name),
@@ -352,6 +359,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    rated = any(rival["items_a_second"] for row in rows for rival in row["rivals"].values())
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['capability']}; "
         f"{machine['gpu'] or 'no GPU'}. Python {machine['python']}, {packages}.",
@@ -360,8 +368,8 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         "Medians of rounds in which every rival runs once; the default backend is in bold.",
         "",
-        "| case | rival | ms | × floor | × default | error | extra MiB |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| case | rival | ms | × floor | × default | error | extra MiB |" + " items a second |" * rated,
+        "|---|---|--:|--:|--:|--:|--:|" + "--:|" * rated,
     ]
     for row in rows:
         title = _title(row) + f" threads={row['threads']}" * (row["threads"] != machine["threads"])
@@ -373,6 +381,8 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             lines.append(
                 f"| {title} | {label} | {rival['ms']:.3g} | {rival['of_floor']:.2f} | "
                 f"{rival['of_default']:.2f} | {_number(rival['error'], '.0e')} | {_number(rival['extra_mib'], '.0f')} |"
+                + f" {_number(rival['items_a_second'], '.0f')} |"
+                * rated
             )
         lines += [
             f"| {title} | {name} | does not run: {why[:80].replace('|', '/')} | | | | |"

@@ -38,7 +38,7 @@ def demo(
 
     Args:
         out: folder of the runs, of demo.csv and of demo.png. Runs that are finished there are not repeated.
-        data: "photos", "folder:PATH" or "cifar10:PATH".
+        data: "photos", "folder:PATH" or another source, as `ser-fast train` takes it.
         steps: optimiser steps of each run.
         images: held-out images that the equivariance error is measured on.
         image_size: side of the images, in pixels.
@@ -106,7 +106,7 @@ def sensitivity(
             initialisation of each architecture is measured with them, or that of the demo's alone.
         preset: "quick" varies one factor at a time, "full" measures the whole grid, for hours.
         train: train the demo's recipe with each of the variants instead, and say whether the choice matters after it.
-        data: whose held-out images are used: "photos", "folder:PATH" or "cifar10:PATH".
+        data: whose held-out images are used: "photos", "folder:PATH" or another source, as `ser-fast train` takes it.
         images: how many of them, spread evenly, and how many synthetic fields; for the trained models, four times that.
         image_size: their side in pixels; enlarged where a model needs more.
         out: folder for sensitivity.csv, report.html, summary.txt and the figures.

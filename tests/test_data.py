@@ -161,8 +161,24 @@ def test_folder_layouts(class_folder):
     assert (classes_alone.classes, len(classes_alone)) == (["ant", "bee"], 10)
     flat = open_dataset(f"folder:{class_folder}/train/ant", train=True, image_size=8)
     assert (flat.classes, len(flat), flat[3][1]) == ([], 5, -1)
+    assert len(open_dataset(f"folder:{class_folder}/train/ant", train=False, image_size=8)) == 5, "held out: all of it"
     (class_folder / "val").rename(class_folder / "test")
     assert len(open_dataset(f"folder:{class_folder}", train=False, image_size=8)) == 1
+
+
+def test_folders_of_classes_may_be_links(class_folder, tmp_path_factory):
+    linked = tmp_path_factory.mktemp("linked")
+    (linked / "train").mkdir()
+    for name in ("ant", "bee"):
+        (linked / "train" / name).symlink_to(class_folder / "train" / name)
+    dataset, whole = (open_dataset(f"folder:{path}", train=True, image_size=8) for path in (linked, class_folder))
+    assert [dataset[i][1] for i in range(10)] == [0] * 5 + [1] * 5
+    (linked / "train/ant").unlink()
+    (linked / "train/ant").symlink_to(linked / "train")
+    (class_folder / "train/ant/0.png").unlink()
+    with pytest.raises(UnreadableImageError, match="No such file"):
+        whole[0]
+    assert len(open_dataset(f"folder:{linked}", train=True, image_size=8)) == 5, "a circle ends"
 
 
 def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
@@ -243,13 +259,19 @@ def test_folder_makes_every_format_8_bit_rgb(tmp_path, save, name, top, bottom):
         ("folder:{}/missing", True, "got 'folder:.*and there is no folder .*missing"),
         ("folder:{}/empty", True, "got .*empty without a readable image among 0 files"),
         ("folder:{}/unreadable", True, "got .*unreadable without a readable image among 1 file"),
-        ("folder:{}/train", False, "got .*train, takes a folder that holds one named val or test"),
+        ("folder:{}/train", False, "got .*train, takes a folder that holds one named val or test, or .* folder:OTHER"),
+        (
+            "folder:{}/loose",
+            True,
+            "got 2 images in .*loose beside the folder thumbs, takes images in class folders, or",
+        ),
+        ("folder:{}/many", True, "got .*many without a readable image among 3 files"),
         ("folder:{}/alone", True, "got .*alone, takes a folder that holds one named train"),
         ("folder:{}/strange", False, "wasp"),
         ("cifar10:{}/train", True, "takes a folder with cifar-10-batches-py/, or train/ and test/"),
-        ("folder:", True, "'photos', 'folder:PATH' or 'cifar10:PATH'"),
-        ("photos:{}", True, "'photos', 'folder:PATH' or 'cifar10:PATH'"),
-        ("imagenet", True, "data: got 'imagenet', takes 'photos', 'folder:PATH' or 'cifar10:PATH'"),
+        ("folder:", True, "'photos', 'folder:PATH', 'cifar10:PATH', 'tar:PATTERN'"),
+        ("photos:{}", True, "'photos', 'folder:PATH', 'cifar10:PATH', 'tar:PATTERN'"),
+        ("imagenet", True, "data: got 'imagenet', takes 'photos', 'folder:PATH', 'cifar10:PATH', 'tar:PATTERN'"),
     ],
 )
 def test_bad_source(class_folder, source, train, message):
@@ -257,6 +279,11 @@ def test_bad_source(class_folder, source, train, message):
     (class_folder / "unreadable").mkdir()
     (class_folder / "unreadable/0.png").write_bytes(b"")
     write_image(class_folder / "alone/val/ant/0.png", RED)
+    for name in ("loose/0.png", "loose/1.png", "loose/thumbs/0.png"):
+        write_image(class_folder / name, RED)
+    for number in range(3):
+        (class_folder / "many").mkdir(exist_ok=True)
+        (class_folder / f"many/{number}.png").write_text("not an image")
     write_image(class_folder / "strange/train/ant/0.png", RED)
     write_image(class_folder / "strange/val/wasp/0.png", RED)
     with pytest.raises(ValueError, match=message):
@@ -456,7 +483,7 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "data/bee").symlink_to(tmp_path / "elsewhere")
     dataset = open_dataset(f"folder:{tmp_path / 'data'}", train=True, image_size=8)
     found = [(str(Path(path).relative_to(tmp_path / "data")), label) for path, label in dataset.source.files]
-    assert found == [("ant/1.png", 0), ("ant/one/deep/0.png", 0), ("bee/deep/0.png", 1)]
+    assert found == [("ant/1.png", 0), ("bee/deep/0.png", 1)], "a class folder is followed as that class alone"
 
 
 def test_both_decoders_give_the_same_picture(tmp_path):

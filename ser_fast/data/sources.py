@@ -5,7 +5,7 @@ Augmentation is not done here: ser_fast.views cuts and colors whole batches on t
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +17,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ser_fast.data import MAX_PIXELS
+from ser_fast.data.hugging_face import HuggingFace
+from ser_fast.data.listing import hash_entries, list_files
 from ser_fast.data.pictures import (
     Picture,
     UnreadableImageError,
@@ -25,8 +27,11 @@ from ser_fast.data.pictures import (
     to_rgb,
     to_square,
 )
+from ser_fast.data.python_function import PythonFunction
+from ser_fast.data.shards import TarShards
 
 CIFAR10_SIDE = 32
+_CHECKED = 16  # a folder of more images is not looked into before the first batch
 
 # Left out of the files in scikit-image's wheel: motorcycle_right (its pixels are those of motorcycle_left: held-out
 # tiles would leak), cell and clock_motion (featureless almost everywhere), microaneurysms and lfw_subset (too small),
@@ -193,8 +198,9 @@ def open_source(source: str, *, train: bool, image_size: int, max_pixels: int = 
 
     Args:
         source: "photos" (tiles of photographs that scikit-image carries, see `PhotoTiles`), "folder:PATH" (see
-            `ImageFolder`) or "cifar10:PATH" (PATH holds torchvision's cifar-10-batches-py, or an image folder with
-            train/ and test/).
+            `ImageFolder`), "cifar10:PATH" (PATH holds torchvision's cifar-10-batches-py, or an image folder with
+            train/ and test/), "tar:PATTERN" (`TarShards`), "hf:PATH_OR_NAME" (`HuggingFace`) or
+            "python:MODULE:FUNCTION" (`PythonFunction`).
         train: the training pictures, else the held-out ones.
         image_size: what the side of the images or views made of them will be, in pixels.
         max_pixels: of one picture; one of more is unreadable.
@@ -209,18 +215,42 @@ def open_source(source: str, *, train: bool, image_size: int, max_pixels: int = 
     kind, _, location = source.partition(":")
     if source == "photos":
         return PhotoTiles(train=train, image_size=image_size)
-    if kind not in ("folder", "cifar10") or not location:
-        raise ValueError(f"data: got {source!r}, takes 'photos', 'folder:PATH' or 'cifar10:PATH'")
-    path = Path(location).expanduser().resolve()
-    if not path.is_dir():
-        raise ValueError(f"data: got {source!r}, and there is no folder {path}")
-    if kind == "folder":
-        return ImageFolder(path, train=train, max_pixels=max_pixels)
+    if kind not in SOURCES or not location:
+        raise ValueError(
+            f"data: got {source!r}, takes 'photos', 'folder:PATH', 'cifar10:PATH', 'tar:PATTERN', 'hf:PATH_OR_NAME' or "
+            "'python:MODULE:FUNCTION'"
+        )
+    return SOURCES[kind](source, location, train=train, max_pixels=max_pixels)
+
+
+def _open_folder(source: str, location: str, *, train: bool, max_pixels: int) -> Source:
+    return ImageFolder(_existing_folder(source, location), train=train, max_pixels=max_pixels)
+
+
+def _open_cifar10(source: str, location: str, *, train: bool, max_pixels: int) -> Source:
+    path = _existing_folder(source, location)
     if (path / CIFAR10.base_folder).is_dir():
         return Cifar10(path, train=train)
     if not (path / "train").is_dir() or not (path / "test").is_dir():
         raise ValueError(f"data: got {source!r}, takes a folder with {CIFAR10.base_folder}/, or train/ and test/")
     return ImageFolder(path, train=train, max_pixels=max_pixels, longest=CIFAR10_SIDE)
+
+
+def _existing_folder(source: str, location: str) -> Path:
+    path = Path(location).expanduser().resolve()
+    if not path.is_dir():
+        raise ValueError(f"data: got {source!r}, and there is no folder {path}")
+    return path
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "folder": _open_folder,
+    "cifar10": _open_cifar10,
+    "tar": TarShards,
+    "hf": HuggingFace,
+    "python": PythonFunction,
+}
+"""What opens "KIND:LOCATION": called with both, the location, train and max_pixels."""
 
 
 class Tile(NamedTuple):
@@ -272,7 +302,7 @@ class PhotoTiles:
         return Picture(self.photographs[label][:, top : top + size, left : left + size].clone(), label, index)
 
     def digest(self) -> str:
-        return _hash(self.classes, self.tiles)
+        return hash_entries(self.classes, self.tiles)
 
 
 def _tile_corners(height: int, width: int, *, train: bool, size: int) -> list[tuple[int, int]]:
@@ -305,7 +335,8 @@ class ImageFolder:
 
     Args:
         path: holds one folder a class, or image files alone (label -1, no classes), or either of these below train/
-            and val/ (else test/). Held-out images need val/ or test/; their labels follow the class folders of train/.
+            and val/ (else test/). Held-out images need val/ or test/, and their labels follow the class folders of
+            train/; image files alone are held out as well, all of them. Links are followed, as `list_files` does.
         train: the training images, else the held-out ones.
         max_pixels: of one picture; one of more is unreadable.
         longest: the longest side of any of them, where that is known.
@@ -314,7 +345,8 @@ class ImageFolder:
         files: (path, label) of each.
 
     Raises:
-        ValueError: the folder has no held-out part, classes unknown to train/ or no readable image.
+        ValueError: the folder has no held-out part, classes unknown to train/, images beside its class folders or no
+            readable image. Only the first _CHECKED images are decoded to find that out, of a folder that has no more.
 
     Source: torchvision.datasets.ImageFolder, for the layout and the file name extensions.
     """
@@ -323,17 +355,29 @@ class ImageFolder:
         self.max_pixels, self.longest = max_pixels, longest
         wanted = ("train",) if train else ("val", "test")
         parts = [path / name for name in wanted if (path / name).is_dir()]
-        if not parts and (not train or any((path / name).is_dir() for name in ("val", "test"))):
-            raise ValueError(f"data: got {path}, takes a folder that holds one named {' or '.join(wanted)}")
+        elsewhere = any((path / name).is_dir() for name in ("train", "val", "test"))
+        if not parts and (elsewhere or (not train and _class_folders(path))):
+            other = "" if train else ", or the images of another source: folder:OTHER"
+            raise ValueError(f"data: got {path}, takes a folder that holds one named {' or '.join(wanted)}{other}")
         folder = parts[0] if parts else path
         names = path / "train" if (path / "train").is_dir() else folder
         self.classes = _class_folders(names)
         if unknown := sorted(set(_class_folders(folder)) - set(self.classes)):
             raise ValueError(f"data: got {', '.join(unknown)} in {folder}, takes the classes of {names}")
         self.folder = folder
-        parts_of_classes = [(folder / name, label) for label, name in enumerate(self.classes)] or [(folder, -1)]
-        self.files = [(file, label) for part, label in parts_of_classes for file in _image_files(part)]
-        if not any(self._is_readable(index) for index in range(len(self.files))):
+        labelled = [(folder / name, label) for label, name in enumerate(self.classes) if (folder / name).is_dir()]
+        if self.classes and (loose := _count_images(folder)):
+            raise ValueError(
+                f"data: got {loose} image{'s' * (loose > 1)} in {folder} beside the folder{'s' * (len(labelled) > 1)} "
+                f"{', '.join(part.name for part, _ in labelled[:3])}, takes images in class folders, or images alone"
+            )
+        known = [folder, *(part for part, _ in labelled)]
+        self.files = [
+            (file, label)
+            for part, label in labelled or [(folder, -1)]
+            for file in list_files(part, IMG_EXTENSIONS, known=known)
+        ]
+        if len(self.files) <= _CHECKED and not any(self._is_readable(index) for index in range(len(self.files))):
             accepted = ", ".join(IMG_EXTENSIONS)
             raise ValueError(
                 f"data: got {folder} without a readable image among {len(self.files)} files, takes {accepted}"
@@ -348,7 +392,7 @@ class ImageFolder:
 
     def digest(self) -> str:
         sizes = ((str(Path(path).relative_to(self.folder)), Path(path).stat().st_size) for path, _ in self.files)
-        return _hash(self.classes, sizes)
+        return hash_entries(self.classes, sizes)
 
     def _is_readable(self, index: int) -> bool:
         try:
@@ -358,19 +402,9 @@ class ImageFolder:
         return True
 
 
-def _image_files(folder: Path) -> list[str]:
-    """The image files below a folder; of those below a linked folder, and so of a circle of links, once."""
-    found: list[tuple[str, list[str]]] = []
-    walked: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in walked:
-            folders.clear()
-            continue
-        walked.add((status.st_dev, status.st_ino))
-        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        found.append((parent, [name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]))
-    return [os.path.join(parent, name) for parent, names in sorted(found) for name in names]
+def _count_images(folder: Path) -> int:
+    """The image files in a folder, not below it."""
+    return sum(entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file() for entry in os.scandir(folder))
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -406,11 +440,4 @@ class Cifar10:
         return Picture(pixels, self.cifar.targets[index], index)
 
     def digest(self) -> str:
-        return _hash(self.classes, [self.cifar.targets, hashlib.sha256(self.cifar.data.tobytes()).hexdigest()])
-
-
-def _hash(classes: list[str], entries: Iterable[Any]) -> str:
-    digest = hashlib.sha256(repr(classes).encode())
-    for entry in entries:
-        digest.update(repr(entry).encode())
-    return digest.hexdigest()
+        return hash_entries(self.classes, [self.cifar.targets, hashlib.sha256(self.cifar.data.tobytes()).hexdigest()])

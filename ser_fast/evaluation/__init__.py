@@ -1,7 +1,7 @@
 """Evaluations of a frozen encoder, one module a protocol.
 
 Each has `evaluate(model, data, ...) -> Result`: `model` is a SplitViT on its device, `data` names the images ("photos",
-"folder:PATH" or "cifar10:PATH", as `open_dataset` takes them; a folder for detection), a random initialization of the
+"folder:PATH" or another source, as `open_source` takes it; a folder for detection), a random initialization of the
 model is measured beside it, and the result writes its tables and figures.
 
 Example:

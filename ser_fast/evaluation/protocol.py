@@ -155,7 +155,10 @@ def open_labelled(data: str, image_size: int, *, crop_pct: float = 1.0) -> tuple
     """
     train, test = (open_dataset(data, train=part, image_size=image_size, crop_pct=crop_pct) for part in (True, False))
     if not train.classes:
-        raise ValueError(f"data: got {data!r}, whose images have no classes, takes a folder for each class")
+        raise ValueError(
+            f"data: got {data!r}, whose images have no classes, takes a source with labels, "
+            "such as folder:OTHER with a folder for each class below train/ and val/"
+        )
     return train, test
 
 

@@ -214,7 +214,8 @@ class TrainConfig:
     out: Path = Path("runs/moco_v3_ser")
     """The run's folder: config, environment, log, checkpoints."""
     data: str = "photos"
-    """"photos" (in scikit-image's wheel), "folder:PATH" or "cifar10:PATH"."""
+    """"photos" (in scikit-image's wheel), "folder:PATH", "cifar10:PATH", "tar:PATTERN" (WebDataset shards),
+    "hf:PATH_OR_NAME" (Hugging Face) or "python:MODULE:FUNCTION" (a torch data set)."""
     canvas: int | None = None
     """Side in pixels of the squares that pictures are read as and views are cut from; default 12/7 of the views' (384
     of 224), or the source's longest side where that is known to be less."""
