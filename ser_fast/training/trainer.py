@@ -63,7 +63,7 @@ class Trainer:
     Example:
         >>> trainer = Trainer(config, torch.device("cuda"))
         >>> for step, (epoch, batch) in enumerate(trainer.batches()):
-        ...     print(trainer.step(step, epoch, batch.images, batch.indices)["loss"])
+        ...     print(trainer.step(step, epoch, batch.images, batch.indices, batch.aspects)["loss"])
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
