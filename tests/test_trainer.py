@@ -326,7 +326,8 @@ def test_gradients_are_clipped_for_model_and_projector_each(tiny: TrainConfig, c
 
 def test_accumulated_parts_are_averaged(tiny: TrainConfig) -> None:
     whole, record = first_step(with_options(tiny, {"optim.clip_grad": 0.0}))
-    twice = with_options(tiny, {"optim.clip_grad": 0.0, "optim.batch_size": 16, "optim.accumulate": 2})
+    options = {"optim.batch_size": 16, "optim.accumulate": 2, "optim.accumulate_mode": "plain"}
+    twice = with_options(tiny, {"optim.clip_grad": 0.0, **options})
     run, record_twice = first_step(twice, times=2)
     for name in ("loss", "invariance", "ser", "grad_norm"):
         assert record_twice[name] == pytest.approx(record[name], rel=1e-6)

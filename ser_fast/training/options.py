@@ -28,7 +28,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     options = tyro.cli(_options(defaults), args=arguments, prog="ser-fast train", description=TrainConfig.__doc__)
     given = {part.name: getattr(options, part.name) for part in fields(TrainConfig)}
     given["objective"] = getattr(options, defaults.objective.section)
-    given["addons"] = {name: getattr(options, name) for name in ADDONS}
+    sections = {name: getattr(options, name) for name in ADDONS}
+    given["addons"] = {name: section for name, section in sections.items() if section.layers != "off"}
     return TrainConfig(**given)
 
 
