@@ -358,8 +358,8 @@ def _open(checkpoint: Path, data: str | None, out: Path | None, device: str) -> 
     """The encoder on its device, and the data and folder that an evaluation takes where it isn't told."""
     from ser_fast.evaluation.protocol import make_folder, open_encoder
 
-    opened = open_encoder(checkpoint, device=device)
-    return opened.model, data or opened.data, make_folder(out or opened.folder)
+    opened = open_encoder(checkpoint, data, device=device)
+    return opened.model, opened.data, make_folder(out or opened.folder)
 
 
 def _show(result: Any, out: Path) -> None:

@@ -1,7 +1,9 @@
 import csv
 import io
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -26,12 +28,13 @@ from ser_fast.evaluation.equivariance import (
 )
 from ser_fast.evaluation.features import embed, evaluating, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
-from ser_fast.evaluation.protocol import random_control
+from ser_fast.evaluation.protocol import open_encoder, random_control
 from ser_fast.evaluation.tables import write_table
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops.group_action import group_action
+from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
-from ser_fast.vit import SplitViT
+from ser_fast.vit import SplitViT, save_split_vit
 
 VIT, TINY = "vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 
@@ -551,3 +554,12 @@ def test_the_table_of_a_deep_model_stays_within_80_columns() -> None:
     lines = printed(some_records(24))
     assert not any("…" in line for line in lines)
     assert sum(line.split() == [str(layer) for layer in range(13, 25)] for line in lines) == 5
+
+
+@pytest.mark.parametrize("source", ["python:os:getcwd", "hf:somebody/pictures"])
+def test_a_runs_folder_does_not_choose_code_to_run(source: str, tmp_path: Path) -> None:
+    save_split_vit(tmp_path / "encoder.safetensors", SplitViT(VIT, 1, **TINY))
+    (tmp_path / "config.json").write_text(json.dumps(to_json(replace(TrainConfig(), data=source))))
+    with pytest.raises(ValueError, match=rf"data: .*config\.json names '{source}'"):
+        open_encoder(tmp_path, device="cpu")
+    assert open_encoder(tmp_path, source, device="cpu").data == source

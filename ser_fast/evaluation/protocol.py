@@ -26,7 +26,7 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         model: on its device.
-        data: the source that the run was trained on; DEFAULT_DATA where the folder doesn't tell.
+        data: the source that was given, or that the run was trained on; DEFAULT_DATA where the folder doesn't tell.
         folder: of the file.
     """
 
@@ -35,15 +35,17 @@ class Checkpoint(NamedTuple):
     folder: Path
 
 
-def open_encoder(path: Path, *, device: str = "auto") -> Checkpoint:
+def open_encoder(path: Path, data: str | None = None, *, device: str = "auto") -> Checkpoint:
     """Open a run's encoder.
 
     Args:
         path: a run's folder or a safetensors file.
+        data: a source; default that of the run's config.json.
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        ValueError: the path is neither, the file is damaged, or the device isn't there.
+        ValueError: the path is neither, the file is damaged, the device isn't there, or the config.json names a source
+            that runs code ("python:") or downloads ("hf:").
 
     Example:
         >>> model, data, folder = open_encoder(Path("runs/moco_v3_ser"))
@@ -52,7 +54,12 @@ def open_encoder(path: Path, *, device: str = "auto") -> Checkpoint:
     weights = find_encoder(path)
     target = choose_device(device)
     run = RunFolder(weights.parent)
-    data = run.read_config().data if run.config.is_file() else DEFAULT_DATA
+    if data is None:
+        data = run.read_config().data if run.config.is_file() else DEFAULT_DATA
+        if data.partition(":")[0] in ("python", "hf"):  # a folder from somebody else would choose what runs here
+            raise ValueError(
+                f"data: {run.config} names {data!r}, which imports code or goes to the network; give it as data"
+            )
     return Checkpoint(load_split_vit(weights).to(target), data, run.path)
 
 
