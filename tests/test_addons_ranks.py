@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from cases.ranks import results_of_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -132,23 +131,11 @@ def trainings() -> dict[str, Any]:
 PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {"heads": heads, "trainings": trainings}
 
 
-def run_rank(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(minutes=2)  # where collectives don't match, instead of half an hour
-    dist.init_process_group("gloo", f"file://{folder}/meeting", timeout, rank=rank, world_size=world)
-    torch.save({name: program() for name, program in PROGRAMS.items()}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank returned."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        # A rank imports this file under the name it has here, from the folder above tests/.
-        patch.syspath_prepend(str(Path(__file__).parents[1]))
-        torch.multiprocessing.spawn(run_rank, (request.param, folder), nprocs=request.param)
-    return [torch.load(folder / f"{r}.pt") for r in range(request.param)]
+    results = results_of_ranks(PROGRAMS, request.param, tmp_path_factory.mktemp("ranks"))
+    return [{name: of_ranks[rank] for name, of_ranks in results.items()} for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("dtype", [f64, f32], ids=str)

@@ -5,7 +5,6 @@ launch, since starting processes costs more than all they compute.
 """
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from cases.ranks import results_of_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,28 +37,10 @@ def program(function: Callable[[], Any]) -> Callable[[], Any]:
     return function
 
 
-def run_rank(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(minutes=2)  # where collectives don't match, instead of half an hour
-    dist.init_process_group("gloo", f"file://{folder}/meeting", timeout, rank=rank, world_size=world)
-    results = {}
-    for name, function in PROGRAMS.items():
-        torch.manual_seed(0)
-        results[name] = function()
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module", params=[pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 3)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """For each program, what it returned on each rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        # A rank imports this file under the name it has here, from the folder above tests/.
-        patch.syspath_prepend(str(Path(__file__).parents[1]))
-        torch.multiprocessing.spawn(run_rank, (request.param, folder), nprocs=request.param)
-    ranks = [torch.load(folder / f"{r}.pt") for r in range(request.param)]
-    return {name: [result[name] for result in ranks] for name in PROGRAMS}
+    return results_of_ranks(PROGRAMS, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def seeded(*key: int) -> torch.Generator:

@@ -9,6 +9,7 @@ from torch.nn.functional import relu
 
 from ser_fast.distributed import all_reduce_sum, mean_over_rows
 from ser_fast.heads import mlp, moments
+from ser_fast.objectives.barlow_twins import BarlowTwinsConfig
 from ser_fast.objectives.base import Objective, ObjectiveConfig, in_float32, off_diagonal, view_pairs
 
 
@@ -73,13 +74,7 @@ class VICRegConfig(ObjectiveConfig):
     """VICReg, arXiv 2105.04906."""
 
     section: ClassVar[str] = "vicreg"
-    recipe: ClassVar = {
-        "optim.lr": 1e-4,
-        "optim.lr_end": 1e-7,
-        "optim.clip_grad": 0.3,
-        "optim.clip": "parameter",
-        "views.crop_area": (0.08, 1.0),
-    }
+    recipe: ClassVar = BarlowTwinsConfig.recipe  # its paper trains ResNets with LARS
 
     dim: int = 8192
     """Width of the embeddings."""
