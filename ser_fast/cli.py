@@ -380,7 +380,7 @@ def main() -> None:
     """Run the command line; errors of the user's making are one line, not a traceback."""
     try:
         _run(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"ser-fast: {error}")
     except RuntimeError as error:
         from ser_fast.training.trainer import NonFiniteLossError

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10
 
 from ser_fast.data import pictures
 from ser_fast.data.loader import make_loader
-from ser_fast.data.pictures import UnreadableImageError
+from ser_fast.data.pictures import UnreadableImageError, decode
 from ser_fast.data.sources import open_canvases, open_dataset
 
 RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
@@ -619,3 +619,12 @@ def test_datasets_reach_workers_that_do_not_fork(broken_folder):
     (batch,) = loader
     assert len(batch.images) == 12
     assert len(dataset.skipped) == 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_floating_point_tiff_is_read_by_its_range(scale: float, tmp_path: Path) -> None:
+    values = np.linspace(0, scale, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values, mode="F").save(tmp_path / "a.tiff")
+    pixels = decode((tmp_path / "a.tiff").read_bytes(), "a.tiff", max_pixels=100)
+    expected = torch.from_numpy((values / scale * 255).round()).to(torch.uint8)
+    assert torch.equal(pixels, expected.expand(3, 8, 8))

@@ -122,6 +122,21 @@ def test_a_run_can_be_made_longer_and_not_shorter(config: TrainConfig, done: Run
         train(with_options(config, {"resume": "auto", "optim.steps": 7}))
 
 
+def test_the_way_out_is_named_where_it_is_one(config: TrainConfig, done: RunFolder) -> None:
+    (Path(config.data.removeprefix("folder:")) / "03.png").unlink()
+    other = with_options(config, {"resume": "auto", "resume_changed": True, "seed": 5})
+    with pytest.raises(ValueError, match=r"trained with another seed, data's files$"):
+        Trainer(other, CPU)
+    with pytest.raises(ValueError, match=r"continued by --out .*run --resume auto"):
+        Trainer(with_options(config, {"resume": str(done.path), "out": config.out.with_name("new")}), CPU)
+
+
+def test_a_link_to_nothing_is_skipped_and_named(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(config.data.removeprefix("folder:")) / "99.png").symlink_to("nowhere")
+    train(with_options(config, {"optim.batch_size": 25, "optim.steps": 1}))
+    assert "99.png" in "".join(capsys.readouterr().out.split())
+
+
 # ---------------------------------------------------------------- the same run
 
 

@@ -472,9 +472,16 @@ def test_unreadable_files_are_named(tiny: TrainConfig, tmp_path: Path, capsys: p
     assert len(read_log(out)) == 3
 
 
-def test_a_run_that_failed_in_its_first_step_is_started_again(tiny: TrainConfig) -> None:
-    with pytest.raises(ValueError, match=r"images: got .* 30, 30.*multiples of the patch size \(8, 8\)"):
-        train(with_options(tiny, {"model.image_size": 30}))
+def test_a_run_that_failed_in_its_first_step_is_started_again(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("the first step")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", failing)
+        with pytest.raises(RuntimeError, match="the first step"):
+            train(tiny)
     train(tiny)
     assert len(read_log(tiny.out)) == 2
 
@@ -610,13 +617,13 @@ def test_a_checkpoint_that_is_none_is_refused(tiny: TrainConfig, tmp_path: Path,
         ({"views.share": 0.125}, "views.share: 0.125 of 8 images is 1; SER contrasts two or more"),
         ({"device": "gpu"}, "device: got 'gpu', takes 'auto', 'cpu' or 'cuda'"),
         ({"views.share": 1.5}, "share: got 1.5"),
-        ({"views.color_gray": 2.0}, "color gray: got 2.0"),
+        ({"views.color_gray": 2.0}, "views.color_gray: got 2"),
         ({"save_every": 0}, "save_every: got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: got 0"),
         ({"data": "photographs"}, "data: got 'photographs', takes 'photos'"),
         ({"model.name": "resnet18"}, "model: 'resnet18' is not supported"),
         ({"model.split": 4}, "split: .* can be split at 0 to 3 blocks, got 4"),
-        ({"ser.temperature": 0.0}, "temperature: got 0.0"),
+        ({"ser.temperature": 0.0}, "ser.temperature: got 0"),
     ],
     ids=str,
 )
@@ -929,3 +936,37 @@ def test_a_config_of_another_program_is_refused(tmp_path: Path) -> None:
         folder.config.write_text(text)
         with pytest.raises(ValueError, match=r"config: .*config.json can't be read as that of a run"):
             folder.read_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ser.weight": -1.0}, r"ser\.weight: got -1, takes a number from 0"),
+        ({"ser.weight": math.nan}, r"ser\.weight: got nan, takes a finite number"),
+        ({"moco.momentum": 2.0}, r"moco\.momentum: got 2, takes a number in \[0, 1\]"),
+        ({"moco.temperature": 0.0}, r"moco\.temperature: got 0, takes a number above 0"),
+        ({"moco.dim": 0}, r"moco\.dim: got 0, takes a positive number"),
+        ({"ser.hidden_dim": 0}, r"ser\.hidden_dim: got 0, takes a positive number"),
+        ({"optim.clip_grad": -1.0}, r"optim\.clip_grad: got -1, takes a number from 0"),
+        ({"optim.lr": math.inf}, r"optim\.lr: got inf, takes a finite number"),
+        ({"optim.batch_size": 0}, r"optim\.batch_size: got 0, takes a positive number"),
+        ({"max_skipped": 2.0}, r"max_skipped: got 2, takes a number in \[0, 1\]"),
+        ({"views.crop_area": (0.9, 0.1)}, r"views\.crop_area: got 0\.9 0\.1, takes a range within"),
+        ({"views.locals": 1, "views.local_area": (0.0, 0.0)}, r"views\.local_area: got 0 0"),
+        ({"views.share": 0.0, "equimod.layers": (2,)}, r"views\.share: got 0, which leaves equimod without images"),
+        ({"ser.max_tokens": 1}, r"ser\.max_tokens: got 1, takes 2 or more"),
+        ({"model.image_size": 30}, r"model\.image_size: got 30, takes a multiple of the patch size 8"),
+        ({"model.num_heads": 5}, r"model: vit_tiny_patch16_224 can't be built with .*num_heads"),
+        ({"device": "xpu"}, r"device: got 'xpu', takes 'auto', 'cpu' or 'cuda'"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_before_anything_is_made(tiny: TrainConfig, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(with_options(tiny, options))
+    assert not tiny.out.exists()
+
+
+def test_a_share_for_nobody_is_no_error(tiny: TrainConfig) -> None:
+    train(with_options(tiny, {"ser.layers": "off", "views.share": 0.1, "optim.steps": 1}))
+    assert "ser" not in read_log(tiny.out)[0]

@@ -122,6 +122,10 @@ def to_rgb(image: Image.Image) -> Tensor:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255; PIL's 16-bit RGB is 8-bit already
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":  # floating point TIFF: in [0, 1] as a rule, else grey levels
+        values = np.nan_to_num(np.asarray(image))
+        scale = 255 if values.size and values.max() <= 1 else 1
+        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")  # PIL warns where a palette with transparency becomes RGB directly
     return transforms.pil_to_tensor(image.convert("RGB"))

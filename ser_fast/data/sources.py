@@ -391,8 +391,9 @@ class ImageFolder:
         return Picture(read_image(path, max_pixels=self.max_pixels), label, index)
 
     def digest(self) -> str:
-        sizes = ((str(Path(path).relative_to(self.folder)), Path(path).stat().st_size) for path, _ in self.files)
-        return hash_entries(self.classes, sizes)
+        return hash_entries(
+            self.classes, ((str(Path(path).relative_to(self.folder)), _size(path)) for path, _ in self.files)
+        )
 
     def _is_readable(self, index: int) -> bool:
         try:
@@ -400,6 +401,14 @@ class ImageFolder:
         except UnreadableImageError:
             return False
         return True
+
+
+def _size(path: str) -> int:
+    """In bytes; -1 of a link to nothing."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def _count_images(folder: Path) -> int:

@@ -70,15 +70,22 @@ class ModelConfig:
 
         shape = {name: getattr(self, name) for name in ("patch_size", "embed_dim", "depth", "num_heads")}
         given = {name: value for name, value in shape.items() if value is not None}
-        model = SplitViT(
-            self.name,
-            self.blocks_before_cls,
-            pretrained=False if self.pretrained == "none" else self.pretrained,
-            normalization=self.normalization,
-            img_size=self.image_size,
-            drop_path_rate=self.drop_path_rate,
-            **given,
-        )
+        try:
+            model = SplitViT(
+                self.name,
+                self.blocks_before_cls,
+                pretrained=False if self.pretrained == "none" else self.pretrained,
+                normalization=self.normalization,
+                img_size=self.image_size,
+                drop_path_rate=self.drop_path_rate,
+                **given,
+            )
+        except (AssertionError, TypeError) as error:  # timm's own checks of its arguments
+            raise ValueError(f"model: {self.name} can't be built with {given}: {error}") from error
+        if any(self.image_size % side for side in model.patch_size):
+            raise ValueError(
+                f"model.image_size: got {self.image_size}, takes a multiple of the patch size {model.patch_size[0]}"
+            )
         for name in self.freeze:
             part = getattr(model, name, None)
             if part is None:
@@ -271,37 +278,6 @@ class TrainConfig:
                     raise ValueError(f"{name}.locals: got True with views.locals 0, takes one local view or more")
                 addons[name] = options.weight, addon
         return Pretraining(encoder, objective, addons)
-
-    def check(self, world_size: int) -> int:
-        """Check the options that need neither data nor model; returns how many images a rank contrasts at a time.
-
-        Raises:
-            ValueError: one that doesn't fit.
-        """
-        optim = self.optim
-        for name, count in (
-            ("optim.accumulate", optim.accumulate),
-            ("save_every", self.save_every),
-            ("keep_checkpoints", self.keep_checkpoints),
-        ):
-            if count < 1:
-                raise ValueError(f"{name}: got {count}, takes a positive number")
-        if not 0 <= optim.warmup <= 1:
-            raise ValueError(f"optim.warmup: got {optim.warmup}, takes a number in [0, 1]")
-        if optim.batch_size % (world_size * optim.accumulate):
-            raise ValueError(
-                f"optim.batch_size: {optim.batch_size} is no multiple of {world_size} ranks x "
-                f"optim.accumulate {optim.accumulate}"
-            )
-        parts = optim.accumulate if optim.accumulate_mode == "plain" else 1
-        part = optim.batch_size // (world_size * parts)
-        ser = self.addons.get("ser")
-        contrasted = round(self.views.share * part) * (world_size if getattr(ser, "gather", True) else 1)
-        if self.views.share > 0 and contrasted < 2:
-            raise ValueError(
-                f"views.share: {self.views.share} of {part} images is {contrasted}; SER contrasts two or more"
-            )
-        return part
 
 
 # What may differ between a run and its continuation, since it changes no number.

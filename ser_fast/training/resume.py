@@ -70,12 +70,12 @@ def _find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
             try:
                 state = load_checkpoint(path, torch.device("cpu"))
             except DamagedCheckpointError as error:
-                notes.append(f"{error}; going on from the one before")
+                notes.append(str(error))
                 continue
             _require_same_run(config, identity, path, state)
-            return Beginning(state, path, notes)
+            return Beginning(state, path, [f"{note}; going on from the one before" for note in notes])
         if notes:
-            raise ValueError(f"resume: every checkpoint of {config.out} is damaged: {notes[0]}")
+            raise ValueError(f"resume: every checkpoint of {config.out} is damaged: {'; '.join(notes)}")
         return Beginning(None, None, [])
     path = Path(config.resume)
     own = config.resume != "none" and path.resolve().parent == folder.checkpoints.resolve()
@@ -84,7 +84,8 @@ def _find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
     if config.resume == "none":
         return Beginning(None, None, [])
     if not path.is_file():
-        raise ValueError(f"resume: {path} is no file; takes 'none', 'auto' or a checkpoint")
+        hint = f"; a run's folder is continued by --out {path} --resume auto" if path.is_dir() else ""
+        raise ValueError(f"resume: {path} is no file; takes 'none', 'auto' or a checkpoint{hint}")
     state = load_checkpoint(path, torch.device("cpu"))
     _require_same_run(config, identity, path, state)
     return Beginning(state, path, [])
@@ -98,13 +99,12 @@ def _require_same_run(config: TrainConfig, identity: Identity, path: Path, state
     changed = [name for name in differences(identity.config, theirs) if name != "data"]  # its files are compared
     if _is_longer(config, theirs):
         changed = [name for name in changed if name not in ("optim.steps", "optim.epochs")]
-    if not config.resume_changed:
-        changed += ["data's files"] if state.get("data", identity.data) != identity.data else []
-        before = state.get("world_size", identity.world_size)
-        changed += [f"number of ranks ({before})"] if before != identity.world_size else []
-    if changed:
-        hint = "" if any("." in name for name in changed) else "; --resume-changed goes on all the same"
-        raise ValueError(f"resume: {path} was trained with another {', '.join(changed)}{hint}")
+    around = ["data's files"] if state.get("data", identity.data) != identity.data else []
+    before = state.get("world_size", identity.world_size)
+    around += [f"number of ranks ({before})"] if before != identity.world_size else []
+    if changed or (around and not config.resume_changed):
+        hint = "" if changed else "; --resume-changed goes on all the same"
+        raise ValueError(f"resume: {path} was trained with another {', '.join(changed + around)}{hint}")
 
 
 def _is_longer(config: TrainConfig, theirs: dict[str, Any]) -> bool:

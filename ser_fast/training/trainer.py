@@ -25,6 +25,7 @@ from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, 
 from ser_fast.training.resume import Identity, find_beginning, require_agreement
 from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.summary import Pace, summarize
+from ser_fast.training.validation import check_options
 
 
 class NonFiniteLossError(RuntimeError):
@@ -70,7 +71,7 @@ class Trainer:
         self.config, self.device, self.folder = config, device, RunFolder(config.out)
         self.console = Console(quiet=rank() != 0)
         optim = config.optim
-        self.part = config.check(world_size())  # images that are contrasted on this rank
+        self.part = check_options(config, world_size())  # images that are contrasted on this rank
         self.loader = make_loader(
             open_canvases(
                 config.data,
