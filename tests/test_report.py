@@ -253,3 +253,11 @@ def test_a_browser_shows_the_page(browser: str, page: Path, folders: list[Path],
     assert min(seen["images"]) > 0
     assert seen["requests"] == []
     assert seen["sorted"] == [[1] * 3 + [5] * 3 + [20] * 3, [20] * 3 + [5] * 3 + [1] * 3]
+
+
+@pytest.mark.parametrize("text", ["null", "{", "[1]"])
+def test_a_config_that_is_none_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"runs: .*config\.json is no JSON of options"):
+        read_runs([tmp_path])

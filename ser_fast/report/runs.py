@@ -142,7 +142,12 @@ def _read_options(path: Path, prefix: str = "") -> dict[str, str]:
             flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: str(value)}
         return flat
 
-    return flatten(json.loads(path.read_text()), prefix) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return flatten(json.loads(path.read_text()), prefix)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"runs: {path} is no JSON of options: {error}") from error
 
 
 # ---------------------------------------------------------------- tables
