@@ -476,8 +476,8 @@ def test_options_on_the_command_line() -> None:
     assert isinstance(addons["equimod"], EquiModConfig)
     assert (addons["equimod"].layers, addons["equimod"].read) == ((3, 12), "mean")
     assert addons["augself"] == AugSelfConfig(layers=(2,), turn=0.5)
-    assert addons["essl"].layers == addons["stl"].layers == "off"
-    assert {name: addon.weight for name, addon in addons.items()} == {
+    assert {name: addon.weight for name, addon in addons.items()} == {"ser": 1.0, "equimod": 1.0, "augself": 1.0}
+    assert {name: kind().weight for name, kind in ADDONS.items()} == {
         "ser": 1.0, "equimod": 1.0, "augself": 1.0, "essl": 0.4, "stl": 1.0
     }  # fmt: skip
 
