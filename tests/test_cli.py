@@ -92,8 +92,8 @@ def test_train_reads_every_kind_of_option(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--views.share=1.5"], "share: got 1.5, takes a number in"),
-        (["--ser.temperature=-1"], "temperature: got -1.0"),
+        (["--views.share=1.5"], "views.share: got 1.5, takes a number in"),
+        (["--ser.temperature=-1"], "ser.temperature: got -1, takes"),
         (["--model.split=9"], "split: .* got 9"),
         (["--data=photographs"], "data: got 'photographs', takes 'photos'"),
         (["--resume=nowhere.pt"], "resume: nowhere.pt is no file"),
