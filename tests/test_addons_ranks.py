@@ -182,7 +182,6 @@ def test_ranks_stay_alike_in_a_training(names: str, ranks: list[dict[str, Any]])
 SMALL = {  # widths of the objectives' heads, by the option's name
     "dim": 16, "mlp_dim": 32, "hidden_dim": 32, "bottleneck_dim": 16, "prototypes": 64, "out_dim": 64,
 }  # fmt: skip
-LONGER = {("moco_v3", "equimod", "2"), ("simclr", "augself", "last"), ("dino", "stl", "2"), ("byol", "essl", "last")}
 
 
 @pytest.mark.parametrize("layer", ["2", "last"])
@@ -192,7 +191,7 @@ def test_every_pair_trains(objective: str, addon: str, layer: str, tmp_path: Pat
     """On one batch of photos over and over the loss falls, and the add-on's with it."""
     if addon == "none" and layer == "last":
         layer = "2"  # the same without an add-on: another seed
-    steps = 30 if (objective, addon, layer) in LONGER else 12
+    steps = 12 if objective == "dino" else 30  # DINO's loss rises again while its center settles
     section = OBJECTIVES[objective].section
     kind = type(default_config(objective).objective)
     widths = {f"{section}.{name}": width for name, width in SMALL.items() if name in kind.__dataclass_fields__}
