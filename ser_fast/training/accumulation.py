@@ -7,6 +7,7 @@ part gives, in the memory of one, for one more forward pass of the encoder.
 Source: GradCache, arXiv 2101.06983.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -142,8 +143,7 @@ def _split(encoded: Encoded, views: Views, index: int, parts: int) -> list[Encod
     return [Encoded(*share) for share in zip(embeddings, tokens, cls, strict=True)]
 
 
-def _map(encoded: Encoded, change: object) -> Encoded:
-    assert callable(change)
+def _map(encoded: Encoded, change: Callable[[Tensor], Tensor]) -> Encoded:
     tokens, cls = ({layer: change(value) for layer, value in found.items()} for found in (encoded.tokens, encoded.cls))
     return Encoded(None if encoded.embedding is None else change(encoded.embedding), tokens, cls)
 
