@@ -24,6 +24,19 @@ def train() -> None:
     run_training(config)
 
 
+def sweep() -> None:
+    """Train with several values of some options and several seeds, and say which differences are more than chance."""
+    from ser_fast.sweep.command import parse
+
+    arguments, options = parse(sys.argv[2:])
+    from ser_fast.sweep.evaluation import run_sweep
+
+    console = Console()
+    result = run_sweep(arguments=arguments, console=console, **options)
+    result.print(console)
+    console.print(f"written: {options['out'] / 'sweep.csv'}, {options['out'] / 'report.html'}", markup=False)
+
+
 def demo(
     out: Path = Path("runs/demo"),
     data: str = "photos",
@@ -372,7 +385,7 @@ def _show(result: Any, out: Path) -> None:
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(train, demo, equivariance, sensitivity, knn, linear, corruptions, detection, report, export, doctor),
+    *(train, sweep, demo, equivariance, sensitivity, knn, linear, corruptions, detection, report, export, doctor),
 )
 
 
@@ -395,8 +408,8 @@ def main() -> None:
 def _run(arguments: Sequence[str]) -> None:
     commands = {command.__name__: command for command in COMMANDS}
     name = next(iter(arguments), "")
-    if name == "train":  # its options depend on the objective
-        train()
+    if name in ("train", "sweep"):  # options that depend on the objective
+        commands[name]()
     else:
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)
 

@@ -486,6 +486,8 @@ def test_options_on_the_command_line() -> None:
     ({"augself.crop": 0.0, "augself.color": 0.0}, "augself: got the weights {}, takes one or more"),
     ({"ser.layers": (1,), "ser.locals": True}, "ser.locals: got True with views.locals 0"),
     ({"ser.layers": (1,), "ser.locals": True, "ser.momentum_keys": True}, "ser.locals: got True with momentum_keys"),
+    ({"ser.layers": (1,), "ser.noise": (-0.1, 0.0)}, r"ser.noise: got \(-0.1, 0.0\), takes two numbers from 0"),
+    ({"ser.layers": (1,), "ser.masked": 1.0}, "ser.masked: got 1.0, takes a number from 0 to below 1"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
     base = with_options(default_config("moco_v3"), TINY | {"augself.layers": (2,)})
@@ -510,6 +512,46 @@ def test_ser_asks_it_of_local_views_too() -> None:
     expected = [loss(encoded[i], encoded[j], views.views[i].g, views.views[j].g) for i, j in pairs]
     torch.testing.assert_close(addon(seen)["loss"], torch.stack(expected).mean())
     assert encoded[2].shape[1:3] == (2, 2)
+
+
+def told_to(addon: Any, model: Pretraining, views: Views) -> tuple[list[Any], dict[str, Any]]:
+    """What an add-on of one layer gives its SERLoss: positional and named arguments."""
+    told: list[Any] = []
+    hook = addon.losses["1"].register_forward_pre_hook(
+        lambda _, given, named: told.append((given, named)), with_kwargs=True
+    )
+    model(views, 0.0)
+    hook.remove()
+    (given,) = told
+    return given
+
+
+def test_ser_is_told_wrong_maps_as_far_as_asked() -> None:
+    share, shift = 0.2, 1.5
+    errors, shifts = [], []
+    for noise in ((share, shift), (0.0, 0.0)):
+        torch.manual_seed(0)
+        config = tiny("ser", (1,), **{"ser.noise": noise})
+        model = config.build()
+        views = views_of(config, model, count=64)
+        (_, _, *told), _ = told_to(model.addons["ser"], model, views)
+        for g, view in zip(told, views.views, strict=False):
+            wrong = g @ view.g.inverse()  # from the view to what it is told to be, about its centre
+            errors.append((wrong.linear - torch.eye(2, dtype=torch.float64)).abs().max().item())
+            shifts.append((wrong.offset.abs() / 8).max().item())  # tokens of 8 pixels
+    for found, largest in ((errors, share), (shifts, shift)):
+        assert all(0.8 * largest < value <= largest + 1e-6 for value in found[:2])
+        assert max(found[2:]) < 1e-9
+
+
+def test_ser_masks_the_share_that_it_is_told() -> None:
+    torch.manual_seed(0)
+    config = tiny("ser", (1,), **{"ser.masked": 0.5})
+    model = config.build()
+    _, masks = told_to(model.addons["ser"], model, views_of(config, model, count=64))
+    shown = [masks[name].double().mean().item() for name in ("mask0", "mask1")]
+    assert all(0.4 < share < 0.6 for share in shown)
+    assert not torch.equal(masks["mask0"], masks["mask1"])
 
 
 MAPS: dict[str, Callable[[], tuple[LatticeMap, LatticeMap]]] = {

@@ -15,7 +15,7 @@ LAYERS = (
     ("data",),
     ("objectives", "addons"),
     ("training",),
-    ("evaluation", "sensitivity", "report", "doctor"),
+    ("evaluation", "sensitivity", "sweep", "report", "doctor"),
     ("demo",),
     ("cli",),
 )

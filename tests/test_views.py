@@ -711,3 +711,21 @@ def test_the_size_of_views_is_not_the_canvas(side: int) -> None:
         assert view.images[1].shape == (2, 3, side, side)
         assert view.g.size_in == (side, side)
         assert view.images[0].shape[2:] == view.g.size_out
+
+
+def test_the_share_can_keep_its_colors() -> None:
+    images, samples = uint8(6, 3, 32, 32), torch.arange(6)
+    make = make_views(Reflections(), 0.5, strength=1.0)
+    plain = replace(make, share_color=False)
+    views, kept = make(images, samples, 0), plain(images, samples, 0)
+    for view, same in zip(views.views, kept.views, strict=True):
+        pixels = v2.functional.to_dtype(images[:3], torch.float32, scale=True)
+        pixels = normalize(transform_images(pixels, same.g, antialias=True).clamp(0, 1))
+        torch.testing.assert_close(same.images[0], pixels, rtol=0, atol=1e-5)
+        assert not torch.equal(view.images[0], same.images[0])
+        assert torch.equal(view.images[1], same.images[1])  # the rest's are as they were
+
+
+def test_crops_refuse_a_share_that_keeps_its_colors() -> None:
+    with pytest.raises(ValueError, match="share_color: got False with crops"):
+        replace(make_views(Crop(), 0.5), share_color=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ser_fast.addons.base import AddOn, AddOnConfig, Layers, LayerView
+from ser_fast.lattice import LatticeMap
 from ser_fast.loss import TEMPERATURES, SERLoss
 
 
@@ -19,30 +20,65 @@ class SER(AddOn):
         momentum_keys: contrast with the teacher's tokens instead of the encoder's own.
         locals: ask it of each pair of a global and a local view, too. What a local view shows of the global one is a
             partial map; the loss is the mean over all pairs.
+        noise: what is wrong with the maps that it is told, for studies of it: the largest error of a linear part, as a
+            share, and of a shift, in tokens. Uniform, drawn for each sample and view.
+        masked: the share of each view's tokens that take no part, drawn for each sample.
 
     Raises:
-        ValueError: locals with momentum_keys: the teacher sees no local views.
+        ValueError: locals with momentum_keys: the teacher sees no local views; noise below 0; or a share outside
+            [0, 1).
     """
 
     reads = "tokens"
 
-    def __init__(self, losses: dict[int, SERLoss], *, momentum_keys: bool = False, locals: bool = False) -> None:
+    def __init__(
+        self,
+        losses: dict[int, SERLoss],
+        *,
+        momentum_keys: bool = False,
+        locals: bool = False,
+        noise: tuple[float, float] = (0.0, 0.0),
+        masked: float = 0.0,
+    ) -> None:
         super().__init__()
+        if not min(noise) >= 0 or not max(noise) < float("inf"):
+            raise ValueError(f"ser.noise: got {noise}, takes two numbers from 0")
+        if not 0 <= masked < 1:
+            raise ValueError(f"ser.masked: got {masked}, takes a number from 0 to below 1")
         if locals and momentum_keys:
             raise ValueError("ser.locals: got True with momentum_keys; the teacher sees no local views")
-        self.layers = tuple(losses)
+        self.layers, self.noise, self.masked = tuple(losses), noise, masked
         self.losses = nn.ModuleDict({str(layer): loss for layer, loss in losses.items()})
         self.needs = frozenset({*(["teacher"] if momentum_keys else []), *(["locals"] if locals else [])})
 
     def forward(self, views: list[LayerView]) -> dict[str, Tensor]:
-        view0, view1, *local = views
+        view0, view1, *local = (self._disturbed(view) for view in views)
         pairs = [(view0, view1), *itertools.product((view0, view1), local)]
         losses = []
         for layer, (one, other) in itertools.product(self.layers, pairs):
             tokens = one.features[layer], other.features[layer]
             keys = [view.teacher[layer] for view in (one, other) if view.teacher is not None]
-            losses.append(self.losses[str(layer)](*tokens, one.g, other.g, *keys))
+            masks = {"mask0": self._mask(tokens[0]), "mask1": self._mask(tokens[1])}
+            losses.append(self.losses[str(layer)](*tokens, one.g, other.g, *keys, **masks))
         return {"loss": torch.stack(losses).mean() if len(losses) > 1 else losses[0]}
+
+    def _disturbed(self, view: LayerView) -> LayerView:
+        """The view with another map than the one that made it, where there is noise."""
+        if not any(self.noise):
+            return view
+        g, lattice = view.g, next(iter(view.features.values())).shape[1:3]
+        share, shift = self.noise
+        # On the CPU, as all draws: the same on every device.
+        linear, offset = 2 * torch.rand(len(g), 2, 2, dtype=torch.float64) - 1, 2 * torch.rand(len(g), 2).double() - 1
+        offset *= shift * torch.tensor([side / n for side, n in zip(g.size_out, lattice, strict=True)])
+        wrong = LatticeMap.affine(g.size_out, torch.eye(2, dtype=torch.float64) + share * linear, offset)
+        return view._replace(g=wrong.to(g.linear.device) @ g)
+
+    def _mask(self, tokens: Tensor) -> Tensor | None:
+        """(B, H*W) bool, the tokens that take part; None for all."""
+        if not self.masked:
+            return None
+        return (torch.rand(len(tokens), tokens.shape[1] * tokens.shape[2]) >= self.masked).to(tokens.device)
 
 
 @dataclass(frozen=True)
@@ -75,6 +111,11 @@ class SERConfig(AddOnConfig):
     """What lies outside the lattice of tokens."""
     antialias: bool = False
     """Stretch the kernel where the map shrinks the lattice."""
+    noise: tuple[float, float] = (0.0, 0.0)
+    """What is wrong with the maps that it is told, for studies: the largest error of a linear part, as a share, and of
+    a shift, in tokens."""
+    masked: float = 0.0
+    """Share of each view's tokens that take no part, as if an encoder of masked images had dropped them."""
     max_tokens: int | None = None
     """Sample at most so many pairs of tokens a step, on each rank."""
     gather: bool = True
@@ -84,9 +125,10 @@ class SERConfig(AddOnConfig):
 
     def build(self, dim: int, layers: tuple[int, ...], objective: str) -> SER:
         options = asdict(self)
-        for name in ("layers", "weight", "momentum_keys", "locals"):
+        own = {name: options.pop(name) for name in ("momentum_keys", "locals", "noise", "masked")}
+        for name in ("layers", "weight"):
             options.pop(name)
         # The paper has a temperature for three objectives; the others are contrastive as MoCo-v3, or have its scale.
         options["objective"] = objective if objective in TEMPERATURES else "moco_v3"
         losses = {layer: SERLoss(dim, **options) for layer in layers}
-        return SER(losses, momentum_keys=self.momentum_keys, locals=self.locals)
+        return SER(losses, **own)

@@ -121,6 +121,8 @@ class ViewsConfig:
     """Probabilities of blur in the two global views."""
     color_solarize: tuple[float, float] = (0.0, 0.2)
     """Probabilities of solarization in the two global views."""
+    share_color: bool = True
+    """Whether the global views of the equivariance share change their colors, too (not with the sampler "crop")."""
     locals: int = 0
     """Local views: small crops beside the two global views, for the objective and for --ser.locals."""
     local_size: int | None = None
@@ -178,6 +180,7 @@ class ViewsConfig:
             needs=frozenset(needs),
             frame=crop if self.frame == "crop" else None,
             size=image_size,
+            share_color=self.share_color,
         )
 
 

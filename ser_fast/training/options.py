@@ -12,7 +12,7 @@ from ser_fast.objectives import OBJECTIVES
 from ser_fast.training.config import TrainConfig, default_config, objective_name
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig:
+def parse(arguments: Sequence[str], *, prog: str = "ser-fast train") -> TrainConfig:
     """The config that the arguments of `ser-fast train` ask for.
 
     The options of an objective are there, with its recipe as defaults of the others, where --objective names it.
@@ -25,7 +25,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     first.add_argument("--objective", default=objective_name(TrainConfig()))
     known, _ = first.parse_known_args(arguments)
     defaults = default_config(known.objective)
-    options = tyro.cli(_options(defaults), args=arguments, prog="ser-fast train", description=TrainConfig.__doc__)
+    options = tyro.cli(_options(defaults), args=arguments, prog=prog, description=TrainConfig.__doc__)
     given = {part.name: getattr(options, part.name) for part in fields(TrainConfig)}
     given["objective"] = getattr(options, defaults.objective.section)
     sections = {name: getattr(options, name) for name in ADDONS}

@@ -14,6 +14,7 @@ from ser_fast.views.samplers import Crop, Sampler, draws
 
 # View numbers of draws that are no view's, however many there are: of the turned crop, and of the frame.
 _TURNS, _FRAME = 1 << 16, 1 << 17
+_NO_COLOR = Color(0, jittered=0, gray=0, blur=0, solarize=0)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class MakeViews:
         needs: of add-ons: "plain", "turns", "pairs"; see `ser_fast.addons.base.AddOn`.
         frame: draws the frames of the share; None: the whole image is the frame, as it is for crops.
         size: the side of the global views in pixels, D4's scales apart; None: the images'.
+        share_color: whether the global views of the share change their colors, too.
     """
 
     sampler: Sampler
@@ -100,10 +102,13 @@ class MakeViews:
     needs: frozenset[str] = field(default_factory=frozenset)
     frame: Crop | None = None
     size: int | None = None
+    share_color: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share: got {self.share}, takes a number in [0, 1]")
+        if not self.share_color and isinstance(self.sampler, Crop):
+            raise ValueError("share_color: got False with crops, which do not part the share from the batch")
         for name, small in [*(("local_size", local) for local in self.locals), ("turn_size", self.turns)]:
             if small and small.size is not None and (small.size < 1 or small.size % self.patch_size):
                 raise ValueError(f"{name}: got {small.size}, takes a multiple of the patch size {self.patch_size}")
@@ -173,7 +178,9 @@ class _Cut:
                 g = sampler(self.size, make.patch_size, u[part], view, *aspects)
                 moved = self.moved(g, part, framed=not aspects)
                 samples = self.samples[drawn_as.to(self.samples.device)][part]
-                painted, color = make.colors[view](moved, samples, seed=make.seed, epoch=self.epoch, view=view)
+                shared = part.start == 0 and not make.share_color
+                colors_of = _NO_COLOR if shared else make.colors[view]
+                painted, color = colors_of(moved, samples, seed=make.seed, epoch=self.epoch, view=view)
                 parts.append(normalize(painted))
                 maps.append(g)
                 colors.append(color)
