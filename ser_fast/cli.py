@@ -69,30 +69,37 @@ def demo(
 
 
 def equivariance(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
     data: str | None = None,
     images: int = 256,
     image_size: int | None = None,
+    elements: tuple[str, ...] = ("d4", "scales"),
     pairs: int = 4,
     out: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """How equivariant is a checkpoint, per layer and per element of D4 and scale, beside a random initialisation?
+    """How equivariant are checkpoints, per layer and per map g, beside random initialisations and mean colours?
+
+    Of several checkpoints on images with labels, kNN accuracy is measured, too: error against accuracy.
 
     Args:
-        checkpoint: a run's folder or an encoder.safetensors.
+        checkpoints: runs' folders, safetensors files or timm:NAME (public weights).
         data: whose held-out images are used; default the run's own, else "photos".
         images: how many of them, spread evenly.
-        image_size: their side in pixels; default the model's.
+        image_size: their side in pixels; default each model's.
+        elements: the maps: d4, scales, a name such as rot90, angle:DEGREES, scale:AREA, shift:DY,DX (tokens),
+            crop:TOP,LEFT,HEIGHT,WIDTH (shares), affine:A,B,C,D[,DY,DX] (output to input, y before x).
         pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
             images tests it.
-        out: folder for equivariance.csv, prediction.csv and equivariance.png; default the checkpoint's.
+        out: folder for equivariance.csv, embedding.csv, prediction.csv and equivariance.png, and of several checkpoints
+            error_accuracy.csv and .png; default the checkpoint's, of several runs/comparison.
         device: "auto", "cpu" or "cuda".
     """
     from ser_fast.evaluation.equivariance import evaluate
 
-    model, data, out = _open(checkpoint, data, out, device)
-    _show(evaluate(model, data, images=images, image_size=image_size, pairs=pairs, progress=True), out)
+    models, data, out = _open(checkpoints, data, out, device)
+    options: dict[str, Any] = {"images": images, "image_size": image_size, "elements": elements, "pairs": pairs}
+    _show(evaluate(models, data, progress=True, **options), out)
 
 
 def sensitivity(
@@ -153,7 +160,7 @@ def sensitivity(
 
 
 def knn(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
     data: str | None = None,
     k: tuple[int, ...] = (1, 5, 10, 20, 50),
     temperature: float = 0.07,
@@ -167,27 +174,28 @@ def knn(
     """k nearest neighbours classify held-out images by a checkpoint's embeddings, beside a random initialisation.
 
     Args:
-        checkpoint: a run's folder or an encoder.safetensors.
+        checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
         data: whose training images vote and whose held-out images are classified; default the run's own, else "photos".
         k: numbers of neighbours.
         temperature: of the neighbours' votes.
-        image_size: side of the images in pixels; default the model's.
+        image_size: side of the images in pixels; default each model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
-        out: folder for knn.csv, knn.png, knn_confusion.csv and knn_confusion.png; default the checkpoint's.
+        out: folder for knn.csv, knn.png, knn_confusion.csv and knn_confusion.png; default the checkpoint's,
+            of several runs/comparison.
         batch_size: images at a time.
         workers: processes that load images.
         device: "auto", "cpu" or "cuda".
     """
     from ser_fast.evaluation.knn import evaluate
 
-    model, data, out = _open(checkpoint, data, out, device)
+    models, data, out = _open(checkpoints, data, out, device)
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
     loading["crop_pct"] = crop_pct
-    _show(evaluate(model, data, k=k, temperature=temperature, progress=True, **loading), out)
+    _show(evaluate(models, data, k=k, temperature=temperature, progress=True, **loading), out)
 
 
 def linear(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
     data: str | None = None,
     heads: tuple[Literal["linear", "mlp"], ...] = ("linear",),
     blocks: int | None = None,
@@ -207,7 +215,7 @@ def linear(
     """Probes trained on a checkpoint's frozen features classify held-out images, beside a random initialisation.
 
     Args:
-        checkpoint: a run's folder or an encoder.safetensors.
+        checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
         data: whose training images train the probe and whose held-out images are classified; default the run's own,
             else "photos".
         heads: "linear", and "mlp" of two layers.
@@ -217,7 +225,7 @@ def linear(
         hidden: width of the hidden layer of "mlp".
         held_out: share of the training images that the rate is chosen on.
         seed: of that share, the order and the weights.
-        image_size: side of the images in pixels; default the model's.
+        image_size: side of the images in pixels; default each model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         out: folder for linear.csv, linear_rates.csv, linear_confusion.csv and linear_confusion.png; default the
             checkpoint's.
@@ -228,16 +236,16 @@ def linear(
     """
     from ser_fast.evaluation.linear_probe import evaluate
 
-    model, data, out = _open(checkpoint, data, out, device)
+    models, data, out = _open(checkpoints, data, out, device)
     probe: dict[str, Any] = {"rates": rates, "epochs": epochs, "hidden": hidden, "held_out": held_out, "seed": seed}
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
     loading["crop_pct"] = crop_pct
     loading["cache"] = cache or out / "features"
-    _show(evaluate(model, data, heads=heads, blocks=blocks, progress=True, **probe, **loading), out)
+    _show(evaluate(models, data, heads=heads, blocks=blocks, progress=True, **probe, **loading), out)
 
 
 def corruptions(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
     data: str | None = None,
     images: int = 128,
     sequences: int = 32,
@@ -261,7 +269,7 @@ def corruptions(
     It is trained on the clean training images. Beside it stands a random initialisation.
 
     Args:
-        checkpoint: a run's folder or an encoder.safetensors.
+        checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
         data: whose training images train the classifier and whose held-out images are corrupted; default the run's
             own, else "photos".
         images: how many held-out images are corrupted, spread evenly: 15 kinds at 5 severities.
@@ -275,7 +283,7 @@ def corruptions(
         k: number of neighbours of "knn".
         temperature: of the neighbours' votes.
         seed: of the corruptions and the probe.
-        image_size: side of the images in pixels; default the model's.
+        image_size: side of the images in pixels; default each model's.
         out: folder for corruptions.csv, perturbations.csv, corruptions.png and, of shifted images, shifts.csv; default
             the checkpoint's.
         cache: folder of the training features; default OUT/features.
@@ -285,17 +293,17 @@ def corruptions(
     """
     from ser_fast.evaluation.robustness import evaluate
 
-    model, data, out = _open(checkpoint, data, out, device)
+    models, data, out = _open(checkpoints, data, out, device)
     sets: dict[str, Any] = {"images": images, "sequences": sequences, "corrupted": corrupted, "perturbed": perturbed}
     sets |= {"shifted": shifted, "baseline": baseline, "seed": seed}
     vote: dict[str, Any] = {"classifier": classifier, "k": k, "temperature": temperature}
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
     loading["cache"] = cache or out / "features"
-    _show(evaluate(model, data, progress=True, **sets, **vote, **loading), out)
+    _show(evaluate(models, data, progress=True, **sets, **vote, **loading), out)
 
 
 def detection(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
     data: Path | None = None,
     steps: int = 400,
     batch_size: int = 4,
@@ -312,14 +320,15 @@ def detection(
     Only the pyramid and the heads are trained. What is interrupted goes on from the heads in out/detection.
 
     Args:
-        checkpoint: a run's folder or an encoder.safetensors.
+        checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
         data: a folder in COCO's layout: annotations/instances_train*.json and instances_val*.json, and the images in
             folders named like the part behind "instances_"; default shapes on photographs, written to out/detection.
         steps: to train each of the two heads.
         batch_size: images a step.
         lr: the largest learning rate.
-        image_size: of an image's shorter side in the detector, in pixels; default twice the model's.
-        out: folder for detection.csv, detection.png and detection/ (heads, predictions); default the checkpoint's.
+        image_size: of an image's shorter side in the detector, in pixels; default twice each model's.
+        out: folder for detection.csv, detection.png and detection/ (heads, predictions); default the checkpoint's,
+            of several runs/comparison.
         save_every: steps between two writes of a head.
         workers: processes that load images.
         seed: of the heads' weights, the order of the images and the generated set.
@@ -327,10 +336,10 @@ def detection(
     """
     from ser_fast.evaluation.detection import evaluate
 
-    model, _, out = _open(checkpoint, None, out, device)
+    models, _, out = _open(checkpoints, None, out, device)
     head: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "save_every": save_every}
     head |= {"image_size": image_size, "heads": out / "detection"}
-    _show(evaluate(model, data, workers=workers, progress=True, **head), out)
+    _show(evaluate(models, data, workers=workers, progress=True, **head), out)
 
 
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report.html")) -> None:
@@ -367,12 +376,12 @@ def doctor() -> None:
     Console().print(*backend_tables())
 
 
-def _open(checkpoint: Path, data: str | None, out: Path | None, device: str) -> tuple[Any, str, Path]:
-    """The encoder on its device, and the data and folder that an evaluation takes where it isn't told."""
-    from ser_fast.evaluation.protocol import make_folder, open_encoder
+def _open(checkpoints: Sequence[str], data: str | None, out: Path | None, device: str) -> tuple[Any, str, Path]:
+    """The encoders on their device, and the data and folder that an evaluation takes where it isn't told."""
+    from ser_fast.evaluation.protocol import make_folder, open_encoders
 
-    opened = open_encoder(checkpoint, data, device=device)
-    return opened.model, opened.data, make_folder(out or opened.folder)
+    models, data, folder = open_encoders(checkpoints, data, device=device)
+    return models, data, make_folder(out or folder)
 
 
 def _show(result: Any, out: Path) -> None:

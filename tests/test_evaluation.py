@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation import knn
+from ser_fast.evaluation.elements import default_elements
 from ser_fast.evaluation.equivariance import (
     LayerRecord,
-    default_elements,
     equivariance_errors,
     plot,
     print_table,
@@ -496,6 +496,7 @@ def some_records(layers: int) -> dict[str, list[LayerRecord]]:
                 0.25,
                 5 / 64,
                 0.07,
+                0.5,
             )
             for i, (element, group) in enumerate(elements.items())
             for layer in range(1, layers + 1)

@@ -10,7 +10,8 @@ from cases.command_line import refusal, rows, run_cli
 from cases.runs import patterns
 from scipy import stats
 
-from ser_fast.evaluation.scores import ScoreImages, rankme, score_encoder
+from ser_fast.evaluation.knn import SampledImages
+from ser_fast.evaluation.scores import rankme, score_encoder
 from ser_fast.sweep.analysis import cell_means, differences, judged, residual_deviation, shared_seeds
 from ser_fast.sweep.cells import Cell, make_cells
 from ser_fast.sweep.evaluation import RANDOM, SweepResult, run_sweep
@@ -146,7 +147,7 @@ def test_rankme_of_known_spectra() -> None:
 def test_scores_of_an_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = SplitViT("vit_tiny_patch16_224", 1, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3).train()
-    images = ScoreImages.open(classes(tmp_path), 32, **COUNTS)
+    images = SampledImages.open(classes(tmp_path), 32, **COUNTS)
     scores = {(record.measure, record.layer): record.value for record in score_encoder(model, images)}
     assert model.training
     assert scores["knn", 0] == 0.5  # 20 neighbors are all twelve, of which half are of each class, and ties fall alike

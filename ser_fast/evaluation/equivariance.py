@@ -5,11 +5,11 @@ g moves the pixels of an image x, rho(g) moves the tokens f(x) of a layer along 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,25 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.data.sources import open_dataset
+from ser_fast.evaluation.controls import PatchMeans, TokenMaps
+from ser_fast.evaluation.elements import default_elements, parse_elements
 from ser_fast.evaluation.features import evaluating, spread_images
 from ser_fast.evaluation.figures import save
+from ser_fast.evaluation.knn import SampledImages
 from ser_fast.evaluation.protocol import (
     DEFAULT_DATA,
+    Models,
     check_image_size,
     check_images,
     check_positive,
     device_of,
-    with_control,
+    with_controls,
 )
-from ser_fast.evaluation.tables import write_table
+from ser_fast.evaluation.tables import write_csv, write_table
 from ser_fast.evaluation.transformations import (
     Prediction,
     check_prediction,
@@ -44,17 +48,16 @@ from ser_fast.progress import track
 from ser_fast.views.pixels import normalize, transform_images
 from ser_fast.vit import SplitViT
 
-D4_NAMES = ("identity", "rot90", "rot180", "rot270", "hflip", "transpose", "vflip", "antitranspose")  # by d4_code
-AREAS = (0.7, 1.3)
-ASPECTS = (3 / 4, 4 / 3)  # width / height
-
 # Of the energy of a layer's tokens: less variance than this is what float32 leaves of a constant.
 NO_VARIANCE = 1e-12
 # Cosines this close tie: the rounding of a float32 product.
 _TIE = 1e-6
+BUDGET = "patch means"
+"""In the tables: an encoder of mean colors, whose error is the resampling's own."""
 
 _METRICS = {
     "relative_error": "Relative error (0: equivariant, 1: no better than the mean token)",
+    "inverse_error": "Relative error of f(x) against rho(g)^-1 f(gx)",
     "aligned_cosine": "Aligned cosine (1: equivariant)",
     "retrieval": "Token retrieval, hit@1 (1: equivariant)",
     "hit5": "Token retrieval, hit@5 (1: equivariant)",
@@ -64,7 +67,7 @@ _CHANCES = {"retrieval": "chance", "hit5": "chance_hit5", "mrr": "chance_mrr"}
 _GROUPS = {"D4": "rotations and flips (D4)", "resampled": "scales (resampled)"}
 _LAYERS_WIDE = 12  # side by side in a table of 80 columns
 
-_Key = tuple[str, int]  # element and layer
+_Key = tuple[str, int, bool]  # element, layer, and whether it is the other way, from g x to x
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class LayerRecord:
         hit5: how often the one in its place is among the five most like it.
         mrr: the mean of 1 / its rank among the tokens of rho f(x).
         chance_hit5, chance_mrr: those of a guess, min(5, n) / n and (1 + 1/2 + ... + 1/n) / n for n valid tokens.
+        inverse_error: the relative error the other way, of rho(g)^-1 f(gx) against f(x), over the tokens of x that gx
+            shows.
     """
 
     layer: int
@@ -99,30 +104,35 @@ class LayerRecord:
     mrr: float
     chance_hit5: float
     chance_mrr: float
+    inverse_error: float
 
 
-def default_elements(size: Size) -> dict[str, LatticeMap]:
-    """The eight elements of D4 and four changes of scale in whole tokens.
+@dataclass(frozen=True)
+class EmbeddingRecord:
+    """How little g changes an embedding: e(g x) against e(x), over all images.
 
-    The scales are the corners of SER's recipe: areas 0.7 and 1.3, and aspects 3/4 and 4/3 at the same area, each
-    rounded to h x w whole tokens and named so. Those that a small lattice rounds to itself are left out.
-
-    Args:
-        size: (H, W) of the lattice, in tokens.
-
-    Returns:
-        Name: one map of that lattice.
+    Attributes:
+        embedding: "cls", the class token, or "mean", the mean patch token, of the last block through the final norm.
+        element, group: as `LayerRecord`.
+        relative_error: sqrt(sum |e(x) - e(gx)|^2 / sum |e(gx) - m|^2), m the mean of e(gx). 0: invariant.
+        aligned_cosine: the mean cosine of e(x) and e(gx), each less its mean.
+        retrieval: how often the image whose e(x) is most like e(gx) is x.
+        chance: the retrieval of a guess, 1 / images.
+        images: how many.
     """
-    elements = {name: LatticeMap.d4(size, code) for code, name in enumerate(D4_NAMES)}
-    for area, aspect in [*((area, 1.0) for area in AREAS), *((1.0, aspect) for aspect in ASPECTS)]:
-        h, w = round(size[0] * math.sqrt(area / aspect)), round(size[1] * math.sqrt(area * aspect))
-        if (h, w) != size:
-            elements[f"{h}x{w}"] = LatticeMap.resize(size, (h, w))
-    return elements
+
+    embedding: str
+    element: str
+    group: str
+    relative_error: float
+    aligned_cosine: float
+    retrieval: float
+    chance: float
+    images: int
 
 
 def equivariance_errors(
-    model: SplitViT,
+    model: TokenMaps,
     images: Tensor,
     *,
     elements: Mapping[str, LatticeMap] | None = None,
@@ -161,24 +171,88 @@ def equivariance_errors(
         >>> records["random"] = equivariance_errors(random_control(model), images)
     """
     size = check_images(model, images)
-    elements = default_elements(size) if elements is None else elements
-    for name, g in elements.items():
-        if g.size_in != size or len(g) != 1:
-            raise ValueError(f"elements: {name!r} is {len(g)} maps of a {g.size_in} lattice, takes 1 of {size}")
-        if not bool(g.valid().any()):
-            raise ValueError(f"elements: {name!r} leaves no valid token")
-
+    elements = _check_elements(default_elements(size) if elements is None else elements, size)
     resampling = {"interpolation": interpolation, "padding": padding}
     pairs = partial(_pairs, model, elements=elements, resampling=resampling)
     bar = partial(track, images.split(batch_size), show=progress)
-    with evaluating(model):
+    tokens = {
+        (name, back): int((g.inverse() if back else g).valid().sum())
+        for name, g in elements.items()
+        for back in (False, True)
+    }
+    with evaluating(cast(nn.Module, model)):
         sums = _sum(
             (key, torch.stack([moved.sum((0, 1)), target.sum((0, 1))]))  # (2, C)
             for key, moved, target in pairs(bar("mean tokens"))
         )
-        means = {key: total / (len(images) * int(elements[key[0]].valid().sum())) for key, total in sums.items()}
-        totals = _sum((key, _compare(moved, target, *means[key])) for key, moved, target in pairs(bar("equivariance")))
-    return [_record(key, elements[key[0]], len(images), total) for key, total in totals.items()]
+        means = {key: total / (len(images) * tokens[key[0], key[2]]) for key, total in sums.items()}
+        totals = _sum(
+            (key, (token_sums(moved, target, *means[key]).sum(0) if key[2] else _compare(moved, target, *means[key])))
+            for key, moved, target in pairs(bar("equivariance"))
+        )
+    return [
+        _record((name, layer), elements[name], len(images), total, totals.get((name, layer, True)))
+        for (name, layer, back), total in totals.items()
+        if not back
+    ]
+
+
+def embedding_errors(
+    model: SplitViT,
+    images: Tensor,
+    *,
+    elements: Mapping[str, LatticeMap] | None = None,
+    batch_size: int = 64,
+    interpolation: str = "bicubic",
+    padding: str = "border",
+    progress: bool = False,
+) -> list[EmbeddingRecord]:
+    """Compare e(g x) with e(x): how invariant the class token and the mean patch token are.
+
+    Args:
+        model, images, elements, batch_size, interpolation, padding, progress: as `equivariance_errors`.
+
+    Returns:
+        A record for each element, of the class token where the model has one, and of the mean patch token.
+
+    Raises:
+        TypeError: images of another type.
+        ValueError: images of another shape, or an element that isn't one map of their lattice.
+    """
+    size = check_images(model, images)
+    elements = _check_elements(default_elements(size) if elements is None else elements, size)
+    resampling = {"interpolation": interpolation, "padding": padding}
+    found: dict[tuple[str, str], list[Tensor]] = {}  # of the images as they are under the element ""
+    with evaluating(model):
+        for batch in track(images.split(batch_size), "embeddings", show=progress):
+            pixels = to_dtype(batch, torch.float32, scale=True)
+            for name, g in {"": None, **elements}.items():
+                moved = pixels if g is None else _move(pixels, g, model.patch_size, resampling)
+                encoded = model.encode(normalize(moved), (model.depth,))
+                read = {kind: token for kind, token in (("cls", encoded.cls.get(model.depth)),) if token is not None}
+                read["mean"] = encoded.tokens[model.depth].mean((1, 2))
+                for kind, token in read.items():
+                    found.setdefault((kind, name), []).append(model.norm_final(token).double())
+    joined = {key: torch.cat(parts)[None] for key, parts in found.items()}  # (1, N, C)
+    records = []
+    for (kind, name), after in joined.items():
+        if name:
+            before = joined[kind, ""]
+            sums = _compare(before, after, before.mean((0, 1)), after.mean((0, 1)))
+            as_tokens = _measures(sums, len(images), 1)
+            records.append(
+                EmbeddingRecord(
+                    kind,
+                    name,
+                    _group(elements[name]),
+                    as_tokens["relative_error"],
+                    as_tokens["aligned_cosine"],
+                    as_tokens["retrieval"],
+                    1 / len(images),
+                    len(images),
+                )
+            )
+    return records
 
 
 def plot(records: Mapping[str, Sequence[LayerRecord]], path: Path, *, split: int | None = None) -> Path:
@@ -194,7 +268,11 @@ def plot(records: Mapping[str, Sequence[LayerRecord]], path: Path, *, split: int
     for axes, (group, title) in zip(panels, _GROUPS.items(), strict=True):
         for name, model_records in records.items():
             errors = _means(model_records, group, "relative_error")
-            axes.plot(list(errors), list(errors.values()), marker="o", label=name)
+            if name == BUDGET:
+                for error in errors.values():
+                    axes.axhline(error, color="black", linewidth=1, linestyle="-.", label=name)
+            else:
+                axes.plot(list(errors), list(errors.values()), marker="o", label=name)
         axes.axhline(1, color="grey", linewidth=1, linestyle=":", label="mean token")
         if split is not None:
             axes.axvline(split, color="grey", linewidth=1, linestyle="--", label="split")
@@ -224,7 +302,9 @@ def print_table(records: Mapping[str, Sequence[LayerRecord]], console: Console |
                 table.add_row(name, style="bold")
                 for element, values in rows.items():
                     if values:
-                        table.add_row(element, *(f"{values[layer]:.2f}" for layer in columns))
+                        table.add_row(
+                            element, *(f"{values[layer]:.2f}" if layer in values else "" for layer in columns)
+                        )
                 if metric in _CHANCES:
                     guess = fmean(getattr(record, _CHANCES[metric]) for record in model_records)
                     table.add_row("a guess, mean", *(f"{guess:.2f}" for _ in columns))
@@ -240,24 +320,43 @@ def _means(records: Sequence[LayerRecord], group: str, metric: str) -> dict[int,
     return {layer: fmean(values[layer]) for layer in sorted(values)}
 
 
+def _check_elements(elements: Mapping[str, LatticeMap], size: Size) -> Mapping[str, LatticeMap]:
+    for name, g in elements.items():
+        if g.size_in != size or len(g) != 1:
+            raise ValueError(f"elements: {name!r} is {len(g)} maps of a {g.size_in} lattice, takes 1 of {size}")
+        if not bool(g.valid().any()):
+            raise ValueError(f"elements: {name!r} leaves no valid token")
+    return elements
+
+
+def _move(pixels: Tensor, g: LatticeMap, patch_size: Size, resampling: dict[str, Any]) -> Tensor:
+    """Images (B, 3, Hp, Wp) in [0, 1], moved by a map of their tokens."""
+    (height, width), (h, w), (patch_height, patch_width) = g.size_in, g.size_out, patch_size
+    g_pixels = g.on((height * patch_height, width * patch_width), (h * patch_height, w * patch_width))
+    return transform_images(pixels, g_pixels, **resampling).clamp(0, 1)
+
+
 def _pairs(
-    model: SplitViT, batches: Iterable[Tensor], *, elements: Mapping[str, LatticeMap], resampling: dict[str, Any]
+    model: TokenMaps, batches: Iterable[Tensor], *, elements: Mapping[str, LatticeMap], resampling: dict[str, Any]
 ) -> Iterator[tuple[_Key, Tensor, Tensor]]:
-    """(element, layer), rho(g) f(x) and f(g x): for each batch the n valid tokens of both, (B, n, C) float64."""
-    patch_height, patch_width = model.patch_size
+    """(element, layer, False), rho(g) f(x) and f(g x), and (element, layer, True), rho(g)^-1 f(g x) and f(x).
+
+    For each batch the n valid tokens of both, (B, n, C) float64.
+    """
     for images in batches:  # (B, 3, Hp, Wp) uint8
         pixels = to_dtype(images, torch.float32, scale=True)
         maps = model.layer_maps(normalize(pixels))  # (B, H, W, C) each
         for name, g in elements.items():
-            (height, width), (h, w) = g.size_in, g.size_out
-            g_pixels = g.on((height * patch_height, width * patch_width), (h * patch_height, w * patch_width))
-            transformed = transform_images(pixels, g_pixels, **resampling).clamp(0, 1)
-            maps_after = model.layer_maps(normalize(transformed))  # (B, h, w, C) each
-            g = g.to(images.device)
-            valid = g.valid()[0].unflatten(0, (h, w))  # (h, w)
-            for layer, (before, after) in enumerate(zip(maps, maps_after, strict=True), start=1):
-                moved: Any = group_action(before, g, **resampling)  # (B, h, w, C)
-                yield (name, layer), moved[:, valid].double(), after[:, valid].double()
+            maps_after = model.layer_maps(normalize(_move(pixels, g, model.patch_size, resampling)))
+            for back, way in enumerate((g, g.inverse())):
+                valid = way.valid()[0].unflatten(0, way.size_out).to(images.device)  # (h, w)
+                if not bool(valid.any()):  # a map back from tokens that show nothing of the image
+                    continue
+                g_there = way.to(images.device)
+                for layer, (before, after) in enumerate(zip(maps, maps_after, strict=True), start=1):
+                    source, target = (after, before) if back else (before, after)
+                    moved: Any = group_action(source, g_there, **resampling)  # (B, h, w, C)
+                    yield (name, layer, bool(back)), moved[:, valid].double(), target[:, valid].double()
 
 
 def _sum(terms: Iterable[tuple[_Key, Tensor]]) -> dict[_Key, Tensor]:
@@ -302,26 +401,44 @@ def _compare(moved: Tensor, target: Tensor, mean_moved: Tensor, mean_target: Ten
     return torch.cat([token_sums(*tokens), retrieval_sums(*tokens)], 1).sum(0)
 
 
-def _record(key: _Key, g: LatticeMap, images: int, sums: Tensor) -> LayerRecord:
+def _measures(sums: Tensor, images: int, tokens: int) -> dict[str, float]:
+    """The measures of `_compare`'s sums over so many tokens of each image."""
     error, variance, energy, cosine, hit1, hit5, reciprocal = sums.tolist()
-    valid, code = g.valid(), int(g.d4_code)
+    if variance <= NO_VARIANCE * energy:
+        return dict.fromkeys(("relative_error", "aligned_cosine", "retrieval", "hit5", "mrr"), math.nan)
+    count = images * tokens
+    return {
+        "relative_error": math.sqrt(error / variance),
+        "aligned_cosine": cosine / count,
+        "retrieval": hit1 / count,
+        "hit5": hit5 / count,
+        "mrr": reciprocal / count,
+    }
+
+
+def _group(g: LatticeMap) -> str:
+    code = int(g.d4_code)
+    return "resampled" if code < 0 else "D4" if code else "identity"
+
+
+def _record(key: tuple[str, int], g: LatticeMap, images: int, sums: Tensor, inverse_sums: Tensor | None) -> LayerRecord:
+    valid = g.valid()
     image_tokens = int(valid.sum())
-    tokens = images * image_tokens
-    no_variance = variance <= NO_VARIANCE * energy
+    inverse_error = math.nan
+    if inverse_sums is not None:
+        error, variance, energy, _ = inverse_sums.tolist()
+        inverse_error = math.nan if variance <= NO_VARIANCE * energy else math.sqrt(error / variance)
     return LayerRecord(
         layer=key[1],
         element=key[0],
-        group="resampled" if code < 0 else "D4" if code else "identity",
-        relative_error=math.nan if no_variance else math.sqrt(error / variance),
-        aligned_cosine=math.nan if no_variance else cosine / tokens,
-        retrieval=math.nan if no_variance else hit1 / tokens,
+        group=_group(g),
         chance=1 / image_tokens,
         valid_share=float(valid.double().mean()),
         images=images,
-        hit5=math.nan if no_variance else hit5 / tokens,
-        mrr=math.nan if no_variance else reciprocal / tokens,
         chance_hit5=min(5, image_tokens) / image_tokens,
         chance_mrr=sum(1 / rank for rank in range(1, image_tokens + 1)) / image_tokens,
+        inverse_error=inverse_error,
+        **_measures(sums, images, image_tokens),
     )
 
 
@@ -330,72 +447,154 @@ def _record(key: _Key, g: LatticeMap, images: int, sums: Tensor) -> LayerRecord:
 
 @dataclass(frozen=True)
 class EquivarianceResult:
-    """How equivariant a checkpoint and its random control are, and how well g is predicted from their tokens.
+    """How equivariant encoders and their random controls are, and how well g is predicted from their tokens.
 
     Attributes:
-        records: of each layer and element, by model.
+        records: of each layer and element, by model; those of BUDGET, for each size of images and patches, are what the
+            resampling alone costs.
+        embeddings: of each embedding and element, by model.
         predictions: of each layer, target and regressor, by model.
-        split: blocks before the prefix tokens enter.
+        splits: blocks before the prefix tokens enter, by model.
+        accuracy: kNN top-1 by model, where several were given and the images have labels.
     """
 
     records: dict[str, list[LayerRecord]]
+    embeddings: dict[str, list[EmbeddingRecord]]
     predictions: dict[str, list[Prediction]]
-    split: int
+    splits: dict[str, int]
+    accuracy: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write equivariance.csv, prediction.csv and equivariance.png; returns their paths."""
-        return [
+        """Write equivariance.csv, embedding.csv, prediction.csv and equivariance.png, and where accuracies were
+        measured error_accuracy.csv and error_accuracy.png; returns their paths.
+        """
+        splits = set(self.splits.values())
+        written = [
             write_table(self.records, folder / "equivariance.csv"),
+            write_table(self.embeddings, folder / "embedding.csv"),
             write_table(self.predictions, folder / "prediction.csv"),
-            plot(self.records, folder / "equivariance.png", split=self.split),
+            plot(self.records, folder / "equivariance.png", split=splits.pop() if len(splits) == 1 else None),
         ]
+        if self.accuracy:
+            softness = self.softness()
+            rows = [{"model": name, "knn": accuracy, **errors} for name, (accuracy, errors) in softness.items()]
+            written += [
+                write_csv(list(rows[0]), rows, folder / "error_accuracy.csv"),
+                _plot_softness(softness, folder / "error_accuracy.png"),
+            ]
+        return written
+
+    def softness(self) -> dict[str, tuple[float, dict[str, float]]]:
+        """kNN top-1, and the mean relative error at the split of each group, by model."""
+        found = {}
+        for name, accuracy in self.accuracy.items():
+            layer = max(1, self.splits[name])
+            errors = {group: _means(self.records[name], group, "relative_error") for group in _GROUPS}
+            found[name] = accuracy, {group: values[layer] for group, values in errors.items() if values}
+        return found
 
     def print(self, console: Console | None = None) -> None:
-        """Print a table for each measure and for each target of the prediction."""
+        """Print a table for each measure, of the embeddings, and for each target of the prediction."""
+        console = console or Console()
         print_table(self.records, console)
+        self._print_embeddings(console)
         print_predictions(self.predictions, console)
+        for name, (accuracy, errors) in self.softness().items():
+            said = ", ".join(f"{group} {error:.3f}" for group, error in errors.items())
+            console.print(f"{name}: kNN top-1 {accuracy:.3f}, error at the split: {said}", markup=False)
+
+    def _print_embeddings(self, console: Console) -> None:
+        console.print("Embeddings: e(g x) against e(x), means (error 0, cosine and retrieval 1: invariant)")
+        table = Table("", "", box=SIMPLE_HEAD, padding=0)
+        for heading in ("group", "error", "cosine", "retrieval", "a guess"):
+            table.add_column(heading, justify="left" if heading == "group" else "right")
+        for name, records in self.embeddings.items():
+            table.add_section()
+            for kind in dict.fromkeys(record.embedding for record in records):
+                for group in _GROUPS:
+                    chosen = [record for record in records if (record.embedding, record.group) == (kind, group)]
+                    if chosen:
+                        measures = ("relative_error", "aligned_cosine", "retrieval", "chance")
+                        values = (fmean(getattr(record, measure) for record in chosen) for measure in measures)
+                        table.add_row(name, kind, group, *(f"{value:.2f}" for value in values))
+        console.print(table)
+
+
+def _plot_softness(softness: Mapping[str, tuple[float, dict[str, float]]], path: Path) -> Path:
+    """Draw error at the split against accuracy: a point a model, a panel a group."""
+    groups = [group for group in _GROUPS if any(group in errors for _, errors in softness.values())]
+    figure = Figure(figsize=(4.5 * max(1, len(groups)), 3.8), layout="constrained")
+    for axes, group in zip(figure.subplots(1, max(1, len(groups)), squeeze=False).flat, groups, strict=False):
+        for name, (accuracy, errors) in softness.items():
+            if group in errors:
+                axes.plot(accuracy, errors[group], "o")
+                axes.annotate(name, (accuracy, errors[group]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axes.set(title=_GROUPS[group], xlabel="kNN top-1", ylabel="relative error at the split")
+        axes.grid(alpha=0.3)
+    return save(figure, path)
 
 
 def evaluate(
-    model: SplitViT,
+    models: Models,
     data: str = DEFAULT_DATA,
     *,
     images: int = 256,
     image_size: int | None = None,
+    elements: Sequence[str] = ("d4", "scales"),
     pairs: int = 4,
     progress: bool = False,
 ) -> EquivarianceResult:
-    """Measure the equivariance of every layer, and predict g from its tokens, beside a random initialization.
+    """Measure the equivariance of every layer and the invariance of the embedding, and predict g from the tokens.
 
     Args:
-        model: on its device.
+        models: on their device: one, called "checkpoint", or several by name. Random initializations stand beside them.
         data: whose held-out images are used, as `open_dataset` takes it.
         images: how many of them, spread evenly.
-        image_size: their side in pixels; default the model's.
+        image_size: their side in pixels; default each model's own.
+        elements: what images are moved by; names as `parse_elements` takes them.
         pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
             images tests it.
         progress: show bars on the terminal.
 
     Raises:
-        ValueError: data that can't be opened, an image size that the model can't take, too few images, or options out
+        ValueError: data that can't be opened, an image size that a model can't take, too few images, or options out
             of range; before anything is measured.
 
     Example:
-        >>> result = evaluate(load_split_vit("encoder.safetensors"), "folder:images")
+        >>> result = evaluate(load_split_vit("encoder.safetensors"), "folder:images", elements=["d4", "angle:15"])
         >>> [r.relative_error for r in result.records["checkpoint"] if r.element == "rot90"]  # by layer
         [0.21, 0.25, 0.40]
         >>> result.write(Path("results"))
     """
     check_positive(images=images, pairs=pairs)
-    size = check_image_size(model, image_size)
-    held_out = spread_images(open_dataset(data, train=False, image_size=size), images).to(device_of(model))
-    check_images(model, held_out)
-    check_prediction(len(held_out), pairs=pairs)
-    models = with_control(model)
-    return EquivarianceResult(
-        records={name: equivariance_errors(vit, held_out, progress=progress) for name, vit in models.items()},
-        predictions={
-            name: predict_transformations(vit, held_out, pairs=pairs, progress=progress) for name, vit in models.items()
-        },
-        split=model.split,
-    )
+    named = with_controls(models)
+    sizes = {name: check_image_size(vit, image_size) for name, vit in named.items()}
+    held_out = {
+        size: spread_images(open_dataset(data, train=False, image_size=size), images) for size in set(sizes.values())
+    }
+    maps: dict[str, dict[str, LatticeMap]] = {}
+    for name, vit in named.items():
+        lattice = check_images(vit, held_out[sizes[name]])
+        maps[name] = dict(_check_elements(parse_elements(elements, lattice), lattice))
+        check_prediction(len(held_out[sizes[name]]), pairs=pairs)
+    records: dict[str, list[LayerRecord]] = {}
+    embeddings: dict[str, list[EmbeddingRecord]] = {}
+    predictions: dict[str, list[Prediction]] = {}
+    for name, vit in named.items():
+        own = held_out[sizes[name]].to(device_of(vit))
+        records[name] = equivariance_errors(vit, own, elements=maps[name], progress=progress)
+        embeddings[name] = embedding_errors(vit, own, elements=maps[name], progress=progress)
+        predictions[name] = predict_transformations(vit, own, pairs=pairs, progress=progress)
+    kinds = {(sizes[name], vit.patch_size): name for name, vit in reversed(named.items())}
+    for (size, patch_size), name in kinds.items():
+        label = BUDGET if len(kinds) == 1 else f"{BUDGET} ({size // patch_size[0]} x {size // patch_size[1]})"
+        records[label] = equivariance_errors(PatchMeans(patch_size), held_out[size], elements=maps[name])
+    accuracy: dict[str, float] = {}
+    if isinstance(models, Mapping) and len(models) > 1:
+        samples = {size: SampledImages.open(data, size) for size in held_out}
+        accuracy = {
+            name: sample.top1(*(sample.embed(vit, part) for part in ("train", "test")))
+            for name, vit in named.items()
+            if (sample := samples[sizes[name]]).labelled
+        }
+    return EquivarianceResult(records, embeddings, predictions, {n: vit.split for n, vit in named.items()}, accuracy)

@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.data.loader import make_loader
+from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.classification import Rows, grade, rank
-from ser_fast.evaluation.features import check_labelled, embed
+from ser_fast.evaluation.features import check_labelled, embed, evaluating, spread_items
 from ser_fast.evaluation.figures import plot_confusion, save
 from ser_fast.evaluation.protocol import (
     DEFAULT_DATA,
@@ -23,8 +26,10 @@ from ser_fast.evaluation.protocol import (
     with_control,
 )
 from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows
+from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
 
+_NEIGHBORS = 20
 SIMILARITIES = 2**26  # test x train entries in memory at a time: 256 MiB
 
 
@@ -136,6 +141,70 @@ def check_vote(k: int | Sequence[int], temperature: float, neighbors: int) -> No
     if not ks or min(ks) < 1 or max(ks) > neighbors:
         raise ValueError(f"k: got {k}, takes 1 to {neighbors}, the number of training images")
     check_positive(temperature=temperature)
+
+
+# ---------------------------------------------------------------- a sample, in memory
+
+
+@dataclass(frozen=True)
+class SampledImages:
+    """The images that encoders are scored on while they train or side by side, in memory.
+
+    Attributes:
+        train: (N, 3, S, S) uint8, and their labels (N,) int64; -1 for none.
+        test: the same of held-out images.
+        equivariance: how many of the held-out ones, from the first, the errors are measured on.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    equivariance: int
+
+    @classmethod
+    def open(
+        cls, data: str, image_size: int, *, train: int = 5000, test: int = 2000, equivariance: int = 256
+    ) -> "SampledImages":
+        """The images of a source, each part spread evenly over it.
+
+        Args:
+            data: as `open_dataset` takes it; without labels there is no kNN.
+            image_size: their side in pixels.
+            train: training images, which vote; at most.
+            test: held-out images, which are classified and whose rank is measured; at most.
+            equivariance: held-out images that the errors are measured on, spread evenly over those; at most.
+
+        Raises:
+            ValueError: a number that isn't positive, or data that can't be opened.
+        """
+        check_positive(train=train, test=test, equivariance=equivariance)
+        parts = []
+        for count, training in ((train, True), (test, False)):
+            dataset = open_dataset(data, train=training, image_size=image_size)
+            images, labels = spread_items(dataset, count)
+            parts.append((images, labels if dataset.classes else torch.full_like(labels, -1)))
+        return cls(*parts, equivariance)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are classes to tell apart."""
+        return bool((self.train[1] >= 0).all()) and bool((self.test[1] >= 0).all())
+
+    def embed(self, model: SplitViT, part: Literal["train", "test"], batch_size: int = 256) -> Tensor:
+        """The embeddings (N, C) float32 of a part, on the CPU."""
+        device, images = device_of(model), (self.train if part == "train" else self.test)[0]
+        with evaluating(model):
+            return torch.cat(
+                [
+                    model(normalize(to_dtype(batch.to(device), torch.float32, scale=True))).float().cpu()
+                    for batch in images.split(batch_size)
+                ]
+            )
+
+    def top1(self, train: Tensor, test: Tensor) -> float:
+        """kNN top-1 of embeddings of both parts, by 20 neighbors or as many as there are."""
+        neighbors = min(_NEIGHBORS, len(train))
+        ranked = knn_predictions(train, self.train[1], test, k=neighbors)[neighbors]
+        return (ranked[:, 0] == self.test[1]).double().mean().item()
 
 
 # ---------------------------------------------------------------- the protocol

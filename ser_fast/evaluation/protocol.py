@@ -4,7 +4,7 @@ Every protocol checks its arguments, then measures "checkpoint" and "random" ali
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,10 @@ from ser_fast.training.run_folder import RunFolder, find_encoder
 from ser_fast.vit import SplitViT, load_split_vit
 
 DEFAULT_DATA = "photos"
+CONTROL = "random"
+"""What the names of random controls begin with."""
+Models = SplitViT | Mapping[str, SplitViT]
+"""One encoder, or several by name."""
 
 
 class Checkpoint(NamedTuple):
@@ -35,24 +39,27 @@ class Checkpoint(NamedTuple):
     folder: Path
 
 
-def open_encoder(path: Path, data: str | None = None, *, device: str = "auto") -> Checkpoint:
-    """Open a run's encoder.
+def open_encoder(path: Path | str, data: str | None = None, *, device: str = "auto") -> Checkpoint:
+    """Open an encoder.
 
     Args:
-        path: a run's folder or a safetensors file.
+        path: a run's folder, a safetensors file, or "timm:NAME", the public weights of a timm model.
         data: a source; default that of the run's config.json.
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        ValueError: the path is neither, the file is damaged, the device isn't there, or the config.json names a source
-            that runs code ("python:") or downloads ("hf:").
+        ValueError: the path is none of these, the file is damaged, the weights can't be had, the device isn't there, or
+            the config.json names a source that runs code ("python:") or downloads ("hf:").
 
     Example:
         >>> model, data, folder = open_encoder(Path("runs/moco_v3_ser"))
         >>> knn.evaluate(model, data).write(folder)
     """
-    weights = find_encoder(path)
     target = choose_device(device)
+    if str(path).startswith("timm:"):
+        model = SplitViT(str(path).removeprefix("timm:"), 0, pretrained=True)
+        return Checkpoint(model.to(target), data or DEFAULT_DATA, Path("runs") / str(path).replace(":", "_"))
+    weights = find_encoder(Path(path))
     run = RunFolder(weights.parent)
     if data is None:
         data = run.read_config().data if run.config.is_file() else DEFAULT_DATA
@@ -61,6 +68,46 @@ def open_encoder(path: Path, data: str | None = None, *, device: str = "auto") -
                 f"data: {run.config} names {data!r}, which imports code or goes to the network; give it as data"
             )
     return Checkpoint(load_split_vit(weights).to(target), data, run.path)
+
+
+def open_encoders(
+    paths: Sequence[Path | str], data: str | None = None, *, device: str = "auto"
+) -> tuple[Models, str, Path]:
+    """Open one encoder or several, for the same images.
+
+    Args:
+        paths: each as `open_encoder` takes it.
+        data: a source; default that of the runs.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        The encoder, or the encoders by name, where there are several; the source; and the folder that results go to:
+        that of the one, or "runs/comparison".
+
+    Raises:
+        ValueError: as `open_encoder`; none, one that comes twice, or runs on different data where none is given.
+    """
+    if not paths:
+        raise ValueError("checkpoints: got none, takes a run's folder, a .safetensors file or timm:NAME")
+    opened = [open_encoder(path, data, device=device) for path in paths]
+    if len(opened) == 1:
+        return opened[0]
+    sources = dict.fromkeys(checkpoint.data for checkpoint in opened)
+    if len(sources) > 1:
+        raise ValueError(f"data: the checkpoints were trained on {', '.join(sources)}; name one for all of them")
+    short = [_short_name(path) for path in paths]
+    names = [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"checkpoints: got {', '.join(map(str, paths))}, takes each once")
+    models = {name: checkpoint.model for name, checkpoint in zip(names, opened, strict=True)}
+    return models, next(iter(sources)), Path("runs/comparison")
+
+
+def _short_name(path: Path | str) -> str:
+    if str(path).startswith("timm:"):
+        return str(path).removeprefix("timm:")
+    resolved = Path(path).resolve()
+    return resolved.parent.name if resolved.name == RunFolder(resolved.parent).encoder.name else resolved.stem
 
 
 # ---------------------------------------------------------------- models
@@ -93,9 +140,36 @@ def random_control(model: SplitViT, *, seed: int = 0) -> SplitViT:
     return control.to(device_of(model))
 
 
-def with_control(model: SplitViT) -> dict[str, SplitViT]:
-    """The models that every protocol measures, by name: "checkpoint", and "random", its random control."""
-    return {"checkpoint": model, "random": random_control(model)}
+def random_controls(models: Mapping[str, SplitViT], *, seed: int = 0, prefix: str = CONTROL) -> dict[str, SplitViT]:
+    """A random initialization of each architecture, by a name that begins with the prefix.
+
+    Args:
+        models: by name.
+        seed: of the weights.
+        prefix: of the names.
+    """
+    controls: dict[str, SplitViT] = {}
+    for name, model in models.items():
+        if all((control.recipe, control.split) != (model.recipe, model.split) for control in controls.values()):
+            controls[f"{prefix} ({name})" if controls else prefix] = random_control(model, seed=seed)
+    return controls
+
+
+def with_controls(models: Models) -> dict[str, SplitViT]:
+    """The models that every protocol measures, by name, and a random control of each architecture.
+
+    Args:
+        models: one, called "checkpoint", or several by name.
+
+    Raises:
+        ValueError: none, or one that has a control's name.
+    """
+    named = {"checkpoint": models} if isinstance(models, SplitViT) else dict(models)
+    if not named:
+        raise ValueError("models: got none, takes one or more")
+    if taken := [name for name in named if name.startswith(CONTROL)]:
+        raise ValueError(f"models: got the name {taken[0]!r}, which is that of a random control")
+    return {**named, **random_controls(named)}
 
 
 def device_of(model: nn.Module) -> torch.device:

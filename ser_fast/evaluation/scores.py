@@ -2,23 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_dtype
 
-from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.equivariance import LayerRecord, equivariance_errors
-from ser_fast.evaluation.features import evaluating, spread_items
-from ser_fast.evaluation.knn import knn_predictions
-from ser_fast.evaluation.protocol import check_positive, device_of
-from ser_fast.views.pixels import normalize
+from ser_fast.evaluation.knn import SampledImages
+from ser_fast.evaluation.protocol import device_of
 from ser_fast.vit import SplitViT
 
-NEIGHBORS = 20
 MEASURES = {
     "knn": "kNN top-1",
     "d4_error": "error on D4",
@@ -44,51 +38,7 @@ class ScoreRecord(NamedTuple):
     value: float
 
 
-@dataclass(frozen=True)
-class ScoreImages:
-    """The images that encoders are scored on, in memory.
-
-    Attributes:
-        train: (N, 3, S, S) uint8, and their labels (N,) int64; -1 for none.
-        test: the same of held-out images.
-        equivariance: how many of the held-out ones, from the first, the errors are measured on.
-    """
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    equivariance: int
-
-    @classmethod
-    def open(
-        cls, data: str, image_size: int, *, train: int = 5000, test: int = 2000, equivariance: int = 256
-    ) -> "ScoreImages":
-        """The images of a source, each part spread evenly over it.
-
-        Args:
-            data: as `open_dataset` takes it; without labels there is no kNN.
-            image_size: their side in pixels.
-            train: training images, which vote; at most.
-            test: held-out images, which are classified and whose rank is measured; at most.
-            equivariance: held-out images that the errors are measured on, spread evenly over those; at most.
-
-        Raises:
-            ValueError: a number that isn't positive, or data that can't be opened.
-        """
-        check_positive(train=train, test=test, equivariance=equivariance)
-        parts = []
-        for count, training in ((train, True), (test, False)):
-            dataset = open_dataset(data, train=training, image_size=image_size)
-            images, labels = spread_items(dataset, count)
-            parts.append((images, labels if dataset.classes else torch.full_like(labels, -1)))
-        return cls(*parts, equivariance)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether there are classes to tell apart."""
-        return bool((self.train[1] >= 0).all()) and bool((self.test[1] >= 0).all())
-
-
-def score_encoder(model: SplitViT, images: ScoreImages, *, batch_size: int = 256) -> list[ScoreRecord]:
+def score_encoder(model: SplitViT, images: SampledImages, *, batch_size: int = 256) -> list[ScoreRecord]:
     """Score an encoder.
 
     Args:
@@ -101,12 +51,10 @@ def score_encoder(model: SplitViT, images: ScoreImages, *, batch_size: int = 256
         "scale_error" and "retrieval" of each layer, means over the elements of `default_elements`.
     """
     device = device_of(model)
-    train, test = (_embed(model, part, batch_size) for part in (images.train[0], images.test[0]))
+    train, test = (images.embed(model, part, batch_size) for part in ("train", "test"))
     scores = [ScoreRecord("rankme", 0, rankme(test))]
     if images.labelled:
-        neighbors = min(NEIGHBORS, len(train))
-        ranked = knn_predictions(train, images.train[1], test, k=neighbors)[neighbors]
-        scores.insert(0, ScoreRecord("knn", 0, (ranked[:, 0] == images.test[1]).double().mean().item()))
+        scores.insert(0, ScoreRecord("knn", 0, images.top1(train, test)))
     count = min(images.equivariance, len(images.test[0]))
     chosen = torch.linspace(0, len(images.test[0]) - 1, count).long()
     records = equivariance_errors(model, images.test[0][chosen].to(device), batch_size=batch_size)
@@ -145,15 +93,3 @@ def rankme(features: Tensor) -> float:
     if not total > 0:
         return math.nan
     return torch.special.entr(values / total).sum().exp().item()
-
-
-def _embed(model: SplitViT, images: Tensor, batch_size: int) -> Tensor:
-    """(N, C) float32 on the CPU."""
-    device = device_of(model)
-    with evaluating(model):
-        return torch.cat(
-            [
-                model(normalize(to_dtype(batch.to(device), torch.float32, scale=True))).float().cpu()
-                for batch in images.split(batch_size)
-            ]
-        )

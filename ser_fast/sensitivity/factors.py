@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ser_fast.evaluation.equivariance import D4_NAMES
+from ser_fast.evaluation.elements import D4_NAMES
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action

@@ -4,7 +4,7 @@ Each source gives f(g x) for a map g of the token lattice: `maps(g)` with the id
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from ser_fast.evaluation.features import evaluating
-from ser_fast.evaluation.protocol import open_encoder, random_control
+from ser_fast.evaluation.protocol import open_encoder
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.sensitivity.factors import DEFAULT
 from ser_fast.views.pixels import normalize, transform_images
@@ -185,20 +185,6 @@ def resized_positions(encoder: Any, grid: Size, kernel: str) -> Iterator[None]:
         encoder.pos_embed, patch_embed.grid_size = own, own_grid
 
 
-def random_controls(models: Mapping[str, SplitViT], *, seed: int) -> dict[str, SplitViT]:
-    """A random initialization of each architecture, by a name that begins with CONTROL.
-
-    Args:
-        models: by name.
-        seed: of the weights.
-    """
-    controls: dict[str, SplitViT] = {}
-    for name, model in models.items():
-        if all((control.recipe, control.split) != (model.recipe, model.split) for control in controls.values()):
-            controls[f"{CONTROL} ({name})" if controls else CONTROL] = random_control(model, seed=seed)
-    return controls
-
-
 def open_model(name: str) -> SplitViT:
     """The model that is named, on the CPU.
 
@@ -209,8 +195,8 @@ def open_model(name: str) -> SplitViT:
     Raises:
         ValueError: a name that is none of these, or weights that can't be had.
     """
-    if Path(name).exists():
-        return open_encoder(Path(name), device="cpu").model
+    if Path(name).exists() or name.startswith("timm:"):
+        return open_encoder(name, device="cpu").model
     if not timm.is_model(name):
         raise ValueError(f"checkpoint: got {name}, takes a run's folder, a .safetensors file or a timm model")
     return SplitViT(name, split=0, pretrained=True)

@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.features import spread_images
+from ser_fast.evaluation.protocol import random_controls
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.progress import progress_bar
 from ser_fast.sensitivity import measures
@@ -26,7 +27,7 @@ from ser_fast.sensitivity.factors import (
     one_at_a_time,
     whole_grid,
 )
-from ser_fast.sensitivity.sources import Features, Fields, Photographs, Source, random_controls
+from ser_fast.sensitivity.sources import CONTROL, Features, Fields, Photographs, Source
 from ser_fast.sensitivity.table import StudyTable, Unit
 from ser_fast.training.recipes import demo_model
 from ser_fast.vit import SplitViT
@@ -74,7 +75,7 @@ def run_study(
     Raises:
         ValueError: data that can't be opened, or a folder with rows of another protocol.
     """
-    controls = random_controls(models or {"": demo_model().build()}, seed=protocol.seed)
+    controls = random_controls(models or {"": demo_model().build()}, seed=protocol.seed, prefix=CONTROL)
     held_out = open_dataset(protocol.data, train=False, image_size=protocol.image_size)
     images = to_dtype(spread_images(held_out, protocol.images).to(device), torch.float32, scale=True)  # (N, 3, S, S)
     sources: list[Source] = [

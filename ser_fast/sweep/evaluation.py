@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table as PrintedTable
 
 from ser_fast.device import choose_device
+from ser_fast.evaluation.knn import SampledImages
 from ser_fast.evaluation.protocol import check_positive, make_folder, open_encoder
-from ser_fast.evaluation.scores import MEASURES, OF_A_LAYER, ScoreImages, ScoreRecord, score_encoder
+from ser_fast.evaluation.scores import MEASURES, OF_A_LAYER, ScoreRecord, score_encoder
 from ser_fast.evaluation.tables import write_csv
 from ser_fast.io import write_atomically
 from ser_fast.sweep.analysis import Interval, Table, cell_means, judged, shared_seeds
@@ -37,7 +38,7 @@ class SweepProtocol:
     Attributes:
         arguments: of `ser-fast train`, which all cells share.
         data: whose images are scored on.
-        train, test, equivariance: as `ScoreImages.open`.
+        train, test, equivariance: as `SampledImages.open`.
         baseline: the cell that others are compared with.
         layer: whose errors are compared, and those of the last layer besides.
     """
@@ -211,7 +212,7 @@ def run_sweep(
         seeds: runs of a cell.
         baseline: a cell's name; default the first.
         layer: whose errors are compared, besides the last one's; default the blocks before [CLS] of the baseline.
-        train, test, equivariance: images, as `ScoreImages.open`.
+        train, test, equivariance: images, as `SampledImages.open`.
         processes: runs at a time.
         ranks: of each run, under torchrun.
         console: tells of each run; default none does.
@@ -243,12 +244,12 @@ def run_sweep(
     make_folder(out)
     done = {(row.cell, row.seed) for row in result.rows}
     counts = {"train": train, "test": test, "equivariance": equivariance}
-    sets: dict[tuple[str, int], ScoreImages] = {}
+    sets: dict[tuple[str, int], SampledImages] = {}
 
-    def images_of(config: TrainConfig) -> ScoreImages:
+    def images_of(config: TrainConfig) -> SampledImages:
         key = config.data, config.model.image_size
         if key not in sets:
-            sets[key] = ScoreImages.open(*key, **counts)
+            sets[key] = SampledImages.open(*key, **counts)
         return sets[key]
 
     def score(run: SweepRun, failure: str | None) -> None:
