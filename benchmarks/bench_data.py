@@ -29,7 +29,7 @@ try:
 except ImportError:
     MoCoV2Transform = None
 
-SIDE, CANVAS, PATCH = 224, 384, 16
+SIDE, CANVAS, PATCH = 224, 512, 16
 
 
 def _files(width: int, height: int) -> list[bytes]:

@@ -4,6 +4,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,9 +64,9 @@ def demo(
 
     sizes = {"image_size": image_size, "patch_size": patch_size}
     result = run_demo(out, data=data, steps=steps, images=images, seed=seed, device=device, **sizes)
-    table, figure = result.write(out)
     result.print()
-    Console().print(f"{figure} and {table} hold every layer and every element.")
+    table, figure = result.write(out)
+    _say(f"{figure} and {table} hold every layer and every element.")
 
 
 def equivariance(
@@ -144,9 +145,8 @@ def sensitivity(
     if train:
         protocol: dict[str, Any] = {"variants": variants, "seeds": seeds, "steps": steps, "images": 4 * images}
         trained = retraining.evaluate(out / "runs", data, device=device, **protocol)
-        written = trained.write(out)
         trained.print()
-        Console().print(f"written: {', '.join(map(str, written))}")
+        _say(f"written: {', '.join(map(str, trained.write(out)))}")
         if not (out / TABLE).exists():
             return
         result = SensitivityResult.read(out)
@@ -154,9 +154,9 @@ def sensitivity(
         models = {name: open_model(name) for name in checkpoints}
         options: dict[str, Any] = {"preset": preset, "images": images, "image_size": image_size, "seed": seed}
         result = evaluate(models, data, folder=out, device=choose_device(device), progress=True, **options)
-    result.write(out)
     result.print()
-    Console().print(f"written: {out / TABLE}, {out / REPORT}")
+    result.write(out)
+    _say(f"written: {out / TABLE}, {out / REPORT}")
 
 
 def knn(
@@ -351,7 +351,7 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/
     """
     from ser_fast.report.runs import read_runs, write_report
 
-    Console().print(f"written: {write_report(read_runs(runs), out)}")
+    _say(f"written: {write_report(read_runs(runs), out)}")
 
 
 def export(
@@ -366,7 +366,7 @@ def export(
     """
     from ser_fast.export import export as export_encoder
 
-    Console().print(f"written: {export_encoder(run, format, out)}")
+    _say(f"written: {export_encoder(run, format, out)}")
 
 
 def doctor() -> None:
@@ -385,12 +385,19 @@ def _open(checkpoints: Sequence[str], data: str | None, out: Path | None, device
 
 
 def _show(result: Any, out: Path) -> None:
-    """Write an evaluation's result, print it, and say what was written."""
+    """Print an evaluation's result, write it, and say what was written."""
+    result.print()  # before the write, which may fail: hours of work are in it
     written = result.write(out)
-    result.print()
     # Beside tables and figures, the folder of what isn't for reading.
     shown = dict.fromkeys(path if path.parent == out else path.parent for path in written)
-    Console().print(f"written: {', '.join(map(str, shown))}")
+    _say(f"written: {', '.join(map(str, shown))}")
+
+
+def _say(line: str) -> None:
+    """Print a line that may hold names of files: none of them is markup, or steers the terminal."""
+    from ser_fast.io import printable
+
+    Console().print(printable(line), markup=False, soft_wrap=True)
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -400,10 +407,15 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 
 def main() -> None:
     """Run the command line; errors of the user's making are one line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # not one that a test put there
+            stream.reconfigure(errors="backslashreplace")  # what the locale or UTF-8 can't say is no end of the work
+    from ser_fast.io import printable
+
     try:
         _run(sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"ser-fast: {error}")
+        sys.exit(f"ser-fast: {printable(error)}")
     except RuntimeError as error:
         from ser_fast.training.trainer import NonFiniteLossError
 

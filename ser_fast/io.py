@@ -26,6 +26,20 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         _flush(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whatever the locale, whole or not at all; its line ends stay as they are.
+
+    Names of files that are no UTF-8, which Python holds as surrogates, are written with backslashes.
+    """
+    data = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda partial: partial.write_bytes(data))
+
+
+def printable(name: object) -> str:
+    """A name as it can be shown: control characters, such as those that steer a terminal, and surrogates escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
 def remove_partial_files(folder: Path) -> None:
     """Delete what `write_atomically` left behind where the process was killed; only while no other process writes."""
     for partial in folder.glob(".*.partial"):

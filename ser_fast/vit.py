@@ -20,7 +20,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ser_fast.io import write_atomically
+from ser_fast.io import write_atomically, write_text
 from ser_fast.pretrained import METADATA_KEY, PREPROCESSING_KEY, find_weights, load_weights, read_metadata
 from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
 
@@ -238,7 +238,7 @@ class SplitViT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "model.safetensors", lambda path: save_split_vit(path, self))
         config = {"library_name": "ser-fast", **_describe(self), PREPROCESSING_KEY: self.preprocessing()}
-        write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SplitViT":

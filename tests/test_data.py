@@ -389,7 +389,7 @@ def test_a_canvas_is_the_whole_picture_with_its_aspect(tmp_path):
     image = np.zeros((30, 90, 3), np.uint8)
     image[:, :30], image[:, 60:] = RED, BLUE
     Image.fromarray(image).save(tmp_path / "wide.png")
-    dataset = open_canvases(f"folder:{tmp_path}", train=True, image_size=14)
+    dataset = open_canvases(f"folder:{tmp_path}", train=True, image_size=14, canvas=24)
     canvas, label, index, aspect = dataset[0]
     assert (tuple(canvas.shape), canvas.dtype, label, index, aspect) == ((3, 24, 24), torch.uint8, -1, 0, 3.0)
     assert canvas[:, 12, 2].tolist() == list(RED)
@@ -405,8 +405,8 @@ def test_sides_of_canvases(class_folder, cifar_batches):
     def side(source, image_size, canvas=None):
         return open_canvases(source, train=True, image_size=image_size, canvas=canvas).image_size
 
-    assert side(f"folder:{class_folder}", 224) == 384
-    assert side(f"folder:{class_folder}", 224, 512) == 512
+    assert side(f"folder:{class_folder}", 224) == 512
+    assert side(f"folder:{class_folder}", 224, 384) == 384
     assert side(f"cifar10:{cifar_batches}", 32) == 32  # no picture has more pixels
     assert side(f"cifar10:{cifar_batches}", 224) == 32
     assert side("photos", 64) == 64
@@ -445,7 +445,7 @@ def test_long_pictures_are_cheap(tmp_path, monkeypatch, size):
     assert (square == torch.tensor(GREEN)[:, None, None]).all()
     assert (canvas == torch.tensor(GREEN)[:, None, None]).all()
     assert aspect == size[0] / size[1]
-    assert max(largest) <= 8 * 3 * 384**2
+    assert max(largest) <= 8 * 3 * 512**2
 
 
 def test_a_picture_of_too_many_pixels_is_unreadable(tmp_path):

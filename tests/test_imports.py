@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("lattice", "interpolation"),
     ("ops", "kernels", "_C", "_C_cuda"),
-    ("loss", "vit", "pretrained", "heads", "export", "distributed", "io", "device", "progress", "views", "ser_fast"),
+    ("io", "csv_files", "device", "progress"),
+    ("loss", "vit", "pretrained", "heads", "export", "distributed", "views", "ser_fast"),
     ("data",),
     ("objectives", "addons"),
     ("training",),

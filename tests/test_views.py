@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
 from ser_fast.data.pictures import to_canvas, to_rgb
+from ser_fast.data.sources import open_canvases
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.group_action import group_action
@@ -614,6 +616,21 @@ def view_of(canvas: Tensor, box: list[float], side: int, *, antialias: bool = Tr
     return transform_images(canvas[None].float() / 255, g, antialias=antialias).clamp(0, 1)[0] * 255
 
 
+def difference_from_torchvision(
+    picture: Tensor, canvas: Tensor, area: float, at: tuple[float, float] = (1 / 3, 1 / 3)
+) -> float:
+    """In grey levels: a view of 224 pixels cut from the canvas, against the same crop of the picture itself."""
+    height, width = picture.shape[1:]
+    h = height if area == 1 else round(math.sqrt(area * height * width / 1.2))
+    w = width if area == 1 else round(1.2 * h)
+    top, left = int((height - h) * at[0]), int((width - w) * at[1])
+    expected = v2.functional.resized_crop(
+        picture, top, left, h, w, [224, 224], v2.InterpolationMode.BICUBIC, antialias=True
+    ).float()
+    box = [top / height, left / width, h / height, w / width]
+    return float((view_of(canvas, box, 224) - expected).abs().mean())
+
+
 @pytest.mark.parametrize("area", [0.08, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize(
     ("name", "size", "side"),
@@ -628,18 +645,28 @@ def view_of(canvas: Tensor, box: list[float], side: int, *, antialias: bool = Tr
 )
 def test_a_view_is_the_crop_that_torchvision_cuts_from_the_file(name: str, size: Size, side: int, area: float) -> None:
     """To 1.5 grey levels where the canvas has the pixels; a square of the view's side is several times as far."""
-    picture, (height, width) = photograph(name, *size), size
-    h = height if area == 1 else round(math.sqrt(area * height * width / 1.2))
-    w = width if area == 1 else round(1.2 * h)
-    top, left = (height - h) // 3, (width - w) // 3
-    expected = v2.functional.resized_crop(
-        picture, top, left, h, w, [224, 224], v2.InterpolationMode.BICUBIC, antialias=True
-    ).float()
-    box = [top / height, left / width, h / height, w / width]
-    difference = float((view_of(to_canvas(picture, side), box, 224) - expected).abs().mean())
-    coarse = float((view_of(to_canvas(picture, 224), box, 224) - expected).abs().mean())
+    picture = photograph(name, *size)
+    difference = difference_from_torchvision(picture, to_canvas(picture, side), area)
+    coarse = difference_from_torchvision(picture, to_canvas(picture, 224), area)
     assert difference <= 1.5
     assert area == 1 or difference < coarse / 1.3
+
+
+@pytest.mark.parametrize("size", [(375, 500), (1200, 1600)], ids=str)
+def test_the_default_canvas_has_the_pixels_of_crops(size: Size, tmp_path: Path) -> None:
+    """To 1.5 grey levels on average over photographs, at every area that is drawn."""
+    names = ("astronaut.png", "brick.png", "coffee.png", "hubble_deep_field.jpg", "motorcycle_left.png", "text.png")
+    pictures = [photograph(name, *size) for name in names]
+    for number, picture in enumerate(pictures):
+        v2.functional.to_pil_image(picture).save(tmp_path / f"{number}.png", compress_level=1)
+    canvases = [item[0] for item in open_canvases(f"folder:{tmp_path}", train=True, image_size=224)]
+    for area in (0.08, 0.2, 0.5, 1.0):
+        differences = [
+            difference_from_torchvision(picture, canvas, area, at)
+            for picture, canvas in zip(pictures, canvases, strict=True)
+            for at in ((1 / 3, 1 / 3), (0.6, 0.2), (0.5, 0.9))
+        ]
+        assert sum(differences) / len(differences) <= 1.5, f"area {area}"
 
 
 @pytest.mark.parametrize("sampler", ["crop", "d4_scale", "reflections", "affine"])

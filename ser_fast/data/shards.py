@@ -207,7 +207,7 @@ def _class_names(source: str, labels: Sequence[int | str | None], names: Path) -
     count = 1 + max(int(label) for label in labels if label is not None)
     if not names.is_file():
         return [str(number) for number in range(count)]
-    lines = names.read_text().splitlines()
+    lines = names.read_text(encoding="utf-8").splitlines()
     if len(lines) < count:
         raise ValueError(
             f"data: got {len(lines)} lines in {names}, takes one for each of the {count} classes of {source!r}"

@@ -31,6 +31,8 @@ from ser_fast.data.python_function import PythonFunction
 from ser_fast.data.shards import TarShards
 
 CIFAR10_SIDE = 32
+# Of the views' side: 512 for 224, which keeps every pixel of a picture of 500 x 375.
+_CANVAS = 16 / 7
 _CHECKED = 16  # a folder of more images is not looked into before the first batch
 
 # Left out of the files in scikit-image's wheel: motorcycle_right (its pixels are those of motorcycle_left: held-out
@@ -174,7 +176,7 @@ def open_canvases(
         source: as `open_source` takes it.
         train: the training images, else the held-out ones.
         image_size: the side of the views, in pixels.
-        canvas: the side of the canvas; default 12/7 of the views' (384 of 224), or the longest side of the source's
+        canvas: the side of the canvas; default 16/7 of the views' (512 for 224), or the longest side of the source's
             pictures where that is known to be less.
         max_pixels: of one picture; one of more is unreadable.
 
@@ -188,7 +190,7 @@ def open_canvases(
         raise ValueError(f"canvas: got {canvas}, takes a positive number of pixels")
     pictures = open_source(source, train=train, image_size=image_size, max_pixels=max_pixels)
     if canvas is None:
-        canvas = round(image_size * 12 / 7)
+        canvas = round(image_size * _CANVAS)
         canvas = canvas if pictures.longest is None else min(canvas, pictures.longest)
     return Squares(pictures, canvas, canvas=True)
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from ser_fast.evaluation.figures import save
 from ser_fast.evaluation.protocol import check_positive, device_of, with_control
 from ser_fast.evaluation.synthetic_coco import write_shapes
 from ser_fast.evaluation.tables import write_table
-from ser_fast.io import write_atomically
+from ser_fast.io import write_text
 from ser_fast.vit import SplitViT
 
 
@@ -115,7 +114,7 @@ class DetectionResult:
         ]
         for name, boxes in self.results.items():
             path = folder / "detection" / f"{name}.json"
-            write_atomically(path, partial(Path.write_text, data=json.dumps(boxes)))
+            write_text(path, json.dumps(boxes))
             written.append(path)
         return written
 

@@ -1,6 +1,5 @@
 """Robustness: how often a classifier errs on corrupted and shifted images, and how often it changes its mind."""
 
-import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
+from ser_fast.csv_files import read_csv
 from ser_fast.evaluation.classification import Rows, share_of
 from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES
 from ser_fast.evaluation.features import embed_cached, evaluating, spread_items
@@ -225,21 +225,24 @@ def read_errors(path: Path, *, model: str = "checkpoint") -> list[ErrorRate]:
     """
     if not path.is_file():
         raise ValueError(f"baseline: got {path}, and there is no such file")
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("model") == model]
-    if not rows or "severity" not in rows[0]:
+    try:
+        rates = [
+            ErrorRate(
+                row["kind"],
+                int(row["severity"]),
+                float(row["error"]),
+                float(row["low"]),
+                float(row["high"]),
+                int(row["images"]),
+            )
+            for row in read_csv(path)
+            if row.get("model") == model
+        ]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"baseline: got {path}, takes a file with error rates: {error}") from error
+    if not rates:
         raise ValueError(f"baseline: got {path}, takes a file with error rates of {model!r}")
-    return [
-        ErrorRate(
-            row["kind"],
-            int(row["severity"]),
-            float(row["error"]),
-            float(row["low"]),
-            float(row["high"]),
-            int(row["images"]),
-        )
-        for row in rows
-    ]
+    return rates
 
 
 def print_errors(

@@ -1,29 +1,17 @@
 """The tables of the evaluations, as CSV files and on the terminal."""
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from ser_fast.csv_files import write_csv
 from ser_fast.evaluation.classification import Rows
-from ser_fast.io import write_atomically
-
-
-def write_csv(columns: Iterable[str], rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
-    """Write a CSV file, whole or not at all: the names of the columns, then a line a row; returns its path."""
-
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(columns))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
-    return path
+from ser_fast.io import printable
 
 
 def write_table(records: Mapping[str, Sequence[Any]], path: Path) -> Path:
@@ -64,12 +52,12 @@ def write_confusion(rows: Rows, classes: Sequence[str], path: Path) -> Path:
 
 def print_rows(rows: Rows, title: str, console: Console | None = None) -> None:
     """Print top-1 and top-5 with their intervals, a line a classifier."""
-    table = Table(title=title)
+    table = Table(title=escape(printable(title)))
     for heading in rows[0][0]:
         table.add_column(heading)
     for heading in ("top-1 (95 % interval)", "top-5 (95 % interval)"):
         table.add_column(heading, justify="right")
     for labels, result in rows:
         cells = (f"{value:g}" if isinstance(value, float) else str(value) for value in labels.values())
-        table.add_row(*cells, str(result.top1), str(result.top5))
+        table.add_row(*(escape(printable(cell)) for cell in cells), str(result.top1), str(result.top5))
     (console or Console()).print(table)

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import io
 import math
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ser_fast.io import write_atomically
+from ser_fast.io import write_text
 
 
 def render(template: str, *, title: str, script: str = "", **content: Any) -> str:
@@ -47,7 +46,7 @@ def render(template: str, *, title: str, script: str = "", **content: Any) -> st
 
 def write_page(path: Path, html: str) -> Path:
     """Write a page, whole or not at all; returns its path."""
-    write_atomically(path, partial(Path.write_text, data=html, encoding="utf-8"))
+    write_text(path, html)
     return path
 
 

@@ -1,7 +1,7 @@
 """The comparison of runs: training runs and what was measured on them, side by side in one HTML file."""
 
-import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from ser_fast.csv_files import read_csv
 from ser_fast.report.engine import data_uri, render, to_png, write_page
 from ser_fast.training.run_folder import RunFolder
 
@@ -82,9 +83,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     palette = mpl.colormaps["tab10"] if len(folders) <= 10 else mpl.colormaps["turbo"].resampled(len(folders))
     runs = []
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
-        tables = {path.name: _read_csv(path) for path in sorted(folder.glob("*.csv"))}
+        tables = {path.name: _read_table(path) for path in sorted(folder.glob("*.csv"))}
         run_folder = RunFolder(folder)
-        log = run_folder.read_log()
+        log = _read_log(run_folder.log)
         if not tables and not log:
             raise ValueError(f"runs: got {folder}, takes a folder that holds {run_folder.log.name} or a CSV file")
         runs.append(
@@ -130,9 +131,31 @@ def write_report(runs: Sequence[Run], path: Path) -> Path:
 # ---------------------------------------------------------------- a run's folder
 
 
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: value or "" for key, value in row.items() if key is not None} for row in csv.DictReader(file)]
+def _read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        return read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"runs: {error}") from error
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    """The records of a log with a step and what they have of numbers; lines that are no records are left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            numbers = {name: value for name, value in record.items() if _is_number(value)}
+            if math.isfinite(numbers.get("step", math.nan)):
+                records.append(numbers)
+    return records
+
+
+def _is_number(value: Any) -> bool:
+    # Integers of any length are JSON, and beyond floating point no figure shows them.
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _read_options(path: Path, prefix: str = "") -> dict[str, str]:
@@ -145,8 +168,8 @@ def _read_options(path: Path, prefix: str = "") -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        return flatten(json.loads(path.read_text()), prefix)
-    except (ValueError, AttributeError) as error:
+        return flatten(json.loads(path.read_text(encoding="utf-8")), prefix)
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"runs: {path} is no JSON of options: {error}") from error
 
 

@@ -1,6 +1,5 @@
 """Does the choice matter after training? One recipe, trained with different settings of SERLoss and several seeds."""
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
 
+from ser_fast.csv_files import read_csv, write_csv
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.equivariance import equivariance_errors
 from ser_fast.evaluation.features import spread_images
 from ser_fast.evaluation.figures import save
 from ser_fast.evaluation.protocol import check_positive, open_encoder, random_control
-from ser_fast.evaluation.tables import write_csv
 from ser_fast.sensitivity import BASELINE, VARIANTS
 from ser_fast.training.config import TrainConfig, with_options
 from ser_fast.training.recipes import demo_recipes
@@ -126,11 +125,10 @@ def read_scores(out: Path) -> list[Score]:
     """The scores that `RetrainingResult.write` wrote to a folder; none where there is no such file."""
     if not (out / TABLE).exists():
         return []
-    with (out / TABLE).open(newline="") as file:
-        return [
-            Score(row["variant"], int(row["seed"]), *(float(row[measure]) for measure in MEASURES))
-            for row in csv.DictReader(file)
-        ]
+    return [
+        Score(row["variant"], int(row["seed"]), *(float(row[measure]) for measure in MEASURES))
+        for row in read_csv(out / TABLE)
+    ]
 
 
 def _values(scores: Sequence[Score], variant: str, measure: str) -> list[float]:

@@ -1,7 +1,6 @@
 """The table of a study: one tidy CSV that is appended to, and that a later call goes on from."""
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ser_fast.csv_files import format_csv, unquote
 from ser_fast.evaluation.protocol import make_folder
-from ser_fast.io import write_atomically
+from ser_fast.io import write_text
 from ser_fast.lattice import Size
 from ser_fast.sensitivity.factors import DEFAULT, ELEMENTS, Resampling
 from ser_fast.sensitivity.measures import Estimate
@@ -138,15 +138,15 @@ class StudyTable:
     @staticmethod
     def write(folder: Path, rows: Iterable[Row], protocol: Mapping[str, Any]) -> Path:
         """Write a folder's protocol.json and sensitivity.csv, whole or not at all; returns the path of the table."""
-        protocol_text, table_text = json.dumps(protocol, indent=2) + "\n", ",".join(COLUMNS) + "\r\n" + _lines(rows)
-        write_atomically(folder / PROTOCOL, lambda path: path.write_text(protocol_text))
-        write_atomically(folder / TABLE, lambda path: path.write_text(table_text, newline=""))
+        protocol_text, table_text = json.dumps(protocol, indent=2) + "\n", format_csv(COLUMNS, map(asdict, rows))
+        write_text(folder / PROTOCOL, protocol_text)
+        write_text(folder / TABLE, table_text)
         return folder / TABLE
 
     @staticmethod
     def read_protocol(folder: Path) -> dict[str, Any] | None:
         """What a folder's protocol.json holds; None where there is none."""
-        return json.loads((folder / PROTOCOL).read_text()) if (folder / PROTOCOL).exists() else None
+        return json.loads((folder / PROTOCOL).read_text(encoding="utf-8")) if (folder / PROTOCOL).exists() else None
 
     def missing(self, unit: Unit, resamplings: Iterable[Resampling]) -> list[Resampling]:
         """Those of the resamplings that the unit has no rows of yet."""
@@ -158,7 +158,7 @@ class StudyTable:
         order = dict.fromkeys(estimate.resampling for estimate in estimates)
         rows = [_row(labels, estimate) for r in order for estimate in estimates if estimate.resampling == r]
         if self._path is not None:
-            with self._path.open("a", newline="") as file:
+            with self._path.open("a", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(_lines(rows))
                 file.flush()
                 os.fsync(file.fileno())
@@ -177,10 +177,7 @@ def _group_key(row: Row) -> tuple[object, ...]:
 
 
 def _lines(rows: Iterable[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()
+    return format_csv(COLUMNS, map(asdict, rows), header=False)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -192,14 +189,14 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: the file has other columns, or a line that can't be read.
     """
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         lines = file.read().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     reader = csv.DictReader(lines)
     if lines and reader.fieldnames != COLUMNS:
         raise ValueError(f"table: got {path} with columns {reader.fieldnames}, takes {COLUMNS}")
-    return [_parse(path, reader.line_num, entry) for entry in reader]
+    return [_parse(path, reader.line_num, unquote(entry)) for entry in reader]
 
 
 def _parse(path: Path, line: int, entry: dict[str, Any]) -> Row:

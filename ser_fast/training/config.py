@@ -227,8 +227,8 @@ class TrainConfig:
     """"photos" (in scikit-image's wheel), "folder:PATH", "cifar10:PATH", "tar:PATTERN" (WebDataset shards),
     "hf:PATH_OR_NAME" (Hugging Face) or "python:MODULE:FUNCTION" (a torch data set)."""
     canvas: int | None = None
-    """Side in pixels of the squares that pictures are read as and views are cut from; default 12/7 of the views' (384
-    of 224), or the source's longest side where that is known to be less."""
+    """Side in pixels of the squares that pictures are read as and views are cut from; default 16/7 of the views' (512
+    for 224), or the source's longest side where that is known to be less."""
     max_pixels: int = MAX_PIXELS
     """Of one picture; one of more is unreadable."""
     model: ModelConfig = field(default_factory=ModelConfig)
