@@ -11,11 +11,12 @@ from rich.table import Table
 
 from ser_fast.data.loader import make_loader
 from ser_fast.data.sources import ImageDataset, open_dataset
-from ser_fast.evaluation.equivariance import LayerRecord, equivariance_errors, plot
+from ser_fast.evaluation.equivariance import plot
 from ser_fast.evaluation.features import embed, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
 from ser_fast.evaluation.protocol import check_positive, open_encoder, random_control
 from ser_fast.evaluation.tables import write_table
+from ser_fast.evaluation.token_errors import LayerRecord, equivariance_errors
 from ser_fast.training.recipes import demo_recipes
 from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.trainer import train

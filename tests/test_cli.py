@@ -119,7 +119,7 @@ def test_train_says_which_loss_is_not_finite(monkeypatch: pytest.MonkeyPatch) ->
         (["train", "--views.sampler=cubist"], "cubist"),
         (["train", "--optim.lr=fast"], "optim.lr"),
         (["train", "--no-such-option=1"], "no-such-option"),
-        (["knn"], "Required"),
+        (["export"], "Required"),
         (["repaint"], "repaint"),
         ([], "train"),
     ],
@@ -176,7 +176,9 @@ def test_equivariance_takes_other_data_sizes_and_folders(run: Path, tmp_path: Pa
     assert {row["images"] for row in table} == {"3"}
     # 6 x 6 tokens: each of the four scales has a lattice of its own.
     assert len({row["element"] for row in table}) == 12
-    assert sorted(path.name for path in out.iterdir()) == ["equivariance.csv", "equivariance.png", "prediction.csv"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("embedding.csv", "equivariance.csv", "equivariance.png", "prediction.csv")
+    ]
 
 
 def test_knn_compares_with_a_random_initialisation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

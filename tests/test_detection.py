@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases.command_line import PNG, assert_same_files, rows, run_cli
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
@@ -272,10 +273,23 @@ def test_the_pyramid_has_four_scales_of_the_last_tokens() -> None:
     torch.testing.assert_close(pyramid(images)["1"].flatten(2).mT, last)
 
 
-@pytest.mark.parametrize("patch_size", [7, (8, 16)])
-def test_patches_that_roi_align_cannot_take_are_refused(patch_size: Any) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint: got patches of \d+ x \d+ pixels"):
-        build_detector(make_encoder(patch_size), categories=2, image_size=64)
+def test_patches_that_are_no_squares_are_refused() -> None:
+    oblong: Any = (8, 16)
+    with pytest.raises(ValueError, match="checkpoint: got patches of 8 x 16 pixels, takes squares"):
+        build_detector(make_encoder(oblong), categories=2, image_size=64)
+
+
+def test_patches_of_any_side_have_a_pyramid_of_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyramid: Any = build_detector(make_encoder(7), categories=2, image_size=64).backbone
+    assert pyramid.stride == 8
+    seen = []
+    early = pyramid.encoder.early
+    monkeypatch.setattr(pyramid.encoder, "early", lambda images: (seen.append(images), early(images))[1])
+    images = torch.rand(1, 3, 64, 32)
+    sizes = [tuple(level.shape[2:]) for level in pyramid(images).values()]
+    assert sizes == [(16, 8), (8, 4), (4, 2), (2, 1)]
+    expected = F.interpolate(images, (56, 28), mode="bilinear", antialias=True)
+    torch.testing.assert_close(seen[0], expected)
 
 
 def train(dataset: CocoFolder, path: Path, **options: Any) -> tuple[Any, SplitViT]:

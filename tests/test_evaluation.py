@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -18,23 +19,20 @@ from torch import Tensor, nn
 
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_dataset
-from ser_fast.evaluation import knn
-from ser_fast.evaluation.elements import default_elements
-from ser_fast.evaluation.equivariance import (
-    LayerRecord,
-    equivariance_errors,
-    plot,
-    print_table,
-)
+from ser_fast.evaluation import equivariance, knn
+from ser_fast.evaluation.controls import AveragedOverD4
+from ser_fast.evaluation.elements import D4_NAMES, default_elements, parse_elements
+from ser_fast.evaluation.equivariance import plot, print_table
 from ser_fast.evaluation.features import embed, evaluating, spread_images
 from ser_fast.evaluation.knn import knn_accuracy
-from ser_fast.evaluation.protocol import open_encoder, random_control
+from ser_fast.evaluation.protocol import open_encoder, open_encoders, random_control, with_controls
 from ser_fast.evaluation.tables import write_table
+from ser_fast.evaluation.token_errors import EmbeddingRecord, LayerRecord, embedding_errors, equivariance_errors
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops.group_action import group_action
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
-from ser_fast.vit import SplitViT, save_split_vit
+from ser_fast.vit import Encoded, SplitViT, save_split_vit
 
 VIT, TINY = "vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
 
@@ -554,7 +552,7 @@ def test_the_table_shows_elements_by_layer_and_their_means() -> None:
 def test_the_table_of_a_deep_model_stays_within_80_columns() -> None:
     lines = printed(some_records(24))
     assert not any("…" in line for line in lines)
-    assert sum(line.split() == [str(layer) for layer in range(13, 25)] for line in lines) == 5
+    assert sum(line.split() == [str(layer) for layer in range(13, 25)] for line in lines) == 6
 
 
 @pytest.mark.parametrize("source", ["python:os:getcwd", "hf:somebody/pictures"])
@@ -564,3 +562,182 @@ def test_a_runs_folder_does_not_choose_code_to_run(source: str, tmp_path: Path) 
     with pytest.raises(ValueError, match=rf"data: .*config\.json names '{source}'"):
         open_encoder(tmp_path, device="cpu")
     assert open_encoder(tmp_path, source, device="cpu").data == source
+
+
+# ---------------------------------------------------------------- any map, any encoder, controls that are known
+
+
+def tiny_vit(seed: int = 0, **changes: int) -> SplitViT:
+    torch.manual_seed(seed)
+    return SplitViT(VIT, 1, **(TINY | changes)).eval()
+
+
+def noise_images(count: int = 6, side: int = 64) -> Tensor:
+    return torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+
+
+def test_elements_by_name() -> None:
+    size = (6, 8)
+    found = parse_elements(
+        ["d4", "scales", "angle:90", "shift:1,-2", "crop:0,0.25,0.5,0.5", "affine:1,0,0,1,0.5,0", "scale:0.7"], size
+    )
+    assert list(found)[:8] == list(D4_NAMES)
+    assert found["angle:90"].linear.tolist() == LatticeMap.rotate(size, 90).linear.tolist()
+    assert found["shift:1,-2"].offset.tolist() == [[1, -2]]
+    crop = LatticeMap.crop(size, (0, 2, 3, 4), size)
+    torch.testing.assert_close(found["crop:0,0.25,0.5,0.5"].offset, crop.offset)
+    torch.testing.assert_close(found["crop:0,0.25,0.5,0.5"].linear, crop.linear)
+    assert found["affine:1,0,0,1,0.5,0"].offset.tolist() == [[0.5, 0]]
+    assert found["scale:0.7"].size_out == (5, 7)
+
+
+@pytest.mark.parametrize(
+    "name", ["rot45", "angle:", "angle:x", "angle:1,2", "scale:-1", "crop:0,0,1", "affine:1,2,2,4", "shift:nan,0", ""]
+)
+def test_elements_that_are_none_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match="elements: "):
+        parse_elements([name], (4, 4))
+
+
+def test_an_encoder_averaged_over_d4_has_no_error_there_and_some_on_scales() -> None:
+    model = AveragedOverD4(tiny_vit())
+    records = equivariance_errors(model, noise_images())
+    d4 = [record for record in records if record.group == "D4"]
+    assert len(d4) == 7 * 2
+    assert max(max(record.relative_error, record.inverse_error) for record in d4) < 1e-4
+    assert min(record.retrieval for record in d4) == 1
+    assert min(record.relative_error for record in records if record.group == "resampled") > 0.05
+    # The encoder itself has an error: the average is what takes it away.
+    plain = equivariance_errors(model.model, noise_images())
+    assert min(record.relative_error for record in plain if record.group == "D4") > 0.1
+
+
+def test_the_other_way_by_hand() -> None:
+    before, after = [[[0.0], [1.0]], [[2.0], [5.0]]], [[[1.0], [5.0]], [[0.0], [4.0]]]  # (2, 2, 1)
+    model = Scripted([before], [after])
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    (record,) = equivariance_errors(model, images, elements={"rot90": LatticeMap.rot90((2, 2), 1)})
+    back = torch.rot90(torch.tensor(after), -1)
+    expected = torch.tensor(before)
+    error = ((back - expected).square().sum() / (expected - expected.mean()).square().sum()).sqrt()
+    assert record.inverse_error == pytest.approx(error.item(), rel=1e-6)
+    assert record.inverse_error != pytest.approx(record.relative_error, rel=1e-3)
+
+
+def test_a_map_that_cannot_go_back_has_no_error_that_way() -> None:
+    zoom = {"zoom": LatticeMap.affine((2, 2), 0.1 * torch.eye(2))}  # gx shows a fifth of a token
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    (record,) = equivariance_errors(Encoder(patch_mean), images, elements=zoom)
+    assert math.isnan(record.inverse_error)
+    assert record.relative_error > 0
+
+
+class Colors(nn.Module):
+    """[CLS] is the mean color, patch tokens those of the patches plus where they are."""
+
+    patch_size, depth = (4, 4), 1
+
+    def __init__(self, cls: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.cls, self.norm_final = cls, nn.Identity()
+
+    def encode(self, images: Tensor, layers: tuple[int, ...]) -> Encoded:
+        tokens = F.avg_pool2d(images, 4).permute(0, 2, 3, 1)
+        return Encoded(None, {1: tokens}, {1: self.cls(images)})
+
+
+def test_embeddings_of_known_encoders() -> None:
+    elements = {"rot90": LatticeMap.rot90((4, 4), 1), "angle": LatticeMap.rotate((4, 4), 30)}
+
+    def found(cls: Callable[[Tensor], Tensor]) -> dict[tuple[str, str], EmbeddingRecord]:
+        model: Any = Colors(cls)
+        records = embedding_errors(model, noise_images(9, 16), elements=elements)
+        return {(record.embedding, record.element): record for record in records}
+
+    invariant = found(lambda images: images.mean((2, 3)))
+    for embedding in ("cls", "mean"):
+        exact = invariant[embedding, "rot90"]
+        assert (exact.relative_error, exact.retrieval) == (pytest.approx(0, abs=1e-5), 1)
+        assert invariant[embedding, "angle"].relative_error > 0.05
+        assert exact.chance == 1 / 9
+    constant = found(lambda images: torch.ones(len(images), 3))["cls", "rot90"]
+    assert math.isnan(constant.relative_error)
+    corner = found(lambda images: images[:, :, 0, 0])["cls", "rot90"]
+    assert corner.relative_error > 0.5
+    assert corner.retrieval < 0.8
+
+
+def test_several_checkpoints_stand_side_by_side(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for number, name in enumerate("ab"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(4):
+                color = (200 * number, 40 * i, 90)
+                Image.new("RGB", (64, 64), color).save(tmp_path / part / name / f"{i}.png")
+    models = {"one": tiny_vit(1), "two": tiny_vit(2), "deep": tiny_vit(3, depth=3, patch_size=16)}
+    result = equivariance.evaluate(models, f"folder:{tmp_path}", images=8, elements=["rot90", "angle:20"], pairs=1)
+    assert list(result.records) == [
+        *models, "random", "random (deep)", "patch means (8 x 8)", "patch means (4 x 4)"
+    ]  # fmt: skip
+    assert set(result.accuracy) == {*models, "random", "random (deep)"}
+    assert all(0 <= accuracy <= 1 for accuracy in result.accuracy.values())
+    written = {path.name for path in result.write(tmp_path / "out")}
+    assert written == {
+        *("equivariance.csv", "embedding.csv", "prediction.csv", "equivariance.png"),
+        *("error_accuracy.csv", "error_accuracy.png"),
+    }
+    text = io.StringIO()
+    result.print(Console(file=text, width=100))
+    assert "deep: kNN top-1" in text.getvalue()
+    ranked = knn.evaluate(models, f"folder:{tmp_path}", k=(1,))
+    assert [labels["model"] for labels, _ in ranked.rows] == [*models, "random", "random (deep)"]
+
+
+def test_models_need_names_of_their_own() -> None:
+    with pytest.raises(ValueError, match="models: got none"):
+        with_controls({})
+    with pytest.raises(ValueError, match="models: got the name 'random', which is that of a random control"):
+        with_controls({"random": tiny_vit()})
+
+
+def test_checkpoints_are_named_after_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_vit()
+    paths = [tmp_path / "x" / "run" / "encoder.safetensors", tmp_path / "y" / "run" / "encoder.safetensors"]
+    for path in [*paths, tmp_path / "other.safetensors"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_split_vit(path, model)
+    models, data, folder = open_encoders([str(paths[0].parent), str(tmp_path / "other.safetensors")], device="cpu")
+    assert isinstance(models, dict)
+    assert list(models) == ["run", "other"]
+    assert (data, folder) == ("photos", Path("runs/comparison"))
+    models, _, _ = open_encoders([str(path.parent) for path in paths], device="cpu")
+    assert isinstance(models, dict)
+    assert list(models) == [str(path.parent) for path in paths]
+    with pytest.raises(ValueError, match="takes each once"):
+        open_encoders([str(paths[0]), str(paths[0])], device="cpu")
+    single, _, folder = open_encoders([paths[0]], device="cpu")
+    assert isinstance(single, SplitViT)
+    assert folder == paths[0].parent
+
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        if pretrained:
+            raise OSError("no route to the hub")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match=r"pretrained: the weights of vit_tiny_patch16_224 can't be had: .*no route"):
+        open_encoder("timm:vit_tiny_patch16_224", device="cpu")
+
+
+def test_checkpoints_of_other_data_need_a_source(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        save_split_vit(tmp_path / name / "encoder.safetensors", tiny_vit())
+        config = to_json(TrainConfig(out=tmp_path / name, data=f"folder:{name}"))
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    paths = [tmp_path / "one", tmp_path / "two"]
+    with pytest.raises(ValueError, match="data: the checkpoints were trained on folder:one, folder:two; name one"):
+        open_encoders(paths, device="cpu")
+    assert open_encoders(paths, "photos", device="cpu")[1] == "photos"

@@ -16,7 +16,7 @@ from cases.command_line import assert_same_files, run_cli
 from scipy.stats import ttest_1samp
 from torch import Tensor, nn
 
-from ser_fast.evaluation.protocol import random_control
+from ser_fast.evaluation.protocol import random_control, random_controls
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.ops.group_action import group_action
@@ -43,7 +43,6 @@ from ser_fast.sensitivity.sources import (
     Fields,
     Photographs,
     open_model,
-    random_controls,
     resized_positions,
 )
 from ser_fast.sensitivity.table import COLUMNS, TABLE, Row, StudyTable, read_rows
@@ -219,10 +218,10 @@ def test_models_are_opened_beside_random_controls(tmp_path: Path) -> None:
     save_split_vit(tmp_path / "encoder.safetensors", vit)
     models = {name: open_model(name) for name in (str(tmp_path), f"{tmp_path}/encoder.safetensors")}
     assert all(torch.equal(model.patch_embed.proj.weight, vit.patch_embed.proj.weight) for model in models.values())
-    controls = random_controls(models, seed=0)
+    controls = random_controls(models, seed=0, prefix=CONTROL)
     assert list(controls) == [CONTROL]  # one control for one architecture
     assert torch.equal(controls[CONTROL].patch_embed.proj.weight, random_control(vit).patch_embed.proj.weight)
-    both = random_controls({"a": vit, "b": tiny_vit(depth=1)}, seed=0)
+    both = random_controls({"a": vit, "b": tiny_vit(depth=1)}, seed=0, prefix=CONTROL)
     assert list(both) == [CONTROL, f"{CONTROL} (b)"]
     with pytest.raises(ValueError, match="checkpoint: got nowhere, takes a run's folder"):
         open_model("nowhere")

@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,16 +56,16 @@ class AveragedOverD4(nn.Module):
     def layer_maps(self, images: Tensor) -> list[Tensor]:
         """As the model's."""
         total: list[Tensor] = []
+        lattice = images.shape[2] // self.patch_size[0], images.shape[3] // self.patch_size[1]
         for code in range(8):
             g = LatticeMap.d4((images.shape[2], images.shape[3]), code)
             moved = self.model.layer_maps(transform_images(images, g))
-            back = [self._back(tokens, code) for tokens in moved]
+            back = [self._back(tokens, LatticeMap.d4(lattice, code).inverse()) for tokens in moved]
             total = back if not total else [a + b for a, b in zip(total, back, strict=True)]
         return [tokens / 8 for tokens in total]
 
     @staticmethod
-    def _back(tokens: Tensor, code: int) -> Tensor:
-        g = LatticeMap.d4((tokens.shape[1], tokens.shape[2]), code)
-        moved = group_action(tokens, g.inverse().to(tokens.device))
-        assert isinstance(moved, Tensor)
-        return moved.to(torch.promote_types(tokens.dtype, torch.float32))
+    def _back(tokens: Tensor, g: LatticeMap) -> Tensor:
+        moved = group_action(tokens, g.to(tokens.device))
+        assert isinstance(moved, Tensor)  # without return_valid
+        return moved

@@ -19,11 +19,10 @@ from torch import Tensor
 from ser_fast.evaluation.coco import CategoryRecord, CocoFolder, score
 from ser_fast.evaluation.detector import build_detector, predict, train_head
 from ser_fast.evaluation.figures import save
-from ser_fast.evaluation.protocol import check_positive, device_of, with_control
+from ser_fast.evaluation.protocol import Models, check_positive, device_of, with_controls
 from ser_fast.evaluation.synthetic_coco import write_shapes
 from ser_fast.evaluation.tables import write_table
 from ser_fast.io import write_text
-from ser_fast.vit import SplitViT
 
 
 def print_table(records: Mapping[str, Sequence[CategoryRecord]], console: Console | None = None) -> None:
@@ -113,7 +112,7 @@ class DetectionResult:
             plot(self.shown, self.categories, self.results, folder / "detection.png"),
         ]
         for name, boxes in self.results.items():
-            path = folder / "detection" / f"{name}.json"
+            path = folder / "detection" / f"{name.replace('/', '_')}.json"
             write_text(path, json.dumps(boxes))
             written.append(path)
         return written
@@ -124,7 +123,7 @@ class DetectionResult:
 
 
 def evaluate(
-    model: SplitViT,
+    models: Models,
     data: Path | str | None = None,
     *,
     steps: int = 400,
@@ -140,12 +139,13 @@ def evaluate(
     """Train a Faster R-CNN on the frozen encoder and score it, beside one on a random initialization.
 
     Args:
-        model: on its device; it isn't changed.
+        models: on their device: one, called "checkpoint", or several by name; they aren't changed. Random
+            initializations stand beside them.
         data: a folder in COCO's layout (`CocoFolder`); default shapes on photographs (`write_shapes`).
         steps: to train each of the two heads.
         batch_size: images a step.
         lr: the largest learning rate.
-        image_size: of an image's shorter side in the detector, in pixels; default twice the model's.
+        image_size: of an image's shorter side in the detector, in pixels; default twice each model's own.
         heads: folder of the heads as they train, and of the generated set; what was interrupted goes on from there.
             None keeps neither.
         save_every: steps between two writes of a head.
@@ -172,15 +172,15 @@ def evaluate(
                 write_shapes(data, seed=seed)
         train_set, test_set = (CocoFolder(Path(data), train=part) for part in (True, False))
         records, results = {}, {}
-        for name, encoder in with_control(model).items():
+        for name, encoder in with_controls(models).items():
             torch.manual_seed(seed)  # the same initial head on both
             detector = build_detector(
-                encoder, categories=len(train_set.categories), image_size=image_size or 2 * model.image_size[0]
-            ).to(device_of(model))
+                encoder, categories=len(train_set.categories), image_size=image_size or 2 * encoder.image_size[0]
+            ).to(device_of(encoder))
             train_head(
                 detector,
                 train_set,
-                folder / f"{name}.pt",
+                folder / f"{name.replace('/', '_')}.pt",
                 steps=steps,
                 batch_size=batch_size,
                 lr=lr,

@@ -5,6 +5,7 @@ The detector and its losses are torchvision's.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
@@ -42,7 +44,8 @@ _FROZEN = "backbone.encoder."  # the parameters that belong to the encoder
 class FeaturePyramid(nn.Module):
     """Four maps of one width from the last tokens of a frozen SplitViT: 2, 1, 1/2 and 1/4 times their resolution.
 
-    The encoder runs in eval mode and without gradients; only the convolutions are trained.
+    The encoder runs in eval mode and without gradients; only the convolutions are trained. It sees images enlarged or
+    reduced so that a patch covers `stride` of their pixels.
 
     Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", 2022, the simple feature
     pyramid, with group norm and strided convolutions.
@@ -51,6 +54,8 @@ class FeaturePyramid(nn.Module):
     def __init__(self, encoder: SplitViT, channels: int) -> None:
         super().__init__()
         self.encoder, self.out_channels = encoder, channels
+        patch, _ = encoder.patch_size
+        self.stride = 2 ** max(1, round(math.log2(patch)))  # torchvision's RoIAlign takes powers of two
         block = partial(Conv2dNormActivation, norm_layer=partial(nn.GroupNorm, 8))
         dim = encoder.embed_dim
         self.levels = nn.ModuleList(
@@ -64,6 +69,10 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """{"0": (B, C, 2 H, 2 W), ... "3": (B, C, H / 4, W / 4)} of images with H x W tokens."""
+        patch, _ = self.encoder.patch_size
+        if patch != self.stride:
+            size = [side // self.stride * patch for side in images.shape[2:]]
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
         with evaluating(self.encoder):
             tokens = self.encoder.early(images)  # (B, H, W, dim)
             last = self.encoder.late(tokens)[:, self.encoder.num_prefix_tokens :].unflatten(1, tokens.shape[1:3])
@@ -80,21 +89,19 @@ def build_detector(encoder: SplitViT, *, categories: int, image_size: int) -> Fa
         image_size: to which the shorter side of an image is resized, in pixels; the longer one to at most twice that.
 
     Raises:
-        ValueError: patches that aren't square with a power of two as their side: torchvision's RoIAlign takes the
-            strides of a pyramid for such powers.
+        ValueError: patches that aren't square.
 
     Example:
         >>> detector = build_detector(load_split_vit("encoder.safetensors"), categories=80, image_size=448)
         >>> losses = detector(images, [{"boxes": boxes, "labels": labels}])  # in training
     """
     height, width = encoder.patch_size
-    if height != width or height < 2 or height & (height - 1):
-        raise ValueError(
-            f"checkpoint: got patches of {height} x {width} pixels, takes squares with a side of 2, 4, 8, ..."
-        )
-    strides = (height // 2, height, 2 * height, 4 * height)
+    if height != width:
+        raise ValueError(f"checkpoint: got patches of {height} x {width} pixels, takes squares")
+    pyramid = FeaturePyramid(encoder, _CHANNELS)
+    strides = (pyramid.stride // 2, pyramid.stride, 2 * pyramid.stride, 4 * pyramid.stride)
     return FasterRCNN(
-        FeaturePyramid(encoder, _CHANNELS),
+        pyramid,
         min_size=image_size,
         max_size=2 * image_size,
         image_mean=list(IMAGENET_MEAN),

@@ -44,5 +44,5 @@ def plot_confusion(rows: Rows, classes: Sequence[str], path: Path) -> Path:
             axes.tick_params(labelsize=7)
     figure.supxlabel("predicted")
     figure.supylabel("class")
-    figure.colorbar(image, ax=panels, label="share of the class")
+    figure.colorbar(image, ax=list(panels.flat[: len(rows)]), label="share of the class")
     return save(figure, path)

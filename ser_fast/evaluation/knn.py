@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,14 @@ from ser_fast.evaluation.features import check_labelled, embed, evaluating, spre
 from ser_fast.evaluation.figures import plot_confusion, save
 from ser_fast.evaluation.protocol import (
     DEFAULT_DATA,
+    Models,
     check_image_size,
     check_positive,
     device_of,
+    image_size_of,
+    name_models,
     open_labelled,
-    with_control,
+    with_controls,
 )
 from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows
 from ser_fast.views.pixels import normalize
@@ -177,12 +180,13 @@ class SampledImages:
             ValueError: a number that isn't positive, or data that can't be opened.
         """
         check_positive(train=train, test=test, equivariance=equivariance)
-        parts = []
-        for count, training in ((train, True), (test, False)):
+
+        def sample(count: int, *, training: bool) -> tuple[Tensor, Tensor]:
             dataset = open_dataset(data, train=training, image_size=image_size)
             images, labels = spread_items(dataset, count)
-            parts.append((images, labels if dataset.classes else torch.full_like(labels, -1)))
-        return cls(*parts, equivariance)
+            return images, labels if dataset.classes else torch.full_like(labels, -1)
+
+        return cls(sample(train, training=True), sample(test, training=False), equivariance)
 
     @property
     def labelled(self) -> bool:
@@ -212,10 +216,10 @@ class SampledImages:
 
 @dataclass(frozen=True)
 class KNNResult:
-    """How k nearest neighbors did, on a checkpoint's embeddings and on those of its random control.
+    """How k nearest neighbors did, on encoders' embeddings and on those of random controls.
 
     Attributes:
-        rows: {"model": "checkpoint" or "random", "k": neighbors}, and how they did.
+        rows: {"model": its name, "k": neighbors}, and how they did.
         classes: the names of the K classes.
         data: the source of the images.
     """
@@ -252,7 +256,7 @@ class KNNResult:
 
 
 def evaluate(
-    model: SplitViT,
+    models: Models,
     data: str = DEFAULT_DATA,
     *,
     k: Sequence[int] = (1, 5, 10, 20, 50),
@@ -266,18 +270,18 @@ def evaluate(
     """Classify held-out images by the embeddings of training images, beside a random initialization.
 
     Args:
-        model: on its device.
+        models: on their device: one, called "checkpoint", or several by name. Random initializations stand beside them.
         data: whose training images vote and whose held-out images are classified, as `open_dataset` takes it.
         k: numbers of neighbors.
         temperature: of the neighbors' votes.
-        image_size: side of the images in pixels; default the model's.
+        image_size: side of the images in pixels; default each model's own.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         batch_size: images at a time.
         workers: processes that load images.
         progress: show bars on the terminal.
 
     Raises:
-        ValueError: data that can't be opened or has no classes, an image size that the model can't take, or options
+        ValueError: data that can't be opened or has no classes, an image size that a model can't take, or options
             out of range; before anything is embedded.
 
     Example:
@@ -286,15 +290,18 @@ def evaluate(
         {10: 0.71, 20: 0.73}
         >>> result.write(Path("results"))
     """
-    size = check_image_size(model, image_size)
-    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct)
+    sizes = [check_image_size(encoder, image_size) for encoder in name_models(models).values()]
+    sets = {size: open_labelled(data, size, crop_pct=crop_pct) for size in sizes}
+    train_set = sets[sizes[0]][0]
     check_vote(k, temperature, len(train_set))
-    loaders = [
-        make_loader(dataset, batch_size=batch_size, train=False, workers=workers) for dataset in (train_set, test_set)
-    ]
+    loading: dict[str, Any] = {"batch_size": batch_size, "train": False, "workers": workers}
+    loaders = {size: [make_loader(dataset, **loading) for dataset in pair] for size, pair in sets.items()}
     rows: Rows = []
-    for name, encoder in with_control(model).items():
-        train, (features, labels) = (embed(encoder, loader, device_of(model), progress=progress) for loader in loaders)
+    for name, encoder in with_controls(models).items():
+        size = image_size_of(encoder, image_size)
+        train, (features, labels) = (
+            embed(encoder, loader, device_of(encoder), progress=progress) for loader in loaders[size]
+        )
         check_labelled("test", features, labels)
         predictions = knn_predictions(*train, features, k=k, temperature=temperature)
         for count, ranked in predictions.items():

@@ -19,15 +19,17 @@ from ser_fast.evaluation.features import check_labelled, embed_cached, embedder
 from ser_fast.evaluation.figures import plot_confusion
 from ser_fast.evaluation.protocol import (
     DEFAULT_DATA,
+    Models,
     check_image_size,
     check_positive,
     device_of,
+    image_size_of,
+    name_models,
     open_labelled,
-    with_control,
+    with_controls,
 )
 from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows, write_table
 from ser_fast.progress import track
-from ser_fast.vit import SplitViT
 
 Head = Literal["linear", "mlp"]
 
@@ -193,7 +195,7 @@ class LinearResult:
     """How probes did, on a checkpoint's features and on those of its random control.
 
     Attributes:
-        rows: {"model": "checkpoint" or "random", "head", "rate": chosen, "held_out_top1": at that rate}, and how they
+        rows: {"model": its name, "head", "rate": chosen, "held_out_top1": at that rate}, and how they
             did.
         rates: what was tried, by model.
         classes: the names of the K classes.
@@ -220,7 +222,7 @@ class LinearResult:
 
 
 def evaluate(
-    model: SplitViT,
+    models: Models,
     data: str = DEFAULT_DATA,
     *,
     heads: Sequence[Head] = ("linear",),
@@ -240,7 +242,7 @@ def evaluate(
     """Classify held-out images by probes of frozen features, beside a random initialization.
 
     Args:
-        model: on its device.
+        models: on their device: one, called "checkpoint", or several by name. Random initializations stand beside them.
         data: whose training images train the probe and whose held-out images are classified, as `open_dataset` takes
             it.
         heads: "linear", and "mlp" of two layers.
@@ -250,7 +252,7 @@ def evaluate(
         hidden: width of the hidden layer of "mlp".
         held_out: share of the training images that the rate is chosen on.
         seed: of that share, the order and the weights.
-        image_size: side of the images in pixels; default the model's.
+        image_size: side of the images in pixels; default each model's own.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         cache: folder of the features, computed once for each checkpoint and data set; None keeps them in memory.
         batch_size: images at a time.
@@ -258,7 +260,7 @@ def evaluate(
         progress: show bars on the terminal.
 
     Raises:
-        ValueError: data that can't be opened or has no classes, an image size or blocks that the model can't take, or
+        ValueError: data that can't be opened or has no classes, an image size or blocks that a model can't take, or
             options out of range; before anything is embedded.
 
     Example:
@@ -269,13 +271,16 @@ def evaluate(
     """
     if not heads or not set(heads) <= {"linear", "mlp"}:
         raise ValueError(f"heads: got {tuple(heads)}, takes 'linear' and 'mlp'")
-    size = check_image_size(model, image_size, read=embedder(model, blocks))
-    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct)
+    given = name_models(models).values()
+    sizes = [check_image_size(vit, image_size, read=embedder(vit, blocks)) for vit in given]
+    sets = {size: open_labelled(data, size, crop_pct=crop_pct) for size in sizes}
+    train_set = sets[sizes[0]][0]
     check_probe(rates, epochs, batch_size, hidden, held_out, len(train_set))
-    device, classes = device_of(model), train_set.classes
+    classes = train_set.classes
     rows: Rows = []
     tried: dict[str, list[Rate]] = {}
-    for name, encoder in with_control(model).items():
+    for name, encoder in with_controls(models).items():
+        device, size = device_of(encoder), image_size_of(encoder, image_size)
         train, (features, labels) = (
             embed_cached(
                 encoder,
@@ -287,7 +292,7 @@ def evaluate(
                 workers=workers,
                 progress=progress,
             )
-            for dataset in (train_set, test_set)
+            for dataset in sets[size]
         )
         check_labelled("test", features, labels)
         for head in heads:

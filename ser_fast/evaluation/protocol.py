@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ser_fast.data.sources import ImageDataset, open_dataset
 from ser_fast.device import choose_device
+from ser_fast.evaluation.controls import TokenMaps
 from ser_fast.evaluation.features import evaluating
 from ser_fast.lattice import Size
 from ser_fast.training.run_folder import RunFolder, find_encoder
@@ -155,8 +156,8 @@ def random_controls(models: Mapping[str, SplitViT], *, seed: int = 0, prefix: st
     return controls
 
 
-def with_controls(models: Models) -> dict[str, SplitViT]:
-    """The models that every protocol measures, by name, and a random control of each architecture.
+def name_models(models: Models) -> dict[str, SplitViT]:
+    """The models that are given, by name.
 
     Args:
         models: one, called "checkpoint", or several by name.
@@ -169,7 +170,22 @@ def with_controls(models: Models) -> dict[str, SplitViT]:
         raise ValueError("models: got none, takes one or more")
     if taken := [name for name in named if name.startswith(CONTROL)]:
         raise ValueError(f"models: got the name {taken[0]!r}, which is that of a random control")
+    return named
+
+
+def with_controls(models: Models) -> dict[str, SplitViT]:
+    """The models that every protocol measures, by name: those given, and a random control of each architecture.
+
+    Args:
+        models: as `name_models`.
+    """
+    named = name_models(models)
     return {**named, **random_controls(named)}
+
+
+def image_size_of(model: SplitViT, image_size: int | None) -> int:
+    """The side of a model's images in pixels: the one given, or its own."""
+    return model.image_size[0] if image_size is None else image_size
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -198,14 +214,14 @@ def check_image_size(model: SplitViT, image_size: int | None, *, read: Callable[
     Raises:
         ValueError: a size that isn't positive, or that the model can't take.
     """
-    size = model.image_size[0] if image_size is None else image_size
+    size = image_size_of(model, image_size)
     check_positive(image_size=size)
     with evaluating(model):
         (read or model)(torch.zeros(1, 3, size, size, device=device_of(model)))
     return size
 
 
-def check_images(model: SplitViT, images: Tensor) -> Size:
+def check_images(model: TokenMaps, images: Tensor) -> Size:
     """The lattice (H, W) of the tokens of images (N, 3, Hp, Wp) uint8.
 
     Raises:

@@ -34,11 +34,13 @@ from ser_fast.evaluation.knn import check_vote, knn_scores
 from ser_fast.evaluation.linear_probe import train_probe
 from ser_fast.evaluation.protocol import (
     DEFAULT_DATA,
+    Models,
     check_image_size,
     check_positive,
     device_of,
+    name_models,
     open_labelled,
-    with_control,
+    with_controls,
 )
 from ser_fast.evaluation.tables import print_rows, write_rows, write_table
 from ser_fast.progress import track
@@ -340,7 +342,7 @@ class CorruptionsResult:
 
 
 def evaluate(
-    model: SplitViT,
+    models: Models,
     data: str = DEFAULT_DATA,
     *,
     images: int = 128,
@@ -362,7 +364,8 @@ def evaluate(
     """Test a classifier on frozen features on corrupted, perturbed and shifted images, beside a random initialization.
 
     Args:
-        model: on its device.
+        models: on their device: one, called "checkpoint", or several by name, which see the same images. Random
+            initializations stand beside them.
         data: whose training images train the classifier and whose held-out images are corrupted, as `open_dataset`
             takes it.
         images: how many held-out images are corrupted, spread evenly: 15 kinds at 5 severities.
@@ -375,7 +378,7 @@ def evaluate(
         k: number of neighbors of "knn".
         temperature: of the neighbors' votes.
         seed: of the corruptions and the probe.
-        image_size: side of the images in pixels; default the model's.
+        image_size: side of the images in pixels; default the models', where all have the same.
         cache: folder of the training features; None keeps them in memory.
         batch_size: images at a time.
         workers: processes that load images.
@@ -383,7 +386,7 @@ def evaluate(
 
     Raises:
         ValueError: data that can't be opened or has no classes, folders in another layout, a baseline without these
-            kinds, an image size that the model can't take, or options out of range; before anything is embedded.
+            kinds, an image size that a model can't take, or options out of range; before anything is embedded.
 
     Example:
         >>> result = evaluate(load_split_vit("encoder.safetensors"), "folder:images", classifier="knn")
@@ -394,7 +397,9 @@ def evaluate(
     if classifier not in ("knn", "linear"):
         raise ValueError(f"classifier: got {classifier!r}, takes 'knn' or 'linear'")
     check_positive(images=images, sequences=sequences, batch_size=batch_size)
-    size = check_image_size(model, image_size)
+    size, *others = dict.fromkeys(check_image_size(vit, image_size) for vit in name_models(models).values())
+    if others:
+        raise ValueError(f"image_size: got models of {', '.join(map(str, (size, *others)))} pixels; give one for all")
     train_set, test_set = open_labelled(data, size)
     if classifier == "knn":
         check_vote(k, temperature, len(train_set))
@@ -413,9 +418,9 @@ def evaluate(
     if baseline_rates is not None:
         check_baseline(baseline_rates, [(kind, severity) for kind, severity, _ in image_sets])
 
-    device = device_of(model)
     classifiers: dict[str, Classifier] = {}
-    for name, encoder in with_control(model).items():
+    for name, encoder in with_controls(models).items():
+        device = device_of(encoder)
         features, train_labels = embed_cached(
             encoder, train_set, device, cache=cache, batch_size=batch_size, workers=workers, progress=progress
         )

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ser_fast.evaluation.equivariance import LayerRecord, equivariance_errors
 from ser_fast.evaluation.knn import SampledImages
 from ser_fast.evaluation.protocol import device_of
+from ser_fast.evaluation.token_errors import LayerRecord, equivariance_errors
 from ser_fast.vit import SplitViT
 
 MEASURES = {

@@ -161,7 +161,8 @@ def print_predictions(predictions: Mapping[str, Sequence[Prediction]], console: 
             table.add_column(str(layer), justify="right")
         for name in predictions:
             for regressor in REGRESSORS:
-                table.add_row(f"{name} {regressor}", *(f"{scores[name, regressor, layer]:.2f}" for layer in layers))
+                found = (scores.get((name, regressor, layer)) for layer in layers)
+                table.add_row(f"{name} {regressor}", *("" if score is None else f"{score:.2f}" for score in found))
         console.print(table)
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ser_fast.evaluation.equivariance import NO_VARIANCE, retrieval_sums, token_sums
+from ser_fast.evaluation.token_errors import NO_VARIANCE, retrieval_sums, token_sums
 from ser_fast.lattice import LatticeMap, Size, positions
 from ser_fast.sensitivity.factors import DEFAULT, ELEMENTS, Resampling, common_valid
 

@@ -14,10 +14,10 @@ from scipy.stats import t as student_t
 
 from ser_fast.csv_files import read_csv, write_csv
 from ser_fast.data.sources import open_dataset
-from ser_fast.evaluation.equivariance import equivariance_errors
 from ser_fast.evaluation.features import spread_images
 from ser_fast.evaluation.figures import save
 from ser_fast.evaluation.protocol import check_positive, open_encoder, random_control
+from ser_fast.evaluation.token_errors import equivariance_errors
 from ser_fast.sensitivity import BASELINE, VARIANTS
 from ser_fast.training.config import TrainConfig, with_options
 from ser_fast.training.recipes import demo_recipes

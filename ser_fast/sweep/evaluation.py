@@ -243,13 +243,12 @@ def run_sweep(
         result.rows.extend(kept.rows)
     make_folder(out)
     done = {(row.cell, row.seed) for row in result.rows}
-    counts = {"train": train, "test": test, "equivariance": equivariance}
     sets: dict[tuple[str, int], SampledImages] = {}
 
     def images_of(config: TrainConfig) -> SampledImages:
         key = config.data, config.model.image_size
         if key not in sets:
-            sets[key] = SampledImages.open(*key, **counts)
+            sets[key] = SampledImages.open(*key, train=train, test=test, equivariance=equivariance)
         return sets[key]
 
     def score(run: SweepRun, failure: str | None) -> None:

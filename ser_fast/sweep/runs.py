@@ -88,7 +88,8 @@ def train_runs(
     environment = os.environ | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (processes * ranks))))
     }
-    waiting, running = list(runs), {}
+    waiting = list(runs)
+    running: dict[subprocess.Popen[bytes], SweepRun] = {}
     with stop_signals() as stop:
         try:
             while (waiting or running) and not stop:
