@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
+from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.contract import GroupAction
@@ -236,14 +236,18 @@ class SERLoss(nn.Module):
         counts = gather_counts(len(image), image.device)
         row = sum(counts[: rank()]) + torch.arange(len(image), device=image.device)  # this rank's rows among all
         image = image + (rank() << 32)  # images on different ranks are different images
-        query, key = target, all_gather_rows(moved, counts)
-        key_image, key_valid = all_gather_rows(image, counts), all_gather_rows(valid.byte(), counts).bool()
-        positive = row
+        # Images and validity in one exchange: a row that takes no part has no image.
+        key_image = all_gather_rows(image.masked_fill(~valid, -1), counts)
+        key_valid = key_image >= 0
+        query, positive = target, row
         if both_views:
-            query, key = torch.cat([moved, target]), torch.cat([key, all_gather_rows(target, counts)])
+            key = all_gather_views([moved, target], counts).flatten(0, 1)
+            query = torch.cat([moved, target])
             image, valid = image.repeat(2), valid.repeat(2)
             key_image, key_valid = key_image.repeat(2), key_valid.repeat(2)
             positive = torch.cat([row + sum(counts), row])
+        else:
+            key = all_gather_rows(moved, counts)
         total = info_nce(
             query,
             key,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast import LatticeMap, SERLoss, group_action, info_nce, nt_xent
-from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
+from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.objectives.moco_v3 import MoCoV3, MoCoV3Config
 from ser_fast.training.config import ModelConfig, TrainConfig, ViewsConfig, with_options
 from ser_fast.training.pretraining import Pretraining
@@ -89,9 +89,23 @@ def gather() -> dict[str, Any]:
         rows = rows_of(rank(), dtype)
         out[str(dtype)] = all_gather_rows(rows, counts)
         out[f"vector {dtype}"] = all_gather_rows(rows[:, 0], counts)
-    rows = rows_of(rank(), f64).requires_grad_()
-    (all_gather_rows(rows, counts) * weights_of(rank(), world_size())).sum().backward()
+    for dtype in (f32, f64):
+        rows, weights = rows_of(rank(), dtype).requires_grad_(), weights_of(rank(), world_size()).to(dtype)
+        gathered = all_gather_rows(rows, counts)
+        gathered.backward(kept := weights.clone())  # a gradient that others may hold, too
+        total = weights.clone()
+        dist.all_reduce(total)  # of all rows, of which a rank keeps its own
+        out[f"gradient {dtype}"] = rows.grad, total.split(counts)[rank()], torch.equal(kept, weights)
     out["gradient"] = rows.grad
+    views = [rows_of(rank(), f64), rows_of(rank(), f64).flip(1).requires_grad_()]
+    out["views"] = gathered = all_gather_views(views, counts)
+    gathered[1].backward(weights_of(rank(), world_size()))
+    out["views gradient"] = views[1].grad
+    rows = rows_of(rank(), f64).requires_grad_()
+    (slope,) = torch.autograd.grad(all_gather_rows(rows, counts).pow(3).sum(), rows, create_graph=True)
+    (out["second"],) = torch.autograd.grad(slope.sum(), rows)
+    # Counts are read on the host, and a group that has a backend for the CPU asks no device for them.
+    out["counts of a device"] = gather_counts(COUNTS[rank()], torch.device("meta"))
     out["nothing"] = all_gather_rows(rows[:0].float(), gather_counts(0, rows.device))
     return out
 
@@ -113,6 +127,31 @@ def test_gradient_of_gathered_rows_is_the_sum_over_the_ranks(results: dict[str, 
     expected = sum(weights_of(r, world) for r in range(world)).split(COUNTS[:world])
     for actual, own in zip(results["gather"], expected, strict=True):
         torch.testing.assert_close(actual["gradient"], own)
+        for dtype, tolerance in ((f32, 1e-6), (f64, 1e-14)):
+            gradient, reduced, untouched = actual[f"gradient {dtype}"]
+            torch.testing.assert_close(gradient, reduced, rtol=tolerance, atol=tolerance)
+            assert untouched
+
+
+def test_views_are_gathered_together(results: dict[str, list[Any]]) -> None:
+    world = len(results["gather"])
+    rows = torch.cat([rows_of(r, f64) for r in range(world)])
+    summed = sum(weights_of(r, world) for r in range(world)).split(COUNTS[:world])
+    for actual, own in zip(results["gather"], summed, strict=True):
+        assert torch.equal(actual["views"], torch.stack([rows, rows.flip(1)]))
+        assert actual["views"].is_contiguous()
+        torch.testing.assert_close(actual["views gradient"], own)
+
+
+def test_gathered_rows_can_be_differentiated_twice(results: dict[str, list[Any]]) -> None:
+    world = len(results["gather"])
+    for r, actual in enumerate(results["gather"]):
+        torch.testing.assert_close(actual["second"], world * 6 * rows_of(r, f64))  # of all ranks' losses x^3
+
+
+def test_counts_do_not_wait_for_the_device(results: dict[str, list[Any]]) -> None:
+    for actual in results["gather"]:
+        assert actual["counts of a device"] == COUNTS[: len(results["gather"])]
 
 
 def test_without_a_process_group() -> None:
