@@ -5,6 +5,7 @@ launch, since starting processes costs more than all they compute.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,108 @@ def test_crops_leave_tokens_without_partner() -> None:
         valid = LatticeMap.relative(*crop_maps(r)).valid()
         assert valid.any()
         assert not valid.all()
+
+
+class Exchanges:
+    """Counts the collectives, and the bytes that this rank receives from others in those of more than `small` bytes."""
+
+    NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_gather", "all_gather_object")
+
+    def __init__(self, small: int = 100) -> None:
+        self.calls: list[tuple[str, torch.dtype]] = []
+        self.received, self.small = 0, small
+
+    def __enter__(self) -> "Exchanges":
+        self.originals = {name: getattr(dist, name) for name in self.NAMES}
+        for name, function in self.originals.items():
+            setattr(dist, name, partial(self._count, name, function))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, function in self.originals.items():
+            setattr(dist, name, function)
+
+    def _count(self, name: str, function: Callable[..., Any], out: Tensor, *rest: Any) -> Any:
+        self.calls.append((name, out.dtype))
+        share = (world_size() - 1) / world_size()
+        received = share * out.nbytes if name == "all_gather_into_tensor" else (world_size() - 1) * out.nbytes
+        self.received += round(received) if out.nbytes > self.small else 0
+        return function(out, *rest)
+
+
+@program
+def exchanges() -> dict[str, Any]:
+    """What the third call exchanges, forward and backward: the first two also look at the parameters."""
+    out = {}
+    for name, preset, amp in (("paper", "paper", False), ("released", "released", False), ("half", "paper", True)):
+        ser = SERLoss(DIM, preset=preset, hidden_dim=8, out_dim=64, gather=True)
+        tokens, maps, _ = ser_case(("", "d4_scale", False, f32), rank())
+        for _ in range(3):
+            with Exchanges() as forward, torch.autocast("cpu", dtype=bf16, enabled=amp):
+                loss = ser(*tokens, *maps)
+            with Exchanges() as backward:
+                loss.backward()
+        out[name] = forward.calls, forward.received, backward.calls, backward.received
+    return out
+
+
+@pytest.mark.parametrize(("preset", "directions", "views"), [("paper", 1, 2), ("released", 2, 1)])
+def test_exchanges_of_a_step(preset: str, directions: int, views: int, results: dict[str, list[Any]]) -> None:
+    """A direction: numbers of rows, image ids with validity, all keys. Back: all their gradients. Nothing else."""
+    gather, scatter = "all_gather_into_tensor", "reduce_scatter_tensor"
+    for result in results["exchanges"]:
+        forward, _, backward, _ = result[preset]
+        assert forward == directions * [(gather, torch.int64), (gather, torch.int64), (gather, f32)]
+        assert backward == directions * [(scatter, f32)]
+
+
+def test_half_precision_travels_as_such(results: dict[str, list[Any]]) -> None:
+    """Under autocast keys are exchanged in the dtype that the kernels round their operands in, and gradients too."""
+    world = len(results["exchanges"])
+    longest = max(BATCHES[r] * SIZES[r][1][0] * SIZES[r][1][1] for r in range(world))
+    for result in results["exchanges"]:
+        for name, itemsize in (("paper", 4), ("half", 2)):
+            forward, received, backward, received_back = result[name]
+            keys = (world - 1) * longest * 2 * 64 * itemsize
+            assert received == keys + (world - 1) * longest * 8
+            assert received_back == keys
+            assert backward == [("reduce_scatter_tensor", f32 if itemsize == 4 else bf16)]
+            assert forward[2][1] == (f32 if itemsize == 4 else bf16)
+
+
+@program
+def unlike_parameters() -> dict[str, list[str]]:
+    """What a SERLoss outside DistributedDataParallel raises in each of its calls."""
+    out: dict[str, list[str]] = {}
+    for name in ("alike", "rounding", "drifting", "from the start"):
+        torch.manual_seed(rank() if name == "from the start" else 0)
+        ser = SERLoss(DIM, hidden_dim=8, out_dim=5, gather=True)
+        if name == "rounding":
+            with torch.no_grad():
+                ser.projector[0].weight.mul_(1 + 1e-6 * rank())
+        optimizer = torch.optim.SGD(ser.parameters(), lr=0.1 if name == "drifting" else 0.0)
+        tokens, maps, _ = ser_case(("", "d4_scale", False, f32), rank())
+        out[name] = []
+        for _ in range(4):
+            try:
+                ser(*tokens, *maps).backward()
+                out[name].append("")
+            except RuntimeError as error:
+                out[name].append(str(error))
+            if rank() == 0:
+                optimizer.step()
+    return out
+
+
+def test_ranks_with_unlike_parameters_are_told(results: dict[str, list[Any]]) -> None:
+    """Every rank is, in calls 1, 2, 4 and so on: also where they were alike at first."""
+    message = "SERLoss: its parameters differ between the ranks in call {}; hold it in the module that "
+    for actual in results["unlike_parameters"]:
+        raised = {name: [error.split("Dist")[0] for error in errors] for name, errors in actual.items()}
+        told = [message.format(call) for call in (1, 2, 4)]
+        assert raised["alike"] == raised["rounding"] == ["", "", "", ""]
+        assert raised["drifting"] == ["", told[1], "", told[2]]
+        assert raised["from the start"] == [told[0], told[1], "", told[2]]
 
 
 # ---------------------------------------------------------------- golden case of two ranks
