@@ -4,10 +4,14 @@ A program runs on every rank and returns tensors; the tests compare what came ba
 launch, since starting processes costs more than all they compute.
 """
 
+import itertools
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from cases.ranks import results_of_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ser_fast import LatticeMap, SERLoss, group_action, info_nce, nt_xent
+from ser_fast import LatticeMap, SERLoss, distributed, group_action, info_nce, nt_xent
 from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.objectives.moco_v3 import MoCoV3, MoCoV3Config
 from ser_fast.training.config import ModelConfig, TrainConfig, ViewsConfig, with_options
@@ -82,6 +86,11 @@ def weights_of(rank: int, world: int) -> Tensor:
     return randn(sum(COUNTS[:world]), 4, key=(2, rank))
 
 
+def scattering(at_once: bool) -> AbstractContextManager[Any]:
+    """With the reduce-scatter that is a GPU's, or with the way round it that gloo's CPU has."""
+    return patch.object(distributed, "_reduces_while_it_scatters", lambda _: at_once)
+
+
 @program
 def gather() -> dict[str, Any]:
     counts = gather_counts(COUNTS[rank()], torch.device("cpu"))
@@ -90,13 +99,14 @@ def gather() -> dict[str, Any]:
         rows = rows_of(rank(), dtype)
         out[str(dtype)] = all_gather_rows(rows, counts)
         out[f"vector {dtype}"] = all_gather_rows(rows[:, 0], counts)
-    for dtype in (f32, f64):
+    for dtype, at_once in itertools.product((f32, f64), (False, True)):
         rows, weights = rows_of(rank(), dtype).requires_grad_(), weights_of(rank(), world_size()).to(dtype)
         gathered = all_gather_rows(rows, counts)
-        gathered.backward(kept := weights.clone())  # a gradient that others may hold, too
+        with scattering(at_once):
+            gathered.backward(kept := weights.clone())  # a gradient that others may hold, too
         total = weights.clone()
         dist.all_reduce(total)  # of all rows, of which a rank keeps its own
-        out[f"gradient {dtype}"] = rows.grad, total.split(counts)[rank()], torch.equal(kept, weights)
+        out[f"gradient {dtype} {at_once}"] = rows.grad, total.split(counts)[rank()], torch.equal(kept, weights)
     out["gradient"] = rows.grad
     views = [rows_of(rank(), f64), rows_of(rank(), f64).flip(1).requires_grad_()]
     out["views"] = gathered = all_gather_views(views, counts)
@@ -128,8 +138,8 @@ def test_gradient_of_gathered_rows_is_the_sum_over_the_ranks(results: dict[str, 
     expected = sum(weights_of(r, world) for r in range(world)).split(COUNTS[:world])
     for actual, own in zip(results["gather"], expected, strict=True):
         torch.testing.assert_close(actual["gradient"], own)
-        for dtype, tolerance in ((f32, 1e-6), (f64, 1e-14)):
-            gradient, reduced, untouched = actual[f"gradient {dtype}"]
+        for (dtype, tolerance), at_once in itertools.product(((f32, 1e-6), (f64, 1e-14)), (False, True)):
+            gradient, reduced, untouched = actual[f"gradient {dtype} {at_once}"]
             torch.testing.assert_close(gradient, reduced, rtol=tolerance, atol=tolerance)
             assert untouched
 
@@ -309,7 +319,10 @@ def test_crops_leave_tokens_without_partner() -> None:
 class Exchanges:
     """Counts the collectives, and the bytes that this rank receives from others in those of more than `small` bytes."""
 
-    NAMES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_gather", "all_gather_object")
+    NAMES = (
+        "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "all_reduce", "all_gather",
+        "all_gather_object",
+    )  # fmt: skip
 
     def __init__(self, small: int = 100) -> None:
         self.calls: list[tuple[str, torch.dtype]] = []
@@ -327,9 +340,9 @@ class Exchanges:
 
     def _count(self, name: str, function: Callable[..., Any], out: Tensor, *rest: Any) -> Any:
         self.calls.append((name, out.dtype))
-        share = (world_size() - 1) / world_size()
-        received = share * out.nbytes if name == "all_gather_into_tensor" else (world_size() - 1) * out.nbytes
-        self.received += round(received) if out.nbytes > self.small else 0
+        others = world_size() - 1
+        received = others * out.nbytes if name == "reduce_scatter_tensor" else others * out.nbytes // world_size()
+        self.received += received if out.nbytes > self.small else 0
         return function(out, *rest)
 
 
@@ -337,40 +350,41 @@ class Exchanges:
 def exchanges() -> dict[str, Any]:
     """What the third call exchanges, forward and backward: the first two also look at the parameters."""
     out = {}
-    for name, preset, amp in (("paper", "paper", False), ("released", "released", False), ("half", "paper", True)):
+    for preset, amp, at_once in itertools.product(PRESETS, (False, True), (False, True)):
         ser = SERLoss(DIM, preset=preset, hidden_dim=8, out_dim=64, gather=True)
         tokens, maps, _ = ser_case(("", "d4_scale", False, f32), rank())
         for _ in range(3):
             with Exchanges() as forward, torch.autocast("cpu", dtype=bf16, enabled=amp):
                 loss = ser(*tokens, *maps)
-            with Exchanges() as backward:
+            with Exchanges() as backward, scattering(at_once):
                 loss.backward()
-        out[name] = forward.calls, forward.received, backward.calls, backward.received
+        out[f"{preset} {amp} {at_once}"] = forward.calls, forward.received, backward.calls, backward.received
     return out
 
 
-@pytest.mark.parametrize(("preset", "directions", "views"), [("paper", 1, 2), ("released", 2, 1)])
-def test_exchanges_of_a_step(preset: str, directions: int, views: int, results: dict[str, list[Any]]) -> None:
-    """A direction: numbers of rows, image ids with validity, all keys. Back: all their gradients. Nothing else."""
-    gather, scatter = "all_gather_into_tensor", "reduce_scatter_tensor"
-    for result in results["exchanges"]:
-        forward, _, backward, _ = result[preset]
-        assert forward == directions * [(gather, torch.int64), (gather, torch.int64), (gather, f32)]
-        assert backward == directions * [(scatter, f32)]
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize(("preset", "views"), [("paper", [2]), ("released", [1, 1])])
+def test_exchanges_of_a_step(
+    preset: str, views: list[int], amp: bool, at_once: bool, results: dict[str, list[Any]]
+) -> None:
+    """A direction: numbers of rows, images with validity, keys of so many views. Back: their gradients. Nothing else.
 
-
-def test_half_precision_travels_as_such(results: dict[str, list[Any]]) -> None:
-    """Under autocast keys are exchanged in the dtype that the kernels round their operands in, and gradients too."""
-    world = len(results["exchanges"])
-    longest = max(BATCHES[r] * SIZES[r][1][0] * SIZES[r][1][1] for r in range(world))
-    for result in results["exchanges"]:
-        for name, itemsize in (("paper", 4), ("half", 2)):
-            forward, received, backward, received_back = result[name]
-            keys = (world - 1) * longest * 2 * 64 * itemsize
-            assert received == keys + (world - 1) * longest * 8
-            assert received_back == keys
-            assert backward == [("reduce_scatter_tensor", f32 if itemsize == 4 else bf16)]
-            assert forward[2][1] == (f32 if itemsize == 4 else bf16)
+    Keys and gradients travel in the precision that kernels round their operands to.
+    """
+    world, dtype = len(results["exchanges"]), bf16 if amp else f32
+    scatter = "reduce_scatter_tensor" if at_once else "all_to_all_single"
+    gather = "all_gather_into_tensor"
+    for r, result in enumerate(results["exchanges"]):
+        forward, received, backward, received_back = result[f"{preset} {amp} {at_once}"]
+        assert forward == len(views) * [(gather, torch.int64), (gather, torch.int64), (gather, dtype)]
+        assert backward == len(views) * [(scatter, dtype)]
+        rows = [[BATCHES[other] * math.prod(SIZES[other][view]) for other in range(world)] for view in (1, 0)]
+        a_row = [count * 64 * dtype.itemsize for count in views]
+        directions = list(zip(rows, a_row, strict=False))
+        assert received == sum((world - 1) * max(counts) * (row + 8) for counts, row in directions)
+        expected = sum((world - 1) * (max(counts) if at_once else counts[r]) * row for counts, row in directions)
+        assert received_back == expected
 
 
 @program
