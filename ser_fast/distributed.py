@@ -30,7 +30,7 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
     """
     if world_size() == 1:
         return [count]
-    if "cpu:" in dist.get_backend_config():
+    if "cpu:" in dist.get_backend_config():  # "cpu:gloo,cuda:nccl"; of "nccl" alone it is "cuda:nccl"
         device = torch.device("cpu")
     counts = torch.empty(world_size(), dtype=torch.long, device=device)
     dist.all_gather_into_tensor(counts, torch.tensor([count], device=device))

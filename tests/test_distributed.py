@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ser_fast import LatticeMap, SERLoss, distributed, group_action, info_nce, nt_xent
 from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.objectives.moco_v3 import MoCoV3, MoCoV3Config
+from ser_fast.training import processes
 from ser_fast.training.config import ModelConfig, TrainConfig, ViewsConfig, with_options
 from ser_fast.training.pretraining import Pretraining
 from ser_fast.views.recipe import View, Views
@@ -158,6 +159,35 @@ def test_gathered_rows_can_be_differentiated_twice(results: dict[str, list[Any]]
     world = len(results["gather"])
     for r, actual in enumerate(results["gather"]):
         torch.testing.assert_close(actual["second"], world * 6 * rows_of(r, f64))  # of all ranks' losses x^3
+
+
+@pytest.mark.parametrize("backend", ["cpu:gloo,cuda:nccl", "gloo", "nccl"])
+def test_counts_are_those_of_the_cpu_where_it_has_a_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    config = str(dist.distributed_c10d.BackendConfig(dist.Backend(backend)))
+    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, own: devices.extend([out.device, own.device]))
+    if backend == "nccl":
+        with pytest.raises(NotImplementedError, match="meta"):  # what was gathered is read back from the device
+            gather_counts(1, torch.device("meta"))
+    else:
+        gather_counts(1, torch.device("meta"))
+    assert [device.type for device in devices] == ["meta" if backend == "nccl" else "cpu"] * 2
+
+
+def test_a_training_on_gpus_has_a_backend_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(processes, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", started.append)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name in ("cuda", "cpu"):
+        with processes.process_group(name) as device:
+            assert device.type == name
+    assert started == ["cpu:gloo,cuda:nccl", "gloo"]
 
 
 def test_counts_do_not_wait_for_the_device(results: dict[str, list[Any]]) -> None:
