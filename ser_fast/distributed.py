@@ -1,6 +1,10 @@
-"""All-gather of rows when every rank has its own number of them, and sums over the ranks, with gradients."""
+"""All-gather of rows when every rank has its own number of them, and sums over the ranks, with gradients.
+
+docs/distributed.md says what is exchanged in a step, and what that costs.
+"""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,32 +23,76 @@ def rank() -> int:
 
 
 def gather_counts(count: int, device: torch.device) -> list[int]:
-    """How many rows each rank has. Reads them on the host: lattices differ from rank to rank and step to step."""
+    """How many rows each rank has. Reads them on the host: lattices differ from rank to rank and step to step.
+
+    Where the group has a backend for the CPU, as under "cpu:gloo,cuda:nccl", they never see the device, and nothing
+    waits for it.
+    """
     if world_size() == 1:
         return [count]
-    counts = [torch.empty(1, dtype=torch.long, device=device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([count], device=device))
-    return torch.cat(counts).tolist()
+    if "cpu:" in dist.get_backend_config():  # "cpu:gloo,cuda:nccl"; of "nccl" alone it is "cuda:nccl"
+        device = torch.device("cpu")
+    counts = torch.empty(world_size(), dtype=torch.long, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([count], device=device))
+    return counts.tolist()
+
+
+def _pad(rows: Tensor, length: int) -> Tensor:
+    """Contiguous rows, and zeros after them up to the length: what is gathered or reduced at once has equal parts."""
+    if len(rows) == length:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
+
+
+def _reduces_while_it_scatters(device: torch.device) -> bool:
+    """Whether a rank receives one sum, as with NCCL. Gloo, for the CPU, is cheaper if each rank adds up its own rows.
+
+    Its reduce-scatter is an all-reduce inside: each rank receives all rows twice, padding too.
+    """
+    return device.type != "cpu"
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:  # (T_rank, ...) -> (sum of T, ...)
         ctx.counts = counts
-        # Padded to the longest: gloo can't gather unequal sizes.
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        longest = max(counts)
+        gathered = rows.new_empty(len(counts) * longest, *rows.shape[1:])
+        if longest:
+            dist.all_gather_into_tensor(gathered, _pad(rows, longest))
+        if min(counts) == longest:
+            return gathered
+        return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Every rank's loss saw these rows, so their gradient is the sum over the ranks. Keeping only the local
         # slice would lose every other rank's share.
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad.split(ctx.counts)[dist.get_rank()], None
+        return _ReduceScatterRows.apply(grad, ctx.counts), None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    """The sum of every rank's rows, of which each rank keeps its own: the transpose of the gather."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:  # (sum of T, ...) -> (T_rank, ...)
+        ctx.counts = counts
+        longest, own = max(counts), counts[dist.get_rank()]
+        if not longest:
+            return torch.empty_like(rows)
+        if not _reduces_while_it_scatters(rows.device):
+            parts = rows.new_empty(len(counts), own, *rows.shape[1:])
+            dist.all_to_all_single(parts.flatten(0, 1), rows.contiguous(), [own] * len(counts), counts)
+            return parts.sum(0)
+        if min(counts) < longest:
+            rows = torch.cat([_pad(part, longest) for part in rows.split(counts)])
+        summed = rows.new_empty(longest, *rows.shape[1:])
+        dist.reduce_scatter_tensor(summed, rows.contiguous())
+        return summed[:own]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _GatherRows.apply(grad, ctx.counts), None
 
 
 def all_gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
@@ -58,6 +106,21 @@ def all_gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
         (sum of T, ...). Its gradient goes back to the rank that owns the row, summed over all ranks' losses.
     """
     return rows if world_size() == 1 else _GatherRows.apply(rows, counts)
+
+
+def all_gather_views(views: Sequence[Tensor], counts: list[int]) -> Tensor:
+    """Every rank's rows of several views, in one exchange.
+
+    Args:
+        views: V of (T_rank, D), alike.
+        counts: the T of every rank, from `gather_counts`.
+
+    Returns:
+        (V, sum of T, D); as `all_gather_rows` has it for each.
+    """
+    if world_size() == 1:
+        return torch.stack(list(views))
+    return all_gather_rows(torch.stack(list(views), 1), counts).transpose(0, 1).contiguous()
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -1,11 +1,13 @@
 """`SERLoss`: projector, group action and contrast, as one module that returns one scalar."""
 
-from typing import TYPE_CHECKING, Any
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
+from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.contract import GroupAction
@@ -19,6 +21,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"negatives": "both", "both_directions": False},
     "released": {"negatives": "other", "both_directions": True},
 }
+_MOST_PREFIX_TOKENS = 8  # [CLS], a distillation token, registers: models have up to 5
 
 
 class SERLoss(nn.Module):
@@ -28,15 +31,20 @@ class SERLoss(nn.Module):
     patch-wise NT-Xent in which every token of every other image is a negative. Add it, times lambda (1 in the paper,
     0.3 with DINO), to the invariance loss of the method it regularises.
 
+    It has parameters: give them to the optimizer and, where there are several ranks, hold it in the module that
+    DistributedDataParallel wraps.
+
     Args:
         dim: C, channels of the tokens.
         preset: "paper" (what its text says: NT-Xent with the negatives of both views, view 0 moved to view 1) or
             "released" (what its scripts say: negatives of the other view only, both directions, other temperatures).
             The arguments below override it.
-        objective: the method it regularises, for the preset's temperature: "moco_v3", "barlow_twins" or "dino".
-        temperature: of the contrast.
+        objective: the method it regularises, for the preset's temperature: "moco_v3", "barlow_twins" or "dino". For any
+            other method the default, MoCo-v3's, is a start: 0.3 ("paper") or 0.5 ("released").
+        temperature: of the contrast. None: the preset's.
         negatives: "both" views' tokens of other images, or the "other" view's only.
-        both_directions: also move view 1 to view 0, and average the two losses.
+        both_directions: also move view 1 to view 0, and average the two losses. With the keys of one view alone there
+            is one direction.
         hidden_dim, out_dim: widths of the projector.
         interpolation, padding, antialias: of the resampling; see `group_action`.
         max_tokens: use at most this many token pairs of the batch (of this rank), drawn anew at every call from torch's
@@ -44,12 +52,14 @@ class SERLoss(nn.Module):
             all of them.
         memory_budget: bytes that `nt_xent` may keep for its backward pass, to be faster; with `negatives="both"`,
             without keys and without `gather`.
-        gather: contrast with the tokens of all ranks; see `ser_fast.distributed`. Averaged over the ranks as
-            DistributedDataParallel averages gradients, N ranks give what one rank gives on the whole batch.
+        gather: contrast with the tokens of all ranks; see docs/distributed.md. Averaged over the ranks as
+            DistributedDataParallel averages gradients, N ranks give what one rank gives on the whole batch. All ranks
+            must hold the same parameters, which is looked at in calls 1, 2, 4, 8 and so on.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Raises:
-        ValueError: an option that isn't one of those named.
+        TypeError: a temperature that is no number, such as a parameter: it is not learned.
+        ValueError: an option that isn't one of those named, a width below 1.
 
     Source: SER, arXiv 2603.06693, equations of section 3.
 
@@ -80,16 +90,26 @@ class SERLoss(nn.Module):
     ) -> None:
         super().__init__()
         _one_of("preset", preset, _PRESETS)
-        _one_of("objective", objective, TEMPERATURES)
+        if objective not in TEMPERATURES:
+            raise ValueError(
+                f"objective: got {objective!r}, takes one of {', '.join(map(repr, TEMPERATURES))}; for another method "
+                "leave it out, or give a temperature"
+            )
+        for name, width in (("dim", dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
+            if width < 1:
+                raise ValueError(f"{name}: got {width}, takes a positive number")
+        if isinstance(temperature, Tensor):
+            raise TypeError(f"temperature: got {type(temperature).__name__}, takes a number; it is not learned")
         chosen = _PRESETS[preset]
-        self.temperature = TEMPERATURES[objective][preset == "released"] if temperature is None else temperature
+        preset_temperature = TEMPERATURES[objective][preset == "released"]
+        self.temperature = preset_temperature if temperature is None else float(temperature)
         self.negatives: str = chosen["negatives"] if negatives is None else negatives
         self.both_directions: bool = chosen["both_directions"] if both_directions is None else both_directions
         _one_of("negatives", self.negatives, ("both", "other"))
         _one_of("interpolation", interpolation, INTERPOLATIONS)
         _one_of("padding", padding, PADDINGS)
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: got {temperature}, takes a finite positive number")
+            raise ValueError(f"temperature: got {self.temperature:g}, takes a finite positive number")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens: got {max_tokens}, takes None or a positive number")
         self.interpolation, self.padding, self.antialias = interpolation, padding, antialias
@@ -97,6 +117,7 @@ class SERLoss(nn.Module):
             raise ValueError(f"memory_budget: got {memory_budget}, takes 0 or a number of bytes")
         self.max_tokens, self.memory_budget, self.gather, self.backend = max_tokens, memory_budget, gather, backend
         self.dim = dim
+        self._gathered_calls = 0
         self.norm = nn.LayerNorm(dim)
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden_dim, bias=False), nn.GELU(), nn.Linear(hidden_dim, out_dim, bias=False)
@@ -110,8 +131,8 @@ class SERLoss(nn.Module):
 
     def forward(
         self,
-        tokens0: Tensor,
-        tokens1: Tensor,
+        tokens0: Tensor | None,
+        tokens1: Tensor | None,
         g0: LatticeMap,
         g1: LatticeMap,
         keys0: Tensor | None = None,
@@ -127,52 +148,105 @@ class SERLoss(nn.Module):
             g0, g1: the maps that took the image to its views, on tokens or, with (B, H, W, C) tokens, on pixels.
             keys0, keys1: the momentum encoder's tokens of the same views. With them the loss is one-directional
                 InfoNCE: the tokens given are the queries, the keys moved to the other view are positives and
-                negatives, and get no gradient.
+                negatives, and get no gradient. One alone, for a method with one query view: the queries are the
+                tokens of the other view, and those of its own may be None.
             mask0, mask1: (B, H*W) bool, the tokens that exist in a view (masked-image models drop some). A token takes
                 part where it exists and all tokens that its partner is blended of do; what is in the place of the
                 others must be finite. None: all exist.
 
         Returns:
-            A scalar, float32 (float64 for float64 tokens). 0 with zero gradients where no token takes part.
+            A scalar, float32 (float64 for float64 tokens). 0 with zero gradients where no token takes part, as with
+            one image, whose tokens have no negatives. NaN where a token that takes part is NaN.
 
         Raises:
-            TypeError: an argument that is no tensor or no LatticeMap.
-            ValueError: shapes that don't fit the maps, masks that aren't (B, H*W) bool, or one of keys0, keys1 without
-                the other.
+            TypeError: an argument that is no tensor or no LatticeMap, or tokens of another dtype than the parameters
+                outside autocast.
+            ValueError: shapes that don't fit the maps, masks that aren't (B, H*W) bool.
+            RuntimeError: ranks with different parameters, with `gather`.
         """
-        if (keys0 is None) != (keys1 is None):
-            raise ValueError("keys0, keys1: give both or neither")
-        lattice0 = _lattice("tokens0", tokens0, "g0", g0, self.dim)
-        lattice1 = _lattice("tokens1", tokens1, "g1", g1, self.dim)
-        if len(tokens0) != len(tokens1):
-            raise ValueError(f"tokens1: got {len(tokens1)} samples, tokens0 has {len(tokens0)}")
+        only0, only1 = keys1 is None and keys0 is not None, keys0 is None and keys1 is not None
+        name0, view0 = ("keys0", keys0) if only0 and tokens0 is None else ("tokens0", tokens0)
+        name1, view1 = ("keys1", keys1) if only1 and tokens1 is None else ("tokens1", tokens1)
+        lattice0 = _lattice(name0, view0, "g0", g0, self.dim)
+        lattice1 = _lattice(name1, view1, "g1", g1, self.dim)
+        batch = _samples(view0)
+        if batch != _samples(view1):
+            raise ValueError(f"{name1}: got {_samples(view1)} samples, {name0} has {batch}")
         if g0.size_in != g1.size_in:
             raise ValueError(f"g1: got a map of images of {g1.size_in}, takes those of g0, {g0.size_in}")
         for name, keys, tokens in (("keys0", keys0, tokens0), ("keys1", keys1, tokens1)):
-            if keys is not None and keys.shape != tokens.shape:
+            if keys is not None and tokens is not None and keys.shape != tokens.shape:
                 raise ValueError(f"{name}: got shape {tuple(keys.shape)}, its view's tokens {tuple(tokens.shape)}")
+        self._check_dtypes(tokens0=tokens0, tokens1=tokens1, keys0=keys0, keys1=keys1)
 
         for name, mask, lattice in (("mask0", mask0, lattice0), ("mask1", mask1, lattice1)):
-            expected = (len(tokens0), lattice[0] * lattice[1])
+            expected = (batch, lattice[0] * lattice[1])
             if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != expected):
                 raise ValueError(f"{name}: got {mask.dtype} of shape {tuple(mask.shape)}, takes bool {expected}")
 
+        if self.gather and world_size() > 1:
+            self._check_ranks()
+        elif batch == 1 and not torch.compiler.is_compiling():
+            _warn_of_one_image()
+
         g = LatticeMap.relative(g0, g1).on(lattice0, lattice1)
         masks = mask0, mask1
-        z1 = self._project(tokens1)
-        if keys0 is None or keys1 is None:
-            z0 = self._project(tokens0)
-            loss = self._contrast(z0, z1, g, masks, detached=False)
-            back = (z1, z0) if self.both_directions else None
-        else:
-            loss = self._contrast(self._project_keys(keys0), z1, g, masks, detached=True)
-            back = (self._project_keys(keys1), self._project(tokens0)) if self.both_directions else None
-        if back is not None:
-            loss = (loss + self._contrast(*back, g.inverse(), masks[::-1], detached=keys0 is not None)) / 2
-        return loss
+        forth, back = not only1, only1 or (self.both_directions and not only0)
+        detached = keys0 is not None or keys1 is not None
+        # z[v] are the tokens of view v, sources[v] what is moved from it to the other view.
+        asked = ((0, tokens0, back), (1, tokens1, forth))
+        z = {v: self._project(x) for v, x, queries in asked if x is not None and (queries or not detached)}
+        sources = z
+        if detached:
+            moves = ((0, keys0, forth), (1, keys1, back))
+            sources = {v: self._project_keys(x) for v, x, moved in moves if x is not None and moved}
+        losses = []
+        if forth:
+            losses.append(self._contrast(sources[0], z[1], g, masks, detached))
+        if back:
+            losses.append(self._contrast(sources[1], z[0], g.inverse(), masks[::-1], detached))
+        return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module declares its own as Callable[..., Any]
+
+    def _check_dtypes(self, **inputs: Tensor | None) -> None:
+        """Refuse what the projector's first product would refuse in words of its own."""
+        weight = next(self.projector.parameters(), None)
+        for name, x in inputs.items():
+            if weight is None or x is None or x.dtype == weight.dtype:
+                continue
+            casts = x.dtype.is_floating_point and torch.float64 not in (x.dtype, weight.dtype)
+            if not (casts and torch.is_autocast_enabled(x.device.type)):
+                way_out = "cast it, or call this under torch.autocast" if casts else "cast it"
+                raise TypeError(f"{name}: got {x.dtype}, takes that of the parameters, {weight.dtype}; {way_out}")
+
+    @torch.no_grad()
+    def _check_ranks(self) -> None:
+        """Refuse ranks whose parameters differ: left out of DistributedDataParallel they drift apart silently.
+
+        They may be alike at first, and each look waits for the device: in calls 1, 2, 4, 8 and so on.
+        """
+        if torch.compiler.is_compiling():
+            return
+        self._gathered_calls += 1
+        parameters = list(self.parameters())
+        if self._gathered_calls & (self._gathered_calls - 1) or not parameters:
+            return
+        everything = torch.cat([parameter.flatten().float() for parameter in parameters])
+        # One direction in the space of the parameters. Sums would not do: SGD leaves those of some layers as they are.
+        direction = torch.arange(len(everything), device=everything.device, dtype=torch.float32).cos()
+        own = torch.stack([(everything * direction).sum(), everything.norm()])
+        of_ranks = all_gather_rows(own[None], [1] * world_size())
+        spread = of_ranks[:, 0].max() - of_ranks[:, 0].min()
+        if spread > 1e-3 * of_ranks[:, 1].max():  # far above the rounding of unlike devices
+            raise RuntimeError(
+                f"SERLoss: its parameters differ between the ranks in call {self._gathered_calls}; hold it in the "
+                "module that DistributedDataParallel wraps"
+            )
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError("SERLoss: got nn.DataParallel, takes DistributedDataParallel")
 
     @torch.no_grad()
     def _project_keys(self, keys: Tensor) -> Tensor:
@@ -236,14 +310,18 @@ class SERLoss(nn.Module):
         counts = gather_counts(len(image), image.device)
         row = sum(counts[: rank()]) + torch.arange(len(image), device=image.device)  # this rank's rows among all
         image = image + (rank() << 32)  # images on different ranks are different images
-        query, key = target, all_gather_rows(moved, counts)
-        key_image, key_valid = all_gather_rows(image, counts), all_gather_rows(valid.byte(), counts).bool()
-        positive = row
+        # Images and validity in one exchange: a row that takes no part has no image.
+        key_image = all_gather_rows(image.masked_fill(~valid, -1), counts)
+        key_valid = key_image >= 0
+        query, positive = target, row
         if both_views:
-            query, key = torch.cat([moved, target]), torch.cat([key, all_gather_rows(target, counts)])
+            key = all_gather_views([moved, target], counts).flatten(0, 1)
+            query = torch.cat([moved, target])
             image, valid = image.repeat(2), valid.repeat(2)
             key_image, key_valid = key_image.repeat(2), key_valid.repeat(2)
             positive = torch.cat([row + sum(counts), row])
+        else:
+            key = all_gather_rows(moved, counts)
         total = info_nce(
             query,
             key,
@@ -264,7 +342,16 @@ def _one_of(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(repr, choices))}")
 
 
-def _lattice(name: str, tokens: Tensor, map_name: str, g: LatticeMap, dim: int) -> Size:
+@functools.cache
+def _warn_of_one_image() -> None:
+    warnings.warn("SERLoss: got one image, whose tokens have no negatives: the loss is 0", stacklevel=5)
+
+
+def _samples(tokens: Tensor | None) -> int:
+    return 0 if tokens is None else len(tokens)
+
+
+def _lattice(name: str, tokens: Tensor | None, map_name: str, g: LatticeMap, dim: int) -> Size:
     """The lattice of a view's tokens, checked against the map that made the view."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{name}: got {type(tokens).__name__}, takes a tensor")
@@ -277,7 +364,10 @@ def _lattice(name: str, tokens: Tensor, map_name: str, g: LatticeMap, dim: int) 
         raise ValueError(f"{map_name}: got {len(g)} maps for {shape[0]} samples, takes one for each or one for all")
     if tokens.ndim == 3:
         if size[0] * size[1] != shape[1]:
-            raise ValueError(f"{name}: got {shape[1]} tokens a sample, {map_name} gives a {size[0]}x{size[1]} lattice")
+            raise ValueError(
+                f"{name}: got {shape[1]} tokens a sample, {map_name} gives a {size[0]}x{size[1]} lattice"
+                + _advice(shape[1], size, map_name)
+            )
         return size
     lattice = (shape[1], shape[2])
     if any(n == 0 or pixels % n for pixels, n in zip(size, lattice, strict=True)) and size != lattice:
@@ -286,3 +376,14 @@ def _lattice(name: str, tokens: Tensor, map_name: str, g: LatticeMap, dim: int) 
             "nor that many pixels in whole patches"
         )
     return lattice
+
+
+def _advice(tokens: int, size: Size, map_name: str) -> str:
+    """What may be meant by that many tokens a sample where the map gives another number."""
+    patches = [n for n in range(1, min(size) + 1) if size[0] % n == 0 and size[1] % n == 0]
+    prefix = [extra for n in patches if 0 < (extra := tokens - size[0] * size[1] // n**2) <= _MOST_PREFIX_TOKENS]
+    if any(tokens == size[0] * size[1] // n**2 for n in patches):
+        return f"; unflatten them to (B, H, W, C), or take the map to their lattice by {map_name}.on"
+    if prefix:
+        return f"; drop the first {min(prefix)} if they are prefix tokens ([CLS], registers)"
+    return ""

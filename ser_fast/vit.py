@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import timm
 import torch
@@ -179,6 +179,10 @@ class SplitViT(nn.Module):
             # each call, since gradient checkpointing runs the blocks again during backward.
             for i, block in enumerate(vit.blocks):
                 block.attn.num_prefix_tokens = 0 if i < split else vit.num_prefix_tokens
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        # A replica would hold the original's timm module, and compute with its weights.
+        raise RuntimeError("SplitViT: got nn.DataParallel, takes DistributedDataParallel")
 
     @property
     def embed_dim(self) -> int:

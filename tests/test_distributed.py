@@ -4,9 +4,14 @@ A program runs on every rank and returns tensors; the tests compare what came ba
 launch, since starting processes costs more than all they compute.
 """
 
+import itertools
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,9 +21,10 @@ from cases.ranks import results_of_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ser_fast import LatticeMap, SERLoss, group_action, info_nce, nt_xent
-from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
+from ser_fast import LatticeMap, SERLoss, distributed, group_action, info_nce, nt_xent
+from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.objectives.moco_v3 import MoCoV3, MoCoV3Config
+from ser_fast.training import processes
 from ser_fast.training.config import ModelConfig, TrainConfig, ViewsConfig, with_options
 from ser_fast.training.pretraining import Pretraining
 from ser_fast.views.recipe import View, Views
@@ -81,6 +87,11 @@ def weights_of(rank: int, world: int) -> Tensor:
     return randn(sum(COUNTS[:world]), 4, key=(2, rank))
 
 
+def scattering(at_once: bool) -> AbstractContextManager[Any]:
+    """With the reduce-scatter that is a GPU's, or with the way round it that gloo's CPU has."""
+    return patch.object(distributed, "_reduces_while_it_scatters", lambda _: at_once)
+
+
 @program
 def gather() -> dict[str, Any]:
     counts = gather_counts(COUNTS[rank()], torch.device("cpu"))
@@ -89,9 +100,24 @@ def gather() -> dict[str, Any]:
         rows = rows_of(rank(), dtype)
         out[str(dtype)] = all_gather_rows(rows, counts)
         out[f"vector {dtype}"] = all_gather_rows(rows[:, 0], counts)
-    rows = rows_of(rank(), f64).requires_grad_()
-    (all_gather_rows(rows, counts) * weights_of(rank(), world_size())).sum().backward()
+    for dtype, at_once in itertools.product((f32, f64), (False, True)):
+        rows, weights = rows_of(rank(), dtype).requires_grad_(), weights_of(rank(), world_size()).to(dtype)
+        gathered = all_gather_rows(rows, counts)
+        with scattering(at_once):
+            gathered.backward(kept := weights.clone())  # a gradient that others may hold, too
+        total = weights.clone()
+        dist.all_reduce(total)  # of all rows, of which a rank keeps its own
+        out[f"gradient {dtype} {at_once}"] = rows.grad, total.split(counts)[rank()], torch.equal(kept, weights)
     out["gradient"] = rows.grad
+    views = [rows_of(rank(), f64), rows_of(rank(), f64).flip(1).requires_grad_()]
+    out["views"] = gathered = all_gather_views(views, counts)
+    gathered[1].backward(weights_of(rank(), world_size()))
+    out["views gradient"] = views[1].grad
+    rows = rows_of(rank(), f64).requires_grad_()
+    (slope,) = torch.autograd.grad(all_gather_rows(rows, counts).pow(3).sum(), rows, create_graph=True)
+    (out["second"],) = torch.autograd.grad(slope.sum(), rows)
+    # Counts are read on the host, and a group that has a backend for the CPU asks no device for them.
+    out["counts of a device"] = gather_counts(COUNTS[rank()], torch.device("meta"))
     out["nothing"] = all_gather_rows(rows[:0].float(), gather_counts(0, rows.device))
     return out
 
@@ -113,6 +139,60 @@ def test_gradient_of_gathered_rows_is_the_sum_over_the_ranks(results: dict[str, 
     expected = sum(weights_of(r, world) for r in range(world)).split(COUNTS[:world])
     for actual, own in zip(results["gather"], expected, strict=True):
         torch.testing.assert_close(actual["gradient"], own)
+        for (dtype, tolerance), at_once in itertools.product(((f32, 1e-6), (f64, 1e-14)), (False, True)):
+            gradient, reduced, untouched = actual[f"gradient {dtype} {at_once}"]
+            torch.testing.assert_close(gradient, reduced, rtol=tolerance, atol=tolerance)
+            assert untouched
+
+
+def test_views_are_gathered_together(results: dict[str, list[Any]]) -> None:
+    world = len(results["gather"])
+    rows = torch.cat([rows_of(r, f64) for r in range(world)])
+    summed = sum(weights_of(r, world) for r in range(world)).split(COUNTS[:world])
+    for actual, own in zip(results["gather"], summed, strict=True):
+        assert torch.equal(actual["views"], torch.stack([rows, rows.flip(1)]))
+        assert actual["views"].is_contiguous()
+        torch.testing.assert_close(actual["views gradient"], own)
+
+
+def test_gathered_rows_can_be_differentiated_twice(results: dict[str, list[Any]]) -> None:
+    world = len(results["gather"])
+    for r, actual in enumerate(results["gather"]):
+        torch.testing.assert_close(actual["second"], world * 6 * rows_of(r, f64))  # of all ranks' losses x^3
+
+
+@pytest.mark.parametrize("backend", ["cpu:gloo,cuda:nccl", "gloo", "nccl"])
+def test_counts_are_those_of_the_cpu_where_it_has_a_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    config = str(dist.distributed_c10d.BackendConfig(dist.Backend(backend)))
+    monkeypatch.setattr(dist, "get_backend_config", lambda: config)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda out, own: devices.extend([out.device, own.device]))
+    if backend == "nccl":
+        with pytest.raises(NotImplementedError, match="meta"):  # what was gathered is read back from the device
+            gather_counts(1, torch.device("meta"))
+    else:
+        gather_counts(1, torch.device("meta"))
+    assert [device.type for device in devices] == ["meta" if backend == "nccl" else "cpu"] * 2
+
+
+def test_a_training_on_gpus_has_a_backend_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(processes, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", started.append)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name in ("cuda", "cpu"):
+        with processes.process_group(name) as device:
+            assert device.type == name
+    assert started == ["cpu:gloo,cuda:nccl", "gloo"]
+
+
+def test_counts_do_not_wait_for_the_device(results: dict[str, list[Any]]) -> None:
+    for actual in results["gather"]:
+        assert actual["counts of a device"] == COUNTS[: len(results["gather"])]
 
 
 def test_without_a_process_group() -> None:
@@ -264,6 +344,112 @@ def test_crops_leave_tokens_without_partner() -> None:
         valid = LatticeMap.relative(*crop_maps(r)).valid()
         assert valid.any()
         assert not valid.all()
+
+
+class Exchanges:
+    """Counts the collectives, and the bytes that this rank receives from others in those of more than `small` bytes."""
+
+    NAMES = (
+        "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "all_reduce", "all_gather",
+        "all_gather_object",
+    )  # fmt: skip
+
+    def __init__(self, small: int = 100) -> None:
+        self.calls: list[tuple[str, torch.dtype]] = []
+        self.received, self.small = 0, small
+
+    def __enter__(self) -> "Exchanges":
+        self.originals = {name: getattr(dist, name) for name in self.NAMES}
+        for name, function in self.originals.items():
+            setattr(dist, name, partial(self._count, name, function))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, function in self.originals.items():
+            setattr(dist, name, function)
+
+    def _count(self, name: str, function: Callable[..., Any], out: Tensor, *rest: Any) -> Any:
+        self.calls.append((name, out.dtype))
+        others = world_size() - 1
+        received = others * out.nbytes if name == "reduce_scatter_tensor" else others * out.nbytes // world_size()
+        self.received += received if out.nbytes > self.small else 0
+        return function(out, *rest)
+
+
+@program
+def exchanges() -> dict[str, Any]:
+    """What the third call exchanges, forward and backward: the first two also look at the parameters."""
+    out = {}
+    for preset, amp, at_once in itertools.product(PRESETS, (False, True), (False, True)):
+        ser = SERLoss(DIM, preset=preset, hidden_dim=8, out_dim=64, gather=True)
+        tokens, maps, _ = ser_case(("", "d4_scale", False, f32), rank())
+        for _ in range(3):
+            with Exchanges() as forward, torch.autocast("cpu", dtype=bf16, enabled=amp):
+                loss = ser(*tokens, *maps)
+            with Exchanges() as backward, scattering(at_once):
+                loss.backward()
+        out[f"{preset} {amp} {at_once}"] = forward.calls, forward.received, backward.calls, backward.received
+    return out
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize(("preset", "views"), [("paper", [2]), ("released", [1, 1])])
+def test_exchanges_of_a_step(
+    preset: str, views: list[int], amp: bool, at_once: bool, results: dict[str, list[Any]]
+) -> None:
+    """A direction: numbers of rows, images with validity, keys of so many views. Back: their gradients. Nothing else.
+
+    Keys and gradients travel in the precision that kernels round their operands to.
+    """
+    world, dtype = len(results["exchanges"]), bf16 if amp else f32
+    scatter = "reduce_scatter_tensor" if at_once else "all_to_all_single"
+    gather = "all_gather_into_tensor"
+    for r, result in enumerate(results["exchanges"]):
+        forward, received, backward, received_back = result[f"{preset} {amp} {at_once}"]
+        assert forward == len(views) * [(gather, torch.int64), (gather, torch.int64), (gather, dtype)]
+        assert backward == len(views) * [(scatter, dtype)]
+        rows = [[BATCHES[other] * math.prod(SIZES[other][view]) for other in range(world)] for view in (1, 0)]
+        a_row = [count * 64 * dtype.itemsize for count in views]
+        directions = list(zip(rows, a_row, strict=False))
+        assert received == sum((world - 1) * max(counts) * (row + 8) for counts, row in directions)
+        expected = sum((world - 1) * (max(counts) if at_once else counts[r]) * row for counts, row in directions)
+        assert received_back == expected
+
+
+@program
+def unlike_parameters() -> dict[str, list[str]]:
+    """What a SERLoss outside DistributedDataParallel raises in each of its calls."""
+    out: dict[str, list[str]] = {}
+    for name in ("alike", "rounding", "drifting", "from the start"):
+        torch.manual_seed(rank() if name == "from the start" else 0)
+        ser = SERLoss(DIM, hidden_dim=8, out_dim=5, gather=True)
+        if name == "rounding":
+            with torch.no_grad():
+                ser.projector[0].weight.mul_(1 + 1e-6 * rank())
+        optimizer = torch.optim.SGD(ser.parameters(), lr=0.1 if name == "drifting" else 0.0)
+        tokens, maps, _ = ser_case(("", "d4_scale", False, f32), rank())
+        out[name] = []
+        for _ in range(4):
+            try:
+                ser(*tokens, *maps).backward()
+                out[name].append("")
+            except RuntimeError as error:
+                out[name].append(str(error))
+            if rank() == 0:
+                optimizer.step()
+    return out
+
+
+def test_ranks_with_unlike_parameters_are_told(results: dict[str, list[Any]]) -> None:
+    """Every rank is, in calls 1, 2, 4 and so on: also where they were alike at first."""
+    message = "SERLoss: its parameters differ between the ranks in call {}; hold it in the module that "
+    for actual in results["unlike_parameters"]:
+        raised = {name: [error.split("Dist")[0] for error in errors] for name, errors in actual.items()}
+        told = [message.format(call) for call in (1, 2, 4)]
+        assert raised["alike"] == raised["rounding"] == ["", "", "", ""]
+        assert raised["drifting"] == ["", told[1], "", told[2]]
+        assert raised["from the start"] == [told[0], told[1], "", told[2]]
 
 
 # ---------------------------------------------------------------- golden case of two ranks

@@ -1,6 +1,7 @@
 """SERLoss: golden values, a composition written out by hand, what its gradient reaches, and the contract."""
 
 import copy
+import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ser_fast import LatticeMap, SERLoss, group_action
+from ser_fast.loss import _warn_of_one_image
 from ser_fast.ops.backends import BACKENDS, implementation, reason_not
 from ser_fast.vit import SplitViT
 
@@ -154,6 +156,23 @@ def test_golden_with_momentum_keys(dtype: torch.dtype, backend: str) -> None:
         assert worst(golden.features[name].grad, expected) <= GRADIENT_TOLERANCE[dtype]
     assert k0.grad is None
     assert k1.grad is None
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("given", [True, False])
+def test_keys_of_one_view_make_one_direction(preset: str, given: bool) -> None:
+    """The queries are the other view's tokens. Those of the keys' own view say nothing, and need not be given."""
+    golden = Golden(f64)
+    q0, q1, k0, k1 = golden.features.values()
+    ser = without_projector(512, preset=preset, temperature=0.5)
+    losses = [
+        ser(q0 if given else None, q1, golden.g0, golden.g1, keys0=k0),
+        ser(q0, q1 if given else None, golden.g0, golden.g1, keys1=k1),
+    ]
+    for index, (loss, queries) in enumerate(zip(losses, (q1, q0), strict=True)):
+        assert loss.item() == pytest.approx(golden.file[f"loss_dir{index}"].item(), rel=0, abs=LOSS_TOLERANCE[f64])
+        (gradient,) = torch.autograd.grad(loss, queries)
+        assert gradient.any()
 
 
 # ---------------------------------------------------------------- the composition, by hand
@@ -672,11 +691,25 @@ def test_gather_needs_no_process_group(maps: tuple[LatticeMap, LatticeMap]) -> N
         ({"temperature": math.inf}, "temperature: got inf, takes a finite positive number"),
         ({"memory_budget": -1}, "memory_budget: got -1, takes 0 or a number of bytes"),
         ({"max_tokens": 0}, "max_tokens: got 0, takes None or a positive number"),
+        ({"objective": "simclr"}, "objective: got 'simclr', .* for another method leave it out, or give a temperature"),
+        ({"hidden_dim": 0}, "hidden_dim: got 0, takes a positive number"),
+        ({"out_dim": -3}, "out_dim: got -3, takes a positive number"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message):
         SERLoss(DIM, **options)
+
+
+def test_width_of_tokens_is_positive() -> None:
+    with pytest.raises(ValueError, match=r"^dim: got -1, takes a positive number"):
+        SERLoss(-1)
+
+
+def test_temperature_is_a_number() -> None:
+    with pytest.raises(TypeError, match=r"^temperature: got Parameter, takes a number; it is not learned"):
+        SERLoss(DIM, temperature=nn.Parameter(torch.tensor(0.3)))
+    assert type(SERLoss(DIM, temperature=np.float32(0.25)).temperature) is float
 
 
 G0, G1 = LatticeMap.resize((8, 8), (4, 4)), LatticeMap.resize((8, 8), (2, 6))
@@ -699,8 +732,11 @@ X0, X1 = torch.zeros(2, 4, 4, DIM), torch.zeros(2, 2, 6, DIM)
         ((X0, X1[:, :0], G0, G1), ValueError, "tokens1: its 0x6 lattice is neither the 2x6 that g1 gives nor"),
         ((X0, X1[:1], G0, G1), ValueError, "tokens1: got 1 samples, tokens0 has 2"),
         ((X0, X1, G0, LatticeMap.resize((8, 9), (2, 6))), ValueError, r"g1: got a map of images of \(8, 9\), takes"),
-        ((X0, X1, G0, G1, X0), ValueError, "keys0, keys1: give both or neither"),
-        ((X0, X1, G0, G1, None, X1), ValueError, "keys0, keys1: give both or neither"),
+        ((None, X1, G0, G1, X0, X1), TypeError, "tokens0: got NoneType, takes a tensor"),
+        ((X0, None, G0, G1, X0), TypeError, "tokens1: got NoneType, takes a tensor"),
+        ((None, X1, G0, G1, None, X1), TypeError, "tokens0: got NoneType, takes a tensor"),
+        ((None, X1, G0, G1, X0[:1]), ValueError, "tokens1: got 2 samples, keys0 has 1"),
+        ((None, X1, G0, G1, X0[..., :2]), ValueError, r"keys0: got shape \(2, 4, 4, 2\), takes \(B, H, W, 3\) or"),
         ((X0, X1, G0, G1, X1, X0), ValueError, r"keys0: got shape \(2, 2, 6, 3\), its view's tokens \(2, 4, 4, 3\)"),
         (
             (X0, X1, G0, G1, X0, X1[:1]),
@@ -712,6 +748,55 @@ X0, X1 = torch.zeros(2, 4, 4, DIM), torch.zeros(2, 2, 6, DIM)
 def test_input_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^" + message):
         SERLoss(DIM)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "advice"),
+    [
+        (64, "; unflatten them to (B, H, W, C), or take the map to their lattice by g0.on"),
+        (65, "; drop the first 1 if they are prefix tokens ([CLS], registers)"),
+        (69, "; drop the first 5 if they are prefix tokens ([CLS], registers)"),
+        (63, ""),
+    ],
+)
+def test_number_of_tokens_comes_with_advice(tokens: int, advice: str) -> None:
+    pixels = LatticeMap.resize((64, 64), (64, 64))
+    with pytest.raises(ValueError, match=r"^tokens0") as refused:
+        SERLoss(DIM)(torch.zeros(2, tokens, DIM), torch.zeros(2, 8, 8, DIM), pixels, pixels)
+    assert str(refused.value) == f"tokens0: got {tokens} tokens a sample, g0 gives a 64x64 lattice{advice}"
+
+
+@pytest.mark.parametrize("name", ["tokens0", "tokens1", "keys0", "keys1"])
+def test_tokens_have_the_dtype_of_the_parameters_outside_autocast(name: str) -> None:
+    inputs = {"tokens0": X0, "tokens1": X1, "keys0": X0, "keys1": X1}
+    for dtype, way_out in ((torch.float16, "cast it, or call this under torch.autocast"), (f64, "cast it")):
+        given = inputs | {name: inputs[name].to(dtype)}
+        message = f"^{name}: got {dtype}, takes that of the parameters, torch.float32; {way_out}$"
+        with pytest.raises(TypeError, match=message):
+            SERLoss(DIM)(**given, g0=G0, g1=G1)
+    with torch.autocast("cpu", dtype=bf16):
+        assert SERLoss(DIM)(**(inputs | {name: inputs[name].to(bf16)}), g0=G0, g1=G1).isfinite()
+        with pytest.raises(TypeError, match=f"^{name}: got torch.float64"):
+            SERLoss(DIM)(**(inputs | {name: inputs[name].to(f64)}), g0=G0, g1=G1)
+
+
+def test_one_image_warns_once() -> None:
+    _warn_of_one_image.cache_clear()
+    ser = SERLoss(DIM)
+    with pytest.warns(UserWarning, match="^SERLoss: got one image, whose tokens have no negatives: the loss is 0") as w:
+        assert [ser(X0[:1], X1[:1], G0, G1).item() for _ in range(2)] == [0, 0]
+    assert [warning.filename for warning in w] == [__file__]
+
+
+@pytest.mark.parametrize("make", [lambda: SERLoss(DIM), lambda: TinyRun().vit], ids=["SERLoss", "SplitViT"])
+def test_data_parallel_is_refused(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nn.DataParallel replicates, without its devices."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda tensors, *_, **__: [tensors, tensors])
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, _: device)
+    assert len(replicate.replicate(nn.Sequential(nn.Linear(2, 2)), [0, 1])) == 2
+    with pytest.raises(RuntimeError, match=r"got nn\.DataParallel, takes DistributedDataParallel"):
+        replicate.replicate(nn.Sequential(make()), [0, 1])
 
 
 def test_refuses_a_backend_that_can_not_run() -> None:

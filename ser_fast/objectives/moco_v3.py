@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
+from ser_fast.distributed import all_gather_views, gather_counts, rank, world_size
 from ser_fast.heads import mlp
 from ser_fast.objectives.base import Objective, ObjectiveConfig, fix_patches, in_float32
 from ser_fast.ops.nt_xent import info_nce
@@ -73,7 +73,7 @@ def moco_v3_terms(queries: list[Tensor], keys: list[Tensor], *, temperature: flo
     """
     counts = gather_counts(len(keys[0]), keys[0].device)
     positive = sum(counts[: rank()]) + torch.arange(len(keys[0]), device=keys[0].device)
-    gathered = [all_gather_rows(key.detach(), counts) for key in keys]
+    gathered = all_gather_views([key.detach() for key in keys], counts)
     terms = []
     for v, query in enumerate(queries):
         for u, key in enumerate(gathered):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ser_fast.distributed import all_gather_rows, gather_counts, rank, world_size
+from ser_fast.distributed import all_gather_views, gather_counts, rank, world_size
 from ser_fast.heads import mlp
 from ser_fast.objectives.base import Objective, ObjectiveConfig, fix_patches, in_float32, view_pairs
 from ser_fast.ops.nt_xent import info_nce, nt_xent
@@ -54,7 +54,7 @@ def simclr_loss(views: list[Tensor], *, temperature: float) -> Tensor:
     counts = gather_counts(len(views[0]), views[0].device)
     images = torch.arange(sum(counts), device=views[0].device)
     own = images.split(counts)[rank()]
-    gathered = [all_gather_rows(view, counts) for view in views]
+    gathered = all_gather_views(views, counts)
     totals = [
         info_nce(
             torch.cat([views[one], views[other]]),
