@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
@@ -22,6 +22,17 @@ from ser_fast.data import MAX_PIXELS
 
 # PostScript and other formats that run programs are not among them.
 _FORMATS = ["BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP"]
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _LONG = 8  # a picture this many times as long as it is wide is cut or shrunk before anything grows
 
 
@@ -81,7 +92,8 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image file's bytes to upright 8-bit RGB.
 
-    Grey, palette, CMYK, 16-bit and transparent images become RGB. JPEG and 8-bit PNG are decoded by torchvision, the
+    Grey, palette, CMYK, 16-bit and transparent images become RGB. Damage in what stands beside the pixels (EXIF, texts,
+    profiles) is passed over. JPEG and 8-bit PNG are decoded by torchvision, the
     others, and what it refuses, by PIL.
 
     Args:
@@ -97,8 +109,8 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is ours
-            image = Image.open(BytesIO(data), formats=_FORMATS)  # reads the header alone
+            warnings.simplefilter("ignore")  # about damage beside the pixels, and sizes: the bound is ours
+            image = _open(data)  # reads the header alone
         with image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than max_pixels = {max_pixels}")
@@ -117,9 +129,42 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         raise UnreadableImageError(name, f"{type(error).__name__}: {error}") from error
 
 
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data), formats=_FORMATS)
+    except Exception:
+        if not data.startswith(_PNG):
+            raise
+        return Image.open(BytesIO(_without_extras(data)), formats=["PNG"])
+
+
+def _without_extras(data: bytes) -> bytes:
+    """A PNG file of the chunks that the pixels take: PIL refuses a file for damage in any other."""
+    kept, place = [_PNG], len(_PNG)
+    while place + 8 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        name = data[place + 4 : place + 8]
+        if name[:1].isupper() or name == b"tRNS":
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says, if that can be read."""
+    image.load()  # damage of the pixels shows here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # SyntaxError, struct.error and others: whatever was written there
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Tensor:
     """A PIL image, upright, as uint8 (3, H, W)."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255; PIL's 16-bit RGB is 8-bit already
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":  # floating point TIFF: in [0, 1] as a rule, else grey levels
