@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES
 from ser_fast.sensitivity import VARIANTS
 
@@ -61,6 +62,8 @@ def equivariance(
     data: str | None = None,
     images: int = 256,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     pairs: int = 4,
     out: Path | None = None,
     device: str = "auto",
@@ -72,6 +75,8 @@ def equivariance(
         data: whose held-out images are used; default the run's own, else "photos".
         images: how many of them, spread evenly.
         image_size: their side in pixels; default the model's.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
             images tests it.
         out: folder for equivariance.csv, prediction.csv and equivariance.png; default the checkpoint's.
@@ -80,7 +85,8 @@ def equivariance(
     from ser_fast.evaluation.equivariance import evaluate
 
     model, data, out = _open(checkpoint, data, out, device)
-    _show(evaluate(model, data, images=images, image_size=image_size, pairs=pairs, progress=True), out)
+    loading: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "max_pixels": max_pixels}
+    _show(evaluate(model, data, images=images, pairs=pairs, progress=True, **loading), out)
 
 
 def sensitivity(
@@ -146,6 +152,7 @@ def knn(
     temperature: float = 0.07,
     image_size: int | None = None,
     crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     batch_size: int = 256,
     workers: int = 0,
@@ -160,6 +167,7 @@ def knn(
         temperature: of the neighbours' votes.
         image_size: side of the images in pixels; default the model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         out: folder for knn.csv, knn.png, knn_confusion.csv and knn_confusion.png; default the checkpoint's.
         batch_size: images at a time.
         workers: processes that load images.
@@ -169,7 +177,7 @@ def knn(
 
     model, data, out = _open(checkpoint, data, out, device)
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading["crop_pct"] = crop_pct
+    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
     _show(evaluate(model, data, k=k, temperature=temperature, progress=True, **loading), out)
 
 
@@ -185,6 +193,7 @@ def linear(
     seed: int = 0,
     image_size: int | None = None,
     crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     cache: Path | None = None,
     batch_size: int = 256,
@@ -206,6 +215,7 @@ def linear(
         seed: of that share, the order and the weights.
         image_size: side of the images in pixels; default the model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         out: folder for linear.csv, linear_rates.csv, linear_confusion.csv and linear_confusion.png; default the
             checkpoint's.
         cache: folder of the features, computed once for each checkpoint and data set; default OUT/features.
@@ -218,7 +228,7 @@ def linear(
     model, data, out = _open(checkpoint, data, out, device)
     probe: dict[str, Any] = {"rates": rates, "epochs": epochs, "hidden": hidden, "held_out": held_out, "seed": seed}
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading["crop_pct"] = crop_pct
+    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
     loading["cache"] = cache or out / "features"
     _show(evaluate(model, data, heads=heads, blocks=blocks, progress=True, **probe, **loading), out)
 
@@ -237,6 +247,8 @@ def corruptions(
     temperature: float = 0.07,
     seed: int = 0,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     cache: Path | None = None,
     batch_size: int = 256,
@@ -263,6 +275,9 @@ def corruptions(
         temperature: of the neighbours' votes.
         seed: of the corruptions and the probe.
         image_size: side of the images in pixels; default the model's.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875. Folders
+            of corrupted or perturbed images are taken as they are: they were cropped when they were made.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         out: folder for corruptions.csv, perturbations.csv, corruptions.png and, of shifted images, shifts.csv; default
             the checkpoint's.
         cache: folder of the training features; default OUT/features.
@@ -277,7 +292,7 @@ def corruptions(
     sets |= {"shifted": shifted, "baseline": baseline, "seed": seed}
     vote: dict[str, Any] = {"classifier": classifier, "k": k, "temperature": temperature}
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading["cache"] = cache or out / "features"
+    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels, "cache": cache or out / "features"}
     _show(evaluate(model, data, progress=True, **sets, **vote, **loading), out)
 
 
@@ -288,6 +303,7 @@ def detection(
     batch_size: int = 4,
     lr: float = 4e-3,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     save_every: int = 50,
     workers: int = 0,
@@ -306,6 +322,7 @@ def detection(
         batch_size: images a step.
         lr: the largest learning rate.
         image_size: of an image's shorter side in the detector, in pixels; default twice the model's.
+        max_pixels: of one image; more is an error, since a detector is scored on all of them.
         out: folder for detection.csv, detection.png and detection/ (heads, predictions); default the checkpoint's.
         save_every: steps between two writes of a head.
         workers: processes that load images.
@@ -316,7 +333,7 @@ def detection(
 
     model, _, out = _open(checkpoint, None, out, device)
     head: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "save_every": save_every}
-    head |= {"image_size": image_size, "heads": out / "detection"}
+    head |= {"image_size": image_size, "max_pixels": max_pixels, "heads": out / "detection"}
     _show(evaluate(model, data, workers=workers, progress=True, **head), out)
 
 

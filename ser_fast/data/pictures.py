@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,8 +70,8 @@ class Picture:
         return self.pixels.shape[2] / self.pixels.shape[1]
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The picture in a regular file: uint8 (3, H, W).
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Tensor:
+    """The picture in a regular file: uint8 (3, H, W); the rest is as `decode` has it.
 
     Raises:
         UnreadableImageError: there is no such file, it is none, or `decode` can't read it.
@@ -86,10 +87,10 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
             data = file.read()
     except OSError as error:
         raise UnreadableImageError(str(path), f"{type(error).__name__}: {error}") from error
-    return decode(data, str(path), max_pixels=max_pixels)
+    return decode(data, str(path), max_pixels=max_pixels, upright=upright)
 
 
-def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Tensor:
     """Decode an image file's bytes to upright 8-bit RGB.
 
     Grey, palette, CMYK, 16-bit and transparent images become RGB. Damage in what stands beside the pixels (EXIF, texts,
@@ -100,6 +101,7 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         data: of the file.
         name: for errors: its path, or what else tells where it came from.
         max_pixels: of one picture, up to MAX_PIXELS.
+        upright: turned as its EXIF says; False for what was annotated as it lies in the file.
 
     Returns:
         (3, H, W) uint8.
@@ -119,10 +121,10 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
             if plain and image.mode in ("RGB", "L"):
                 try:
                     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=upright)
                 except RuntimeError:
                     pass  # PIL reads it, or says why not
-            return to_rgb(image)
+            return to_rgb(image, upright=upright)
     except UnidentifiedImageError as error:  # its own words name a place in memory
         raise UnreadableImageError(name, "UnidentifiedImageError: no image, or none of the formats read") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -156,15 +158,16 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+            orientation: Any = image.getexif().get(_ORIENTATION)
+            turn = _TURNS.get(orientation)
     except Exception:  # SyntaxError, struct.error and others: whatever was written there
         return image
     return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(image: Image.Image) -> Tensor:
-    """A PIL image, upright, as uint8 (3, H, W)."""
-    image = _upright(image)
+def to_rgb(image: Image.Image, *, upright: bool = True) -> Tensor:
+    """A PIL image, turned as its EXIF says where `upright`, as uint8 (3, H, W)."""
+    image = _upright(image) if upright else image
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255; PIL's 16-bit RGB is 8-bit already
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":  # floating point TIFF: in [0, 1] as a rule, else grey levels

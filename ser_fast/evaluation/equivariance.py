@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.features import evaluating, spread_images
 from ser_fast.evaluation.figures import save
@@ -29,6 +30,7 @@ from ser_fast.evaluation.protocol import (
     check_images,
     check_positive,
     device_of,
+    tell_skipped,
     with_control,
 )
 from ser_fast.evaluation.tables import write_table
@@ -362,6 +364,8 @@ def evaluate(
     *,
     images: int = 256,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     pairs: int = 4,
     progress: bool = False,
 ) -> EquivarianceResult:
@@ -372,6 +376,8 @@ def evaluate(
         data: whose held-out images are used, as `open_dataset` takes it.
         images: how many of them, spread evenly.
         image_size: their side in pixels; default the model's.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
             images tests it.
         progress: show bars on the terminal.
@@ -388,10 +394,12 @@ def evaluate(
     """
     check_positive(images=images, pairs=pairs)
     size = check_image_size(model, image_size)
-    held_out = spread_images(open_dataset(data, train=False, image_size=size), images).to(device_of(model))
+    test_set = open_dataset(data, train=False, image_size=size, crop_pct=crop_pct, max_pixels=max_pixels)
+    held_out = spread_images(test_set, images).to(device_of(model))
     check_images(model, held_out)
     check_prediction(len(held_out), pairs=pairs)
     models = with_control(model)
+    tell_skipped(test_set)
     return EquivarianceResult(
         records={name: equivariance_errors(vit, held_out, progress=progress) for name, vit in models.items()},
         predictions={

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.loader import make_loader
 from ser_fast.evaluation.classification import Rows, grade, rank
 from ser_fast.evaluation.features import check_labelled, embed
@@ -20,6 +21,7 @@ from ser_fast.evaluation.protocol import (
     check_positive,
     device_of,
     open_labelled,
+    tell_skipped,
     with_control,
 )
 from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows
@@ -190,6 +192,7 @@ def evaluate(
     temperature: float = 0.07,
     image_size: int | None = None,
     crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
@@ -203,6 +206,7 @@ def evaluate(
         temperature: of the neighbors' votes.
         image_size: side of the images in pixels; default the model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         batch_size: images at a time.
         workers: processes that load images.
         progress: show bars on the terminal.
@@ -218,7 +222,7 @@ def evaluate(
         >>> result.write(Path("results"))
     """
     size = check_image_size(model, image_size)
-    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct)
+    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct, max_pixels=max_pixels)
     check_vote(k, temperature, len(train_set))
     loaders = [
         make_loader(dataset, batch_size=batch_size, train=False, workers=workers) for dataset in (train_set, test_set)
@@ -230,4 +234,5 @@ def evaluate(
         predictions = knn_predictions(*train, features, k=k, temperature=temperature)
         for count, ranked in predictions.items():
             rows.append(({"model": name, "k": count}, grade(ranked, labels, len(train_set.classes))))
+    tell_skipped(train_set, test_set)
     return KNNResult(rows, train_set.classes, data)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES
 from ser_fast.evaluation.classification import Rows, grade, rank
 from ser_fast.evaluation.features import check_labelled, embed_cached, embedder
@@ -23,6 +24,7 @@ from ser_fast.evaluation.protocol import (
     check_positive,
     device_of,
     open_labelled,
+    tell_skipped,
     with_control,
 )
 from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows, write_table
@@ -232,6 +234,7 @@ def evaluate(
     seed: int = 0,
     image_size: int | None = None,
     crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     cache: Path | None = None,
     batch_size: int = 256,
     workers: int = 0,
@@ -252,6 +255,7 @@ def evaluate(
         seed: of that share, the order and the weights.
         image_size: side of the images in pixels; default the model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         cache: folder of the features, computed once for each checkpoint and data set; None keeps them in memory.
         batch_size: images at a time.
         workers: processes that load images.
@@ -270,7 +274,7 @@ def evaluate(
     if not heads or not set(heads) <= {"linear", "mlp"}:
         raise ValueError(f"heads: got {tuple(heads)}, takes 'linear' and 'mlp'")
     size = check_image_size(model, image_size, read=embedder(model, blocks))
-    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct)
+    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct, max_pixels=max_pixels)
     check_probe(rates, epochs, batch_size, hidden, held_out, len(train_set))
     device, classes = device_of(model), train_set.classes
     rows: Rows = []
@@ -309,4 +313,5 @@ def evaluate(
             tried.setdefault(name, []).extend(
                 Rate(head, rate, accuracy, rate == probe.rate) for rate, accuracy in probe.held_out.items()
             )
+    tell_skipped(train_set, test_set)
     return LinearResult(rows, tried, classes, data)
