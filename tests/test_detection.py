@@ -382,6 +382,14 @@ def test_interrupted_training_goes_on_to_the_same_head(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
     with pytest.raises(ValueError, match=r"out: got .*parts.pt, trained with another lr, seed; delete"):
         train(pair, tmp_path / "parts.pt", lr=1e-2, seed=5)
+    content = bytearray((tmp_path / "parts.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    for damaged in (bytes(content), bytes(content[:1000]), b""):
+        (tmp_path / "parts.pt").write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"^out: got .*parts.pt, damaged or no detector's head; delete it: "
+        ):
+            train(pair, tmp_path / "parts.pt")
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "save_every"])
