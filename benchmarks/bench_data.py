@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
+from ser_fast.data.photo_tiles import PHOTOGRAPHS
 from ser_fast.data.pictures import decode, to_canvas
-from ser_fast.data.sources import PHOTOGRAPHS
 from ser_fast.training.config import ViewsConfig
 from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES
 from ser_fast.sensitivity import VARIANTS
 
@@ -75,6 +76,8 @@ def equivariance(
     images: int = 256,
     image_size: int | None = None,
     elements: tuple[str, ...] = ("d4", "scales"),
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     pairs: int = 4,
     out: Path | None = None,
     device: str = "auto",
@@ -90,6 +93,8 @@ def equivariance(
         image_size: their side in pixels; default each model's.
         elements: the maps: d4, scales, a name such as rot90, angle:DEGREES, scale:AREA, shift:DY,DX (tokens),
             crop:TOP,LEFT,HEIGHT,WIDTH (shares), affine:A,B,C,D[,DY,DX] (output to input, y before x).
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
             images tests it.
         out: folder for equivariance.csv, embedding.csv, prediction.csv and equivariance.png, and of several checkpoints
@@ -100,6 +105,7 @@ def equivariance(
 
     models, data, out = _open(checkpoints, data, out, device)
     options: dict[str, Any] = {"images": images, "image_size": image_size, "elements": elements, "pairs": pairs}
+    options |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
     _show(evaluate(models, data, progress=True, **options), out)
 
 
@@ -166,6 +172,7 @@ def knn(
     temperature: float = 0.07,
     image_size: int | None = None,
     crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     batch_size: int = 256,
     workers: int = 0,
@@ -182,6 +189,7 @@ def knn(
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         out: folder for knn.csv, knn.png, knn_confusion.csv and knn_confusion.png; default the checkpoint's,
             of several runs/comparison.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         batch_size: images at a time.
         workers: processes that load images.
         device: "auto", "cpu" or "cuda".
@@ -190,7 +198,7 @@ def knn(
 
     models, data, out = _open(checkpoints, data, out, device)
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading["crop_pct"] = crop_pct
+    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
     _show(evaluate(models, data, k=k, temperature=temperature, progress=True, **loading), out)
 
 
@@ -206,6 +214,7 @@ def linear(
     seed: int = 0,
     image_size: int | None = None,
     crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     cache: Path | None = None,
     batch_size: int = 256,
@@ -227,6 +236,7 @@ def linear(
         seed: of that share, the order and the weights.
         image_size: side of the images in pixels; default each model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         out: folder for linear.csv, linear_rates.csv, linear_confusion.csv and linear_confusion.png; default the
             checkpoint's.
         cache: folder of the features, computed once for each checkpoint and data set; default OUT/features.
@@ -239,7 +249,7 @@ def linear(
     models, data, out = _open(checkpoints, data, out, device)
     probe: dict[str, Any] = {"rates": rates, "epochs": epochs, "hidden": hidden, "held_out": held_out, "seed": seed}
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading["crop_pct"] = crop_pct
+    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
     loading["cache"] = cache or out / "features"
     _show(evaluate(models, data, heads=heads, blocks=blocks, progress=True, **probe, **loading), out)
 
@@ -258,6 +268,8 @@ def corruptions(
     temperature: float = 0.07,
     seed: int = 0,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     cache: Path | None = None,
     batch_size: int = 256,
@@ -284,6 +296,9 @@ def corruptions(
         temperature: of the neighbours' votes.
         seed: of the corruptions and the probe.
         image_size: side of the images in pixels; default each model's.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875. Folders
+            of corrupted or perturbed images are taken as they are: they were cropped when they were made.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         out: folder for corruptions.csv, perturbations.csv, corruptions.png and, of shifted images, shifts.csv; default
             the checkpoint's.
         cache: folder of the training features; default OUT/features.
@@ -298,7 +313,7 @@ def corruptions(
     sets |= {"shifted": shifted, "baseline": baseline, "seed": seed}
     vote: dict[str, Any] = {"classifier": classifier, "k": k, "temperature": temperature}
     loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading["cache"] = cache or out / "features"
+    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels, "cache": cache or out / "features"}
     _show(evaluate(models, data, progress=True, **sets, **vote, **loading), out)
 
 
@@ -309,6 +324,7 @@ def detection(
     batch_size: int = 4,
     lr: float = 4e-3,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     save_every: int = 50,
     workers: int = 0,
@@ -329,6 +345,7 @@ def detection(
         image_size: of an image's shorter side in the detector, in pixels; default twice each model's.
         out: folder for detection.csv, detection.png and detection/ (heads, predictions); default the checkpoint's,
             of several runs/comparison.
+        max_pixels: of one image; more is an error, since a detector is scored on all of them.
         save_every: steps between two writes of a head.
         workers: processes that load images.
         seed: of the heads' weights, the order of the images and the generated set.
@@ -338,7 +355,7 @@ def detection(
 
     models, _, out = _open(checkpoints, None, out, device)
     head: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "save_every": save_every}
-    head |= {"image_size": image_size, "heads": out / "detection"}
+    head |= {"image_size": image_size, "max_pixels": max_pixels, "heads": out / "detection"}
     _show(evaluate(models, data, workers=workers, progress=True, **head), out)
 
 

@@ -65,6 +65,8 @@ def export(run: Path, format: Literal["timm", "onnx", "torch"], out: Path | None
     if format == "onnx" and (missing := [name for name in ("onnxscript", "onnxruntime") if find_spec(name) is None]):
         raise ValueError(f"format: 'onnx' needs {' and '.join(missing)}: pip install 'ser-fast[export]'")
     out = weights.parent / FILES[format] if out is None else out
+    if out.is_dir():
+        raise ValueError(f"out: got the folder {out}, takes a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own, since large ONNX models come with a second file that they name.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export") as folder:

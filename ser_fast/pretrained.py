@@ -1,5 +1,6 @@
 """Weights from elsewhere: public ones by name, or a local file, loaded into a timm transformer whole or not at all."""
 
+import hashlib
 import json
 import logging
 from argparse import Namespace
@@ -22,6 +23,10 @@ ENCODER_FILES = ("encoder.safetensors", "model.safetensors")
 """The weights in a run's folder, and in a folder of Hugging Face's layout."""
 METADATA_KEY = "split_vit"
 """In the metadata of a safetensors file of ours: the timm name, its arguments and the split, as JSON."""
+CHECKSUM_FIELD = "sha256"
+"""Of the whole file, in that JSON; files of earlier versions have none."""
+DESCRIBED = frozenset(["model", "split", "timm_kwargs", CHECKSUM_FIELD])
+"""All that may stand in it."""
 PREPROCESSING_KEY = "preprocessing"
 """Beside it: what the encoder takes, as JSON."""
 NORMALIZATIONS = {
@@ -131,6 +136,50 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"path: {path} can't be read as safetensors: {_one_line(error)}") from error
 
 
+def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a safetensors file of ours with a checksum of the whole file, in the description of the model.
+
+    Args:
+        tensors: by name.
+        metadata: with METADATA_KEY, whose value is a JSON object.
+    """
+    described = {**json.loads(metadata[METADATA_KEY]), CHECKSUM_FIELD: _checksum(tensors, metadata)}
+    return {**metadata, METADATA_KEY: json.dumps(described)}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, whose checksum must fit if it has one.
+
+    Raises:
+        ValueError: the file can't be read, or is damaged.
+    """
+    metadata = read_metadata(path)
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # SafetensorError, OSError
+        raise ValueError(f"path: {path} can't be read as safetensors: {_one_line(error)}") from error
+    # Also under a key that is no longer ours: one flipped bit makes another of it.
+    if any(f'"{CHECKSUM_FIELD}": ' in text and '"timm_kwargs": ' in text for text in metadata.values()):
+        try:
+            whole = json.loads(metadata[METADATA_KEY])[CHECKSUM_FIELD] == _checksum(tensors, metadata)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"path: {path} is damaged: its checksum does not fit")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of everything in the file but the checksum itself."""
+    described = {key: value for key, value in json.loads(metadata[METADATA_KEY]).items() if key != CHECKSUM_FIELD}
+    digest = hashlib.sha256(json.dumps([{**metadata, METADATA_KEY: described}], sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _fetch(tag: str) -> tuple[dict[str, Tensor], Any, Any]:
     """The public weights of a timm name, with the mean and deviation of their pixels."""
     try:
@@ -148,8 +197,8 @@ def _fetch(tag: str) -> tuple[dict[str, Tensor], Any, Any]:
 def _read(path: Path) -> tuple[Mapping[str, Any], int | None]:
     """The content of a file, and the split that it was trained with, if it says so."""
     if path.suffix == ".safetensors":
-        recipe = read_metadata(path).get(METADATA_KEY)
-        return load_file(path), None if recipe is None else json.loads(recipe)["split"]
+        tensors, metadata = read_safetensors(path)
+        return tensors, _split_of(path, metadata)
     try:
         # Training scripts keep their arguments beside the weights; a Namespace runs nothing.
         with torch.serialization.safe_globals([Namespace]):
@@ -161,6 +210,19 @@ def _read(path: Path) -> tuple[Mapping[str, Any], int | None]:
     if not isinstance(content, Mapping):
         raise ValueError(f"pretrained: {path} holds a {type(content).__name__}, takes a state dict")
     return content, None
+
+
+def _split_of(path: Path, metadata: Mapping[str, str]) -> int | None:
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        described = json.loads(metadata[METADATA_KEY])
+        split = described["split"] if described.keys() <= DESCRIBED else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        split = None
+    if type(split) is not int:
+        raise ValueError(f"pretrained: the metadata {METADATA_KEY!r} of {path} do not say the split")
+    return split
 
 
 def _unwrap(content: Mapping[str, Any], source: str | Path) -> tuple[dict[str, Tensor], list[str]]:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import checkpoint, is_model_in_modules
 from timm.models.deit import VisionTransformerDistilled
@@ -21,7 +20,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ser_fast.io import write_atomically, write_text
-from ser_fast.pretrained import METADATA_KEY, PREPROCESSING_KEY, find_weights, load_weights, read_metadata
+from ser_fast.pretrained import (
+    DESCRIBED,
+    METADATA_KEY,
+    PREPROCESSING_KEY,
+    find_weights,
+    load_weights,
+    read_safetensors,
+    seal,
+)
 from ser_fast.views.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 # Exact types: a subclass may embed or pool in a way of its own, and would silently become another function.
@@ -480,7 +487,7 @@ def save_split_vit(path: str | Path, model: SplitViT, metadata: Mapping[str, str
 
     The tensors have timm's names, but the split is part of the function they compute: loaded into plain timm, whose
     prefix tokens enter at block 0, they give other features. `metadata` is stored beside them, and what
-    `SplitViT.preprocessing` says, for safetensors.safe_open(path, "pt").metadata().
+    `SplitViT.preprocessing` says, for safetensors.safe_open(path, "pt").metadata(). A checksum covers all of it.
 
     Raises:
         TypeError: if model is not a SplitViT, such as a DistributedDataParallel or compiled one.
@@ -494,7 +501,7 @@ def save_split_vit(path: str | Path, model: SplitViT, metadata: Mapping[str, str
     path = Path(path)
     path.touch()
     mode = path.stat().st_mode  # the umask's; safetensors writes files that their owner alone can read
-    save_file(tensors, path, metadata={"format": "pt", **(metadata or {}), **texts})
+    save_file(tensors, path, metadata=seal(tensors, {"format": "pt", **(metadata or {}), **texts}))
     path.chmod(mode)
 
 
@@ -505,11 +512,12 @@ def load_split_vit(path: str | Path) -> SplitViT:
         path: the file, or a folder that holds it: a run's, or one of `SplitViT.save_pretrained`.
 
     Raises:
-        ValueError: if there is no such file, if it is damaged, or does not say how to rebuild a SplitViT, as plain timm
-            weights do not.
+        ValueError: if there is no such file, if it is damaged (its checksum is verified), or does not say how to
+            rebuild a SplitViT, as plain timm weights do not.
     """
     path = find_weights(Path(path))
-    recipe = read_metadata(path).get(METADATA_KEY)
+    tensors, metadata = read_safetensors(path)
+    recipe = metadata.get(METADATA_KEY)
     if recipe is None:
         raise ValueError(
             f"path: {path} has no {METADATA_KEY!r} metadata, so the split is not known; build "
@@ -518,8 +526,8 @@ def load_split_vit(path: str | Path) -> SplitViT:
     name, split, architecture = _architecture(path, recipe)
     try:
         model = SplitViT(name, split, **architecture)
-        model.load_state_dict(load_file(path))
-    except (RuntimeError, TypeError, AssertionError, SafetensorError) as error:
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path: {path} does not hold the weights that its metadata describe: {reason}") from error
     model.pretrained = True
@@ -535,8 +543,9 @@ def _architecture(path: Path, recipe: str) -> tuple[str, int, dict[str, Any]]:
     try:
         fields = json.loads(recipe)
         name, split, architecture = fields["model"], fields["split"], fields["timm_kwargs"]
-        plain = isinstance(name, str) and type(split) is int and isinstance(architecture, dict)
-    except (ValueError, TypeError, KeyError):
+        known = fields.keys() <= DESCRIBED
+        plain = known and isinstance(name, str) and type(split) is int and isinstance(architecture, dict)
+    except (ValueError, TypeError, KeyError, AttributeError):
         plain = False
     if not plain:
         raise ValueError(f"path: the metadata {METADATA_KEY!r} of {path} do not describe a SplitViT")

@@ -3,13 +3,14 @@ import pickle
 import shutil
 import socket
 from importlib.resources import files
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision.datasets import CIFAR10
 
 from ser_fast.data import pictures
@@ -251,6 +252,43 @@ def test_folder_makes_every_format_8_bit_rgb(tmp_path, save, name, top, bottom):
         # Lossless files are exact; JPEG is allowed 6 of 255 grey values, far from any mix-up of channels or rows.
         tolerance = 0 if Path(name).suffix in (".png", ".TIFF") else 6
         assert ((image[:, row].int() - torch.tensor(color)[:, None]).abs() <= tolerance).all()
+
+
+def save_with_exif(image_format, exif):
+    file = BytesIO()
+    Image.new("RGB", (30, 20), RED).save(file, image_format, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_leaves_the_picture_readable(image_format):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x8769] = 6, {0x9003: "2020:01:01"}
+    whole = exif.tobytes()
+    assert decode(save_with_exif(image_format, whole), "0").shape == (3, 30, 20)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        broken = bytearray(whole)
+        for place in rng.integers(6, len(whole), size=rng.choice([1, 3, 20])):
+            broken[place] = rng.integers(256)
+        assert decode(save_with_exif(image_format, bytes(broken)), "0").shape in ((3, 30, 20), (3, 20, 30))
+
+
+def test_damage_beside_the_pixels_of_a_png_is_passed_over():
+    """A wrong checksum of a text, and one that unpacks to a gigabyte; but not one of the pixels."""
+    file, texts = BytesIO(), PngImagePlugin.PngInfo()
+    texts.add_text("comment", "x" * 2**21, zip=True)
+    Image.new("P", (30, 20)).save(file, "PNG", pnginfo=texts, transparency=0)
+    data = file.getvalue()
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(BytesIO(data))
+    assert decode(data, "0").shape == (3, 20, 30)
+    at = data.index(b"zTXt") + 20
+    assert decode(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], "0").shape == (3, 20, 30)
+    at = data.index(b"IDAT") + 6
+    with pytest.raises(UnreadableImageError):
+        decode(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :], "0")
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,68 @@ def test_other_folders_are_refused(tmp_path: Path, files: dict[str, str], messag
         CocoFolder(tmp_path, train=False)
 
 
+def write_categories(folder: Path, part: str, categories: list[dict[str, Any]], labels: list[int]) -> None:
+    path = folder / "annotations" / f"instances_{part}2017.json"
+    content = json.loads(path.read_text()) | {"categories": categories}
+    for entry, label in zip(content["annotations"], labels, strict=True):
+        entry["category_id"] = label
+    path.write_text(json.dumps(content))
+
+
+def two_boxes(folder: Path) -> Path:
+    return write_coco(folder, {1: (32, 32)}, [annotation(1, 1, 3, [1, 1, 9, 9]), annotation(2, 1, 90, [5, 5, 9, 9])])
+
+
+def test_both_parts_have_the_labels_of_training(tmp_path: Path) -> None:
+    """A category that one file lacks moves no label: what is predicted is read with the list it was learned from."""
+    folder = two_boxes(tmp_path)
+    ant, bee, cat = ({"id": number, "name": name} for number, name in ((3, "ant"), (7, "bee"), (90, "cat")))
+    write_categories(folder, "train", [cat, ant, bee], [3, 90])
+    write_categories(folder, "val", [cat, ant], [3, 90])
+    train = CocoFolder(folder, train=True)
+    held_out = CocoFolder(folder, train=False, labels_of=train)
+    assert held_out.categories == train.categories == [3, 7, 90]
+    assert held_out[0][1]["labels"].tolist() == train[0][1]["labels"].tolist() == [1, 3]
+    results = predict(KnowsAll(held_out), held_out)  # type: ignore[arg-type]
+    assert [box["category_id"] for box in results] == [3, 90]
+    assert [record.ap for record in score(held_out.coco, results)] == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("categories", "labels", "message"),
+    [
+        ([(3, "ant"), (8, "dog")], [3, 8], r"categories 8 \(dog\) in .*val2017\.json, takes 8 \(none\)"),
+        ([(3, "bee"), (90, "cat")], [3, 90], r"categories 3 \(bee\) in .*, takes 3 \(ant\)"),
+        ([(3, "ant")], [3, 90], r"categories 90 \(none\) in .*, takes 90 \(cat\)"),
+    ],
+)
+def test_other_categories_than_those_of_training_are_refused(
+    tmp_path: Path, categories: list[tuple[int, str]], labels: list[int], message: str
+) -> None:
+    folder = two_boxes(tmp_path)
+    write_categories(folder, "train", [{"id": 3, "name": "ant"}, {"id": 90, "name": "cat"}], [3, 90])
+    write_categories(folder, "val", [{"id": number, "name": name} for number, name in categories], labels)
+    with pytest.raises(ValueError, match=message):
+        detection.evaluate(make_encoder(), folder)
+
+
+def test_an_image_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    folder = two_boxes(tmp_path)
+    with pytest.raises(ValueError, match=r"1\.png can't be read, .* 32 x 32 pixels, more than max_pixels = 100"):
+        CocoFolder(folder, train=False, max_pixels=100)[0]
+    (folder / "val2017" / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"data: .*1\.png can't be read, and a detector takes all images: Unid"):
+        CocoFolder(folder, train=False)[0]
+
+
+def test_an_image_lies_as_it_was_annotated(tmp_path: Path) -> None:
+    folder = write_coco(tmp_path, {1: (48, 64)}, [annotation(1, 1, 3, [1, 1, 9, 9])])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(folder / "val2017" / "1.png", exif=exif)
+    assert CocoFolder(folder, train=False)[0][0].shape == (3, 48, 64)
+
+
 # ---------------------------------------------------------------- COCO's measures
 
 
@@ -334,6 +396,12 @@ def test_interrupted_training_goes_on_to_the_same_head(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
     with pytest.raises(ValueError, match=r"out: got .*parts.pt, trained with another lr, seed; delete"):
         train(pair, tmp_path / "parts.pt", lr=1e-2, seed=5)
+    content = bytearray((tmp_path / "parts.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    for damaged in (bytes(content), bytes(content[:1000]), b""):
+        (tmp_path / "parts.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"^out: got .*parts.pt, damaged or no detector's head; delete it: "):
+            train(pair, tmp_path / "parts.pt")
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "save_every"])

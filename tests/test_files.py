@@ -12,10 +12,14 @@ from rich.console import Console
 
 from ser_fast.csv_files import format_csv, read_csv, unquote, write_csv
 from ser_fast.evaluation.classification import grade
+from ser_fast.evaluation.figures import plot_confusion
+from ser_fast.evaluation.protocol import make_folder
 from ser_fast.evaluation.tables import print_rows, write_confusion
+from ser_fast.export import export
 from ser_fast.io import printable, write_text
 from ser_fast.report.runs import read_runs, write_report
 from ser_fast.sensitivity.table import COLUMNS, read_rows
+from ser_fast.vit import SplitViT, save_split_vit
 
 FORMULAS = ["=HYPERLINK(1)", "@SUM(1)", "+1+1", "-2+3", "\t=1", "\r=1", "'=1", "''@", "-"]
 PLAIN = ["-1", "+2.5", "-1e-3", "-inf", "a=b", "'quoted'", "", "ant", "5"]
@@ -104,6 +108,13 @@ def test_names_that_are_no_utf_8_are_written_and_shown(tmp_path: Path) -> None:
     assert "caf\\udce9[red]" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["$x^$", "$\\frac{$", ODD, "a\x1bb", "{", "%s", "\u732b"])
+def test_a_figure_shows_any_name(name: str, tmp_path: Path) -> None:
+    rows = [({"model": name}, grade(torch.tensor([[0], [0]]), torch.tensor([0, 1]), 2))]
+    assert plot_confusion(rows, [name, "other"], tmp_path / "confusion.png").stat().st_size > 1000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_commands_take_any_name_in_any_locale(locale: str, tmp_path: Path) -> None:
@@ -117,3 +128,24 @@ def test_commands_take_any_name_in_any_locale(locale: str, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert b"[red]" in done.stdout
     assert "\u732b" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "below a file"])
+def test_an_out_that_is_no_folder_is_refused_in_a_line(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind == "link to nothing":
+        out.symlink_to(tmp_path / "nowhere")
+    else:
+        out.write_text("")
+    out = out / "deeper" if kind == "below a file" else out
+    with pytest.raises(ValueError, match=rf"^out: got {out}, takes a folder that can be made: [^\n]*$"):
+        make_folder(out)
+
+
+def test_an_out_that_is_a_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=rf"^out: got the folder {tmp_path}, takes a file$"):
+        write_report(read_runs([tmp_path]), tmp_path)
+    save_split_vit(tmp_path / "encoder.safetensors", SplitViT("vit_tiny_patch16_224", 0, img_size=32, depth=1))
+    with pytest.raises(ValueError, match=rf"^out: got the folder {tmp_path}, takes a file$"):
+        export(tmp_path, "timm", tmp_path)

@@ -1,9 +1,11 @@
 """Grading, kNN's ranking, cached features, linear and MLP probes, and the prediction of g."""
 
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -186,6 +188,115 @@ def test_a_changed_file_of_a_folder_is_embedded_again(tmp_path: Path, embedded: 
     assert [times_embedded(), times_embedded()] == [1, 1]
     Image.new("RGB", (32, 32), (0, 200, 0)).save(images / "07.png")
     assert times_embedded() == 2
+
+
+def replace_keeping_times(path: Path, color: tuple[int, int, int]) -> None:
+    """Another picture of the same size in bytes, with the old one's times."""
+    status = path.stat()
+    Image.new("RGB", (32, 32), color).save(path)
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("source", ["folder:{}", "python:{}:birds"])
+def test_any_other_picture_is_other_features(
+    source: str, tmp_path: Path, embedded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one of the same size and time, and one of a data set that is no folder: none of 40 is taken for another."""
+    images = tmp_path / "images" / "class"
+    images.mkdir(parents=True)
+    for i in range(40):
+        Image.new("RGB", (32, 32), (i, 100, 200)).save(images / f"{i:02}.bmp")
+    module = f"birds_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(
+        "from torchvision.datasets import ImageFolder\n"
+        f"def birds(train):\n    return ImageFolder({str(images.parent)!r}, target_transform=lambda label: label)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    location = source.format(images.parent if source.startswith("folder") else module)
+
+    def times_embedded() -> int:
+        embed_cached(tiny(), open_dataset(location, train=True, image_size=32), "cpu", cache=tmp_path / "cache")
+        return len(embedded)
+
+    assert [times_embedded(), times_embedded()] == [1, 1]
+    replace_keeping_times(images / "07.bmp", (0, 0, 0))
+    assert [times_embedded(), times_embedded()] == [2, 2]
+
+
+def test_other_labels_are_other_features(tmp_path: Path, embedded: list[int]) -> None:
+    class Named:
+        def __init__(self, labels: list[int]) -> None:
+            self.image_size, self.classes, self.labels = 32, ["a", "b"], labels
+            self.skipped: list[tuple[str, str]] = []
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+            return torch.full((3, 32, 32), index, dtype=torch.uint8), self.labels[index], index
+
+        def digest(self) -> str:
+            return ""
+
+    one = embed_cached(tiny(), Named([0] * 20), "cpu", cache=tmp_path / "cache")
+    other = embed_cached(tiny(), Named([0] * 19 + [1]), "cpu", cache=tmp_path / "cache")
+    assert len(embedded) == 2
+    assert (one[1].sum(), other[1].sum()) == (0, 1)
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path, Path], object]] = {
+    "half of the features": lambda features, labels: features.write_bytes(
+        features.read_bytes()[: features.stat().st_size // 2]
+    ),
+    "no features": lambda features, labels: features.unlink(),
+    "empty features": lambda features, labels: features.write_bytes(b""),
+    "a bit of the features": lambda features, labels: flip(features, 1001),
+    "a bit of the labels": lambda features, labels: flip(labels, 200),
+    "empty labels": lambda features, labels: labels.write_bytes(b""),
+    "fewer labels": lambda features, labels: np.savez(labels, labels=np.zeros(3, np.int64)),
+    "labels of another type": lambda features, labels: np.savez(labels, **{**np.load(labels), "labels": np.zeros(23)}),
+    "labels of another key": lambda features, labels: np.savez(labels, **{**np.load(labels), "key": "other"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_features_are_computed_again(
+    damage: str, tmp_path: Path, tiles: ImageDataset, embedded: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = [part.clone() for part in embed_cached(tiny(), tiles, "cpu", cache=tmp_path)]
+    (features,), (labels,) = tmp_path.glob("*.f32"), tmp_path.glob("*.npz")
+    DAMAGE[damage](features, labels)
+    again = embed_cached(tiny(), tiles, "cpu", cache=tmp_path)
+    assert len(embedded) == 2
+    assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+    (line,) = caplog.messages
+    assert line.startswith(f"cache: {features} is damaged (")
+    assert line.endswith("); its features are computed again")
+    embed_cached(tiny(), tiles, "cpu", cache=tmp_path)
+    assert len(embedded) == 2
+
+
+def test_what_could_not_be_read_is_known_of_kept_features(tmp_path: Path, embedded: list[int]) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(3):
+        write = Image.new("RGB", (8, 8)).save if i else lambda path: path.write_bytes(b"no image")
+        write(images / f"{i}.png")
+    for _ in range(2):
+        dataset = open_dataset(f"folder:{images}", train=True, image_size=32)
+        features, _ = embed_cached(tiny(), dataset, "cpu", cache=tmp_path / "cache")
+        assert len(features) == 2
+        ((path, reason),) = dataset.skipped
+        assert path == str(images / "0.png")
+        assert reason.startswith("UnidentifiedImageError")
+    assert len(embedded) == 1
 
 
 def test_class_tokens_are_those_after_each_block() -> None:

@@ -70,6 +70,12 @@ def test_links_are_followed_once_and_never_in_a_circle(tmp_path):
     assert len(list_files(tmp_path / "set/a", [".png"], known=known)) == 2
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    touch(*(tmp_path / name for name in ("a/0.png", "a/.thumbnails/0.png", "a/._0.png", ".trash/a/1.png", "a/b/2.png")))
+    listed = [str(Path(path).relative_to(tmp_path)) for path in list_files(tmp_path, [".png"])]
+    assert listed == ["a/0.png", "a/b/2.png"]
+
+
 def test_what_is_no_file_is_listed_but_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere")

@@ -3,12 +3,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -485,3 +486,53 @@ def test_weights_that_do_not_fit_their_description_are_refused(change: str, tmp_
     save_file(tensors, tmp_path / "other.safetensors", metadata={"split_vit": json.dumps(recipe)})
     with pytest.raises(ValueError, match=r"other\.safetensors does not hold the weights"):
         load_split_vit(tmp_path / "other.safetensors")
+
+
+# ---------------------------------------------------------------- damage
+
+
+def small_file(path: Path) -> Path:
+    model = SplitViT(PLAIN, 1, **{**TINY, "embed_dim": 12, "depth": 1, "mlp_ratio": 1.0})
+    save_split_vit(path, model, {"step": "7"})
+    return path
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """In the weights, in their names and in what the file says of itself; never loaded, and the file is named."""
+    whole = small_file(tmp_path / "whole.safetensors").read_bytes()
+    load_split_vit(tmp_path / "whole.safetensors")
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    places = [*range(0, header, 7), *rng.integers(header, len(whole), size=40).tolist(), len(whole) - 1]
+    damaged = tmp_path / "damaged.safetensors"
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << int(rng.integers(8))
+        damaged.write_bytes(content)
+        for load in (load_split_vit, lambda path: SplitViT(PLAIN, 1, pretrained=path, **TINY)):
+            with pytest.raises(ValueError, match=r"damaged\.safetensors"):
+                load(damaged)
+    with pytest.raises(ValueError, match=r"^path: .*damaged\.safetensors is damaged: its checksum does not fit$"):
+        load_split_vit(damaged)  # the last byte: of a weight
+    damaged.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"damaged\.safetensors can't be read as safetensors"):
+        load_split_vit(damaged)
+
+
+def test_files_without_a_checksum_still_load(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "whole.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    recipe = json.loads(metadata["split_vit"])
+    assert len(recipe.pop("sha256")) == 64
+    metadata["split_vit"] = json.dumps(recipe)
+    save_file(load_file(path), tmp_path / "old.safetensors", metadata=metadata)
+    old, new = load_split_vit(tmp_path / "old.safetensors").state_dict(), load_split_vit(path).state_dict()
+    assert all(torch.equal(old[name], new[name]) for name in new)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", "null", '{"split": "1"}'])
+def test_weights_to_start_from_say_their_split(text: str, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"split_vit": text})
+    with pytest.raises(ValueError, match=r"pretrained: the metadata 'split_vit' of .*other\.safetensors do not say"):
+        SplitViT(PLAIN, 1, pretrained=tmp_path / "other.safetensors", **TINY)

@@ -1,10 +1,12 @@
 """Pictures of a Hugging Face data set: on disk, in Parquet files, or by its name on the Hub."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ser_fast.data import MAX_PIXELS
-from ser_fast.data.listing import HELD_OUT, hash_entries, split_options
+from ser_fast.data.listing import HELD_OUT, hash_entries, split_options, stamp
 from ser_fast.data.pictures import Picture, UnreadableImageError, decode, read_image
 
 _OPTIONS = ("split", "val", "image", "label", "config")
@@ -69,6 +71,23 @@ class HuggingFace:
         else:
             pixels = decode(image["bytes"], name, max_pixels=self.max_pixels)
         return Picture(pixels, -1 if label is None else label, index)
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Of all pictures, -1 for none."""
+        given = [] if self.label is None else self.rows[self.label]
+        return [-1 if label is None else label for label in given] or [-1] * len(self)
+
+    def fingerprint(self) -> str:
+        """A hash of the labels and of each picture's bytes, or of its file's size and times where it is a path."""
+        digest = hashlib.sha256(self.digest().encode())
+        table = self.rows.with_format("arrow")
+        for start in range(0, len(self.rows), 256):
+            for image in table[start : start + 256][self.image].to_pylist():
+                path = None if image is None else image["path"]
+                whole = None if image is None else image["bytes"]
+                digest.update(whole if whole is not None else repr(path and stamp(path)).encode())
+        return digest.hexdigest()
 
     def digest(self) -> str:
         """A hash of the labels and of each picture's name and size in bytes."""

@@ -17,8 +17,9 @@ HELD_OUT = ("val", "validation", "test")
 def list_files(folder: Path, extensions: Collection[str], *, known: Collection[Path] = ()) -> list[str]:
     """The files below a folder whose names end in one of the extensions, in the order of their folders' names.
 
-    Links to folders are followed. A folder is listed once, however many links lead to it: a link to a folder above
-    itself ends there.
+    Hidden files and folders, whose names begin with a dot, are left out: thumbnails, trash, what another system keeps
+    beside its files. Links to folders are followed. A folder is listed once, however many links lead to it: a link to a
+    folder above itself ends there.
 
     Args:
         folder: itself and all folders below it are listed.
@@ -44,6 +45,8 @@ def list_files(folder: Path, extensions: Collection[str], *, known: Collection[P
         try:
             with os.scandir(parent) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
+                    if entry.name.startswith("."):
+                        continue
                     if entry.is_dir():
                         (links if entry.is_symlink() else folders).append(entry.path)
                     elif entry.name.lower().endswith(endings):
@@ -115,6 +118,18 @@ def _expand_braces(pattern: str) -> list[str]:
     else:
         parts = match[1].split(",")
     return [name for part in parts for name in _expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]
+
+
+def stamp(path: str) -> tuple[str, int, int, int] | tuple[str]:
+    """A file's path and what changes when it is written or replaced: size, and times of its content and of its entry.
+
+    Of a link to nothing, the path alone.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (path,)
+    return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def hash_entries(classes: Sequence[str], entries: Iterable[Any]) -> str:

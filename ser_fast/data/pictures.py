@@ -9,10 +9,11 @@ import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
@@ -22,6 +23,17 @@ from ser_fast.data import MAX_PIXELS
 
 # PostScript and other formats that run programs are not among them.
 _FORMATS = ["BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP"]
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _LONG = 8  # a picture this many times as long as it is wide is cut or shrunk before anything grows
 
 
@@ -58,8 +70,8 @@ class Picture:
         return self.pixels.shape[2] / self.pixels.shape[1]
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The picture in a regular file: uint8 (3, H, W).
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Tensor:
+    """The picture in a regular file: uint8 (3, H, W); the rest is as `decode` has it.
 
     Raises:
         UnreadableImageError: there is no such file, it is none, or `decode` can't read it.
@@ -75,19 +87,21 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
             data = file.read()
     except OSError as error:
         raise UnreadableImageError(str(path), f"{type(error).__name__}: {error}") from error
-    return decode(data, str(path), max_pixels=max_pixels)
+    return decode(data, str(path), max_pixels=max_pixels, upright=upright)
 
 
-def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Tensor:
     """Decode an image file's bytes to upright 8-bit RGB.
 
-    Grey, palette, CMYK, 16-bit and transparent images become RGB. JPEG and 8-bit PNG are decoded by torchvision, the
+    Grey, palette, CMYK, 16-bit and transparent images become RGB. Damage in what stands beside the pixels (EXIF, texts,
+    profiles) is passed over. JPEG and 8-bit PNG are decoded by torchvision, the
     others, and what it refuses, by PIL.
 
     Args:
         data: of the file.
         name: for errors: its path, or what else tells where it came from.
         max_pixels: of one picture, up to MAX_PIXELS.
+        upright: turned as its EXIF says; False for what was annotated as it lies in the file.
 
     Returns:
         (3, H, W) uint8.
@@ -97,8 +111,8 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is ours
-            image = Image.open(BytesIO(data), formats=_FORMATS)  # reads the header alone
+            warnings.simplefilter("ignore")  # about damage beside the pixels, and sizes: the bound is ours
+            image = _open(data)  # reads the header alone
         with image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than max_pixels = {max_pixels}")
@@ -107,19 +121,53 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Tensor:
             if plain and image.mode in ("RGB", "L"):
                 try:
                     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=upright)
                 except RuntimeError:
                     pass  # PIL reads it, or says why not
-            return to_rgb(image)
+            return to_rgb(image, upright=upright)
     except UnidentifiedImageError as error:  # its own words name a place in memory
         raise UnreadableImageError(name, "UnidentifiedImageError: no image, or none of the formats read") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise UnreadableImageError(name, f"{type(error).__name__}: {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Tensor:
-    """A PIL image, upright, as uint8 (3, H, W)."""
-    image = ImageOps.exif_transpose(image)
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data), formats=_FORMATS)
+    except Exception:
+        if not data.startswith(_PNG):
+            raise
+        return Image.open(BytesIO(_without_extras(data)), formats=["PNG"])
+
+
+def _without_extras(data: bytes) -> bytes:
+    """A PNG file of the chunks that the pixels take: PIL refuses a file for damage in any other."""
+    kept, place = [_PNG], len(_PNG)
+    while place + 8 <= len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        name = data[place + 4 : place + 8]
+        if name[:1].isupper() or name == b"tRNS":
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says, if that can be read."""
+    image.load()  # damage of the pixels shows here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation: Any = image.getexif().get(_ORIENTATION)
+            turn = _TURNS.get(orientation)
+    except Exception:  # SyntaxError, struct.error and others: whatever was written there
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image, *, upright: bool = True) -> Tensor:
+    """A PIL image, turned as its EXIF says where `upright`, as uint8 (3, H, W)."""
+    image = _upright(image) if upright else image
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255; PIL's 16-bit RGB is 8-bit already
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":  # floating point TIFF: in [0, 1] as a rule, else grey levels

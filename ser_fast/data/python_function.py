@@ -1,8 +1,10 @@
 """Pictures of a torch data set that a function of the user's makes."""
 
+import hashlib
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,6 +83,23 @@ class PythonFunction:
         if label < -1 or (self.classes and label >= len(self.classes)):
             raise ValueError(f"data: got label {label} for {name}, takes -1 to {len(self.classes) - 1}")
         return Picture(pixels, label, index)
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """The data set's `targets`; None where it has none for all."""
+        return self.targets if len(self.targets) == self.length else None
+
+    def fingerprint(self) -> str:
+        """A hash of all pictures and labels, which are read for it: what the function does can't be known otherwise."""
+        return hash_entries([self.digest()], map(self._hash, range(self.length)))
+
+    def _hash(self, index: int) -> tuple[Any, ...]:
+        try:
+            picture = self.read(index)
+        except UnreadableImageError as error:
+            return (error.reason,)
+        pixels = picture.pixels.contiguous().numpy()
+        return picture.label, pixels.shape, hashlib.sha256(pixels.tobytes()).hexdigest()
 
     def digest(self) -> str:
         """A hash of the source's name, its length and its targets: the pictures themselves are not looked at."""

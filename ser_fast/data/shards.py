@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ser_fast.data import MAX_PIXELS
-from ser_fast.data.listing import HELD_OUT, expand_pattern, hash_entries, list_files, split_options
+from ser_fast.data.listing import HELD_OUT, expand_pattern, hash_entries, list_files, split_options, stamp
 from ser_fast.data.pictures import Picture, UnreadableImageError, decode
 
 _FIELDS = ("label", "cls", "class")  # of a .json, the first that is there
@@ -97,6 +97,10 @@ class TarShards:
         """A hash of the shards' names, and of their members' names, places and labels."""
         entries = ((Path(self.shards[number]).name, *sample) for number, sample in self.samples)
         return hash_entries(self.classes, entries)
+
+    def fingerprint(self) -> str:
+        """A hash that changes with what is listed and with the shards' files."""
+        return hash_entries([self.digest()], map(stamp, self.shards))
 
 
 def _find_shards(source: str, location: str) -> tuple[list[str], list[str]]:

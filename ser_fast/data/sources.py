@@ -4,58 +4,36 @@ Augmentation is not done here: ser_fast.views cuts and colors whole batches on t
 """
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable
-from importlib.resources import files
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from PIL import Image
-from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ser_fast.data import MAX_PIXELS
 from ser_fast.data.hugging_face import HuggingFace
-from ser_fast.data.listing import hash_entries, list_files
+from ser_fast.data.listing import hash_entries, list_files, stamp
+from ser_fast.data.photo_tiles import PhotoTiles
 from ser_fast.data.pictures import (
     Picture,
     UnreadableImageError,
     read_image,
     to_canvas,
-    to_rgb,
     to_square,
 )
 from ser_fast.data.python_function import PythonFunction
 from ser_fast.data.shards import TarShards
 
+_logger = logging.getLogger(__name__)
+
 CIFAR10_SIDE = 32
 # Of the views' side: 512 for 224, which keeps every pixel of a picture of 500 x 375.
 _CANVAS = 16 / 7
 _CHECKED = 16  # a folder of more images is not looked into before the first batch
-
-# Left out of the files in scikit-image's wheel: motorcycle_right (its pixels are those of motorcycle_left: held-out
-# tiles would leak), cell and clock_motion (featureless almost everywhere), microaneurysms and lfw_subset (too small),
-# and what no camera took (chessboards, color, horse, logo, phantom and the tests of file formats).
-PHOTOGRAPHS = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "chelsea.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
-    "page.png",
-    "retina.jpg",
-    "rocket.jpg",
-    "text.png",
-)
 
 
 class Source(Protocol):
@@ -64,10 +42,14 @@ class Source(Protocol):
     Attributes:
         classes: their names, in the order of the labels; none where pictures have no label (-1).
         longest: the longest side of any of its pictures, in pixels; None where that isn't known unless all are decoded.
+        labels: of all pictures, -1 for none; None where they aren't known unless all are read.
     """
 
     classes: list[str]
     longest: int | None
+
+    @property
+    def labels(self) -> Sequence[int] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -80,6 +62,12 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """A hash of what the source lists, and in which order: another one, other data."""
+
+    def fingerprint(self) -> str:
+        """A hash of the pictures and labels themselves, or of what changes with them, as the times of files do.
+
+        Unlike the digest, it is another one where the same data lie elsewhere.
+        """
 
 
 class ImageDataset(Protocol):
@@ -136,12 +124,24 @@ class Squares:
             return to_canvas(picture.pixels, self.image_size), picture.label, index, picture.aspect
         return to_square(picture.pixels, self.image_size, crop_pct=self.crop_pct), picture.label, index
 
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """The source's."""
+        return self.source.labels
+
     def digest(self) -> str:
         """The source's."""
         return self.source.digest()
 
+    def fingerprint(self) -> str:
+        """A hash of the pictures and of what is made of them."""
+        made = [self.image_size, self.canvas, self.crop_pct, getattr(self.source, "max_pixels", None)]
+        return hash_entries([type(self.source).__name__, self.source.fingerprint()], made)
 
-def open_dataset(source: str, *, train: bool, image_size: int, crop_pct: float = 1.0) -> Squares:
+
+def open_dataset(
+    source: str, *, train: bool, image_size: int, crop_pct: float = 1.0, max_pixels: int = MAX_PIXELS
+) -> Squares:
     """Open the training images or the held-out images of a source, as squares cut from their center.
 
     Args:
@@ -149,6 +149,7 @@ def open_dataset(source: str, *, train: bool, image_size: int, crop_pct: float =
         train: the training images, else the held-out ones.
         image_size: the side of the square images, in pixels.
         crop_pct: the crop's share of the picture's shorter side: 1 is all of it, 0.875 what ImageNet's protocol has.
+        max_pixels: of one picture; one of more is unreadable.
 
     Returns:
         A dataset whose item i is (image uint8 (3, S, S), label, i).
@@ -164,7 +165,8 @@ def open_dataset(source: str, *, train: bool, image_size: int, crop_pct: float =
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct: got {crop_pct}, takes a number in (0, 1]")
-    return Squares(open_source(source, train=train, image_size=image_size), image_size, crop_pct=crop_pct)
+    pictures = open_source(source, train=train, image_size=image_size, max_pixels=max_pixels)
+    return Squares(pictures, image_size, crop_pct=crop_pct)
 
 
 def open_canvases(
@@ -255,83 +257,6 @@ SOURCES: dict[str, Callable[..., Source]] = {
 """What opens "KIND:LOCATION": called with both, the location, train and max_pixels."""
 
 
-class Tile(NamedTuple):
-    """The pixels [top, top + size) x [left, left + size) of photograph number `label`."""
-
-    label: int
-    top: int
-    left: int
-    size: int
-
-
-class PhotoTiles:
-    """Square tiles of the PHOTOGRAPHS in scikit-image's wheel; the label is the photograph. Nothing is downloaded.
-
-    A photograph is cut into cells of about 3/2 the tiles' side, of which every fifth, a knight's move apart, is held
-    out. Held-out tiles lie inside one such cell and training tiles touch none: no pixel is in both. Tiles of one part
-    overlap, a third of their side apart. At image_size=64 there are 3752 training and 361 held-out tiles of 16 classes.
-
-    Their side is image_size up to 128 pixels; there, photographs longer than 800 pixels (hubble_deep_field, retina) are
-    halved so that they do not outnumber the others. Beyond 128, the tiles of a photograph are as large as it allows: a
-    third of its width, its height and image_size at most.
-
-    Args:
-        train: the training tiles, else the held-out ones.
-        image_size: their largest side, in pixels.
-    """
-
-    def __init__(self, *, train: bool, image_size: int) -> None:
-        self.classes = [Path(name).stem for name in PHOTOGRAPHS]
-        self.photographs: list[Tensor] = []  # uint8 (3, H, W) each
-        self.tiles: list[Tile] = []
-        for label, name in enumerate(PHOTOGRAPHS):
-            with files("skimage").joinpath("data", name).open("rb") as file, Image.open(file) as image:
-                halved = image_size <= 128 and max(image.size) > 800
-                photograph = to_rgb(image.convert("RGB").reduce(2) if halved else image)
-            _, height, width = photograph.shape
-            side = min(image_size, height, width // 3)
-            self.photographs.append(photograph)
-            self.tiles += [
-                Tile(label, top, left, side) for top, left in _tile_corners(height, width, train=train, size=side)
-            ]
-        self.longest: int | None = max(tile.size for tile in self.tiles)
-
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    def read(self, index: int) -> Picture:
-        label, top, left, size = self.tiles[index]
-        return Picture(self.photographs[label][:, top : top + size, left : left + size].clone(), label, index)
-
-    def digest(self) -> str:
-        return hash_entries(self.classes, self.tiles)
-
-
-def _tile_corners(height: int, width: int, *, train: bool, size: int) -> list[tuple[int, int]]:
-    """The (top, left) of the tiles of one photograph, at least two cells wide."""
-    cell, stride = size * 3 // 2, max(1, size // 3)
-    rows, columns = max(1, height // cell), width // cell
-    held = [  # (top, left, bottom, right) of the cells held out
-        (i * height // rows, j * width // columns, (i + 1) * height // rows, (j + 1) * width // columns)
-        for i in range(rows)
-        for j in range(columns)
-        if (2 * i + j) % 5 == 1  # one in five of each row and column; (0, 1) makes it at least one a photograph
-    ]
-    if not train:
-        return [
-            (y, x)
-            for top, left, bottom, right in held
-            for y in range(top, bottom - size + 1, stride)
-            for x in range(left, right - size + 1, stride)
-        ]
-    return [
-        (y, x)
-        for y in range(0, height - size + 1, stride)
-        for x in range(0, width - size + 1, stride)
-        if not any(y < bottom and y + size > top and x < right and x + size > left for top, left, bottom, right in held)
-    ]
-
-
 class ImageFolder:
     """Image files below a folder.
 
@@ -369,10 +294,18 @@ class ImageFolder:
         self.folder = folder
         labelled = [(folder / name, label) for label, name in enumerate(self.classes) if (folder / name).is_dir()]
         if self.classes and (loose := _count_images(folder)):
+            where = f"{loose} image{'s' * (loose > 1)} in {folder}"
+            if not labelled:
+                raise ValueError(
+                    f"data: got {where} and none in folders of the classes {', '.join(self.classes[:3])} of {names}, "
+                    f"takes each image in the folder of its class; folder:{folder} takes these without classes"
+                )
             raise ValueError(
-                f"data: got {loose} image{'s' * (loose > 1)} in {folder} beside the folder{'s' * (len(labelled) > 1)} "
+                f"data: got {where} beside the folder{'s' * (len(labelled) > 1)} "
                 f"{', '.join(part.name for part, _ in labelled[:3])}, takes images in class folders, or images alone"
             )
+        if folder != path and (loose := _count_images(path)):
+            _logger.warning("data: %d images in %s lie beside its folder %s and are left out", loose, path, folder.name)
         known = [folder, *(part for part, _ in labelled)]
         self.files = [
             (file, label)
@@ -397,6 +330,13 @@ class ImageFolder:
             self.classes, ((str(Path(path).relative_to(self.folder)), _size(path)) for path, _ in self.files)
         )
 
+    @property
+    def labels(self) -> list[int]:
+        return [label for _, label in self.files]
+
+    def fingerprint(self) -> str:
+        return hash_entries([self.digest()], (stamp(path) for path, _ in self.files))
+
     def _is_readable(self, index: int) -> bool:
         try:
             self.read(index)
@@ -415,7 +355,11 @@ def _size(path: str) -> int:
 
 def _count_images(folder: Path) -> int:
     """The image files in a folder, not below it."""
-    return sum(entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file() for entry in os.scandir(folder))
+    with os.scandir(folder) as entries:
+        return sum(
+            entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+            for entry in entries
+        )
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -450,5 +394,12 @@ class Cifar10:
         pixels = torch.from_numpy(self.cifar.data[index]).permute(2, 0, 1).contiguous()  # uint8 (3, 32, 32)
         return Picture(pixels, self.cifar.targets[index], index)
 
+    @property
+    def labels(self) -> list[int]:
+        return self.cifar.targets
+
     def digest(self) -> str:
         return hash_entries(self.classes, [self.cifar.targets, hashlib.sha256(self.cifar.data.tobytes()).hexdigest()])
+
+    def fingerprint(self) -> str:
+        return self.digest()

@@ -19,6 +19,9 @@ from torchvision.datasets import CocoDetection
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image
 
+from ser_fast.data import MAX_PIXELS
+from ser_fast.data.pictures import UnreadableImageError, read_image
+
 Example = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -32,9 +35,18 @@ class CocoFolder(Dataset[Example]):
         folder: holds annotations/instances_NAME.json and the images in NAME/, where NAME begins with train or val
             (train2017, ...).
         train: which of the two.
+        labels_of: the part whose categories the labels count, for one that a detector of another is tested on; default
+            the file's own.
+        max_pixels: of one image; one of more can't be read.
+
+    Attributes:
+        categories: the ids, in the order of the labels. No other list maps ids to labels or back.
+        names: of the categories, by id.
 
     Raises:
-        ValueError: there is no or more than one such file, it isn't in COCO's format, or the images' folder is missing.
+        ValueError: there is no or more than one such file, it isn't in COCO's format, the images' folder is missing, or
+            it has annotations of categories that `labels_of` hasn't or names otherwise. From an item: its image can't
+            be read.
     """
 
     _prepare = v2.Compose(
@@ -46,7 +58,15 @@ class CocoFolder(Dataset[Example]):
         ]
     )
 
-    def __init__(self, folder: Path, *, train: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        train: bool,
+        labels_of: "CocoFolder | None" = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.max_pixels = max_pixels
         part = "train" if train else "val"
         files = sorted((folder / "annotations").glob(f"instances_{part}*.json"))
         if len(files) != 1:
@@ -59,7 +79,9 @@ class CocoFolder(Dataset[Example]):
             with redirect_stdout(io.StringIO()):
                 self.examples = CocoDetection(images, str(file))
             self.coco: COCO = self.examples.coco
-            self.categories: list[int] = sorted(self.coco.cats)
+            self.names = {number: str(category.get("name", number)) for number, category in self.coco.cats.items()}
+            self.categories: list[int] = sorted(self.names)
+            annotated = {annotation["category_id"] for annotation in self.coco.anns.values()}
             complete = all({"bbox", "area", "iscrowd"} <= annotation.keys() for annotation in self.coco.anns.values())
         except (KeyError, TypeError, AttributeError, AssertionError) as error:
             raise ValueError(f"data: got {file}, takes COCO's format: {error!r}") from error
@@ -68,13 +90,28 @@ class CocoFolder(Dataset[Example]):
                 f"data: got {len(self.examples)} images, {len(self.categories)} categories and {len(self.coco.anns)} "
                 f"annotations in {file}, takes some, and bbox, area and iscrowd in each annotation"
             )
+        known = self.names if labels_of is None else labels_of.names
+        absent = object()  # of a category that is in neither list
+        if other := sorted(number for number in annotated if known.get(number, absent) != self.names.get(number)):
+            own, theirs = (
+                ", ".join(f"{number} ({names.get(number, 'none')})" for number in other[:5])
+                for names in (self.names, known)
+            )
+            raise ValueError(f"data: got annotations of the categories {own} in {file}, takes {theirs}")
+        if labels_of is not None:
+            self.categories = labels_of.categories
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        decoded, annotations = self.examples[index]
-        image = v2.functional.to_image(decoded)  # (3, H, W) uint8
+        number = self.examples.ids[index]
+        path = Path(self.examples.root) / self.coco.imgs[number]["file_name"]
+        try:
+            image = read_image(path, max_pixels=self.max_pixels, upright=False)  # (3, H, W) uint8
+        except UnreadableImageError as error:
+            raise ValueError(f"data: {path} can't be read, and a detector takes all images: {error.reason}") from error
+        annotations = self.coco.imgToAnns[number]
         objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
         boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
         target = {
@@ -83,7 +120,7 @@ class CocoFolder(Dataset[Example]):
                 [self.categories.index(annotation["category_id"]) + 1 for annotation in objects], dtype=torch.int64
             ),
         }
-        return self._prepare(image, target)
+        return self._prepare(Image(image), target)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation.coco import CategoryRecord, CocoFolder, score
 from ser_fast.evaluation.detector import build_detector, predict, train_head
 from ser_fast.evaluation.figures import save
@@ -130,6 +131,7 @@ def evaluate(
     batch_size: int = 4,
     lr: float = 4e-3,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     heads: Path | None = None,
     save_every: int = 50,
     workers: int = 0,
@@ -146,6 +148,7 @@ def evaluate(
         batch_size: images a step.
         lr: the largest learning rate.
         image_size: of an image's shorter side in the detector, in pixels; default twice each model's own.
+        max_pixels: of one image; more is an error, since a detector is scored on all of them.
         heads: folder of the heads as they train, and of the generated set; what was interrupted goes on from there.
             None keeps neither.
         save_every: steps between two writes of a head.
@@ -170,7 +173,8 @@ def evaluate(
             data = folder / f"shapes_{seed}"
             if not (data / "annotations" / "instances_val.json").is_file():  # what is written last
                 write_shapes(data, seed=seed)
-        train_set, test_set = (CocoFolder(Path(data), train=part) for part in (True, False))
+        train_set = CocoFolder(Path(data), train=True, max_pixels=max_pixels)
+        test_set = CocoFolder(Path(data), train=False, labels_of=train_set, max_pixels=max_pixels)
         records, results = {}, {}
         for name, encoder in with_controls(models).items():
             torch.manual_seed(seed)  # the same initial head on both

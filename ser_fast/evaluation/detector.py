@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -169,7 +170,7 @@ def train_head(
     }
     start = 0
     if path.is_file():
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = _read_head(path, device)
         changed = [name for name, value in settings.items() if state["settings"].get(name) != value]
         if changed:
             raise ValueError(
@@ -241,6 +242,19 @@ def predict(
                     category = dataset.categories[label - 1]
                     results.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
     return results
+
+
+def _read_head(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        with ZipFile(path) as archive:
+            broken = archive.testzip()  # torch.load does not look at the checksums
+        state = torch.load(path, map_location=device, weights_only=True) if broken is None else {}
+        if broken is not None or not {"step", "settings", "head", "optimizer", "schedule"} <= state.keys():
+            raise ValueError(f"{broken or 'what it holds'} is not as it was written")
+    except Exception as error:  # zipfile and torch.load raise many types
+        reason = " ".join(str(error).split())
+        raise ValueError(f"out: got {path}, damaged or no detector's head; delete it: {reason}") from error
+    return state
 
 
 def _batches(dataset: CocoFolder, start: int, *, batch_size: int, seed: int, workers: int) -> Iterator[list[Example]]:

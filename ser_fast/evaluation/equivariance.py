@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.controls import PatchMeans
 from ser_fast.evaluation.elements import parse_elements
@@ -28,6 +30,7 @@ from ser_fast.evaluation.protocol import (
     device_of,
     image_size_of,
     name_models,
+    tell_skipped,
     with_controls,
 )
 from ser_fast.evaluation.tables import write_csv, write_table
@@ -226,6 +229,8 @@ def evaluate(
     images: int = 256,
     image_size: int | None = None,
     elements: Sequence[str] = ("d4", "scales"),
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     pairs: int = 4,
     progress: bool = False,
 ) -> EquivarianceResult:
@@ -237,6 +242,8 @@ def evaluate(
         images: how many of them, spread evenly.
         image_size: their side in pixels; default each model's own.
         elements: what images are moved by; names as `parse_elements` takes them.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
             images tests it.
         progress: show bars on the terminal.
@@ -253,10 +260,13 @@ def evaluate(
     """
     check_positive(images=images, pairs=pairs)
     given = name_models(models)
-    held_out = {
-        size: spread_images(open_dataset(data, train=False, image_size=size), images)
+    opening: dict[str, Any] = {"crop_pct": crop_pct, "max_pixels": max_pixels}
+    test_sets = {
+        size: open_dataset(data, train=False, image_size=size, **opening)
         for size in dict.fromkeys(check_image_size(vit, image_size) for vit in given.values())
     }
+    held_out = {size: spread_images(test_set, images) for size, test_set in test_sets.items()}
+    tell_skipped(*test_sets.values())
     maps: dict[Size, Mapping[str, LatticeMap]] = {}
     for vit in given.values():
         chosen = held_out[image_size_of(vit, image_size)]
@@ -283,7 +293,7 @@ def evaluate(
         records[label] = equivariance_errors(means, own, elements=maps[lattice])
     accuracy: dict[str, float] = {}
     if len(given) > 1:
-        samples = {size: SampledImages.open(data, size) for size in held_out}
+        samples = {size: SampledImages.open(data, size, **opening) for size in held_out}
         for name, vit in named.items():
             sample = samples[image_size_of(vit, image_size)]
             if sample.labelled:

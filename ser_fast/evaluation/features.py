@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 import safetensors.torch
@@ -14,11 +17,13 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.pictures import UnreadableImageError
-from ser_fast.data.sources import ImageDataset, ImageFolder, Squares
-from ser_fast.io import write_atomically
+from ser_fast.data.sources import ImageDataset, Squares
+from ser_fast.io import printable, write_atomically
 from ser_fast.progress import track
 from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
+
+_logger = logging.getLogger(__name__)
 
 _PROBED = 16  # images whose pixels tell one data set from another
 
@@ -48,7 +53,7 @@ def spread_images(dataset: ImageDataset, count: int) -> Tensor:
 
 
 def spread_items(dataset: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
-    """Images from evenly over a dataset, unreadable files left out.
+    """Images from evenly over a dataset, unreadable files left out and entered in its `skipped`.
 
     Args:
         dataset: images (3, S, S) uint8.
@@ -64,10 +69,13 @@ def spread_items(dataset: ImageDataset, count: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"images: got {count}, takes a positive number")
     images, labels = [], []
     for index in torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist():
-        with suppress(UnreadableImageError):
-            image, label, _ = dataset[index]
-            images.append(image)
-            labels.append(label)
+        item = _read_item(dataset, index)
+        if isinstance(item, UnreadableImageError):
+            if (entry := (item.path, item.reason)) not in dataset.skipped:
+                dataset.skipped.append(entry)
+        else:
+            images.append(item[0])
+            labels.append(item[1])
     if not images:
         raise ValueError(f"images: got {count} that can't be read, takes readable ones")
     return torch.stack(images), torch.tensor(labels)
@@ -116,8 +124,10 @@ def embed_cached(
     """`embed`, kept in files: the features of a data set are computed once and then memory-mapped.
 
     Without a cache they are computed and kept in memory. The files' name is a digest of the model (weights, timm name
-    and arguments, split), of what is read from it, and of the data set: its kind, length, image size and classes, the
-    pixels of 16 images evenly over it and, of a folder, each file's name, size and time of change.
+    and arguments, split), of what is read from it, and of the data set: what it lists, image size, crop and classes,
+    the times of its files or all of its pictures (`Source.fingerprint`), and the pixels of 16 images evenly over it.
+    Files whose size or checksum does not fit are computed again, which is logged. What could not be read is in the data
+    set's `skipped`, whether the features were computed or kept.
 
     Args:
         model: on `device`.
@@ -148,30 +158,107 @@ def embed_cached(
             raise ValueError(f"dataset: got {len(dataset)} images that can't be read, takes readable ones")
         return torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])
 
-    stem = cache / _digest(model, dataset, blocks)
-    features_file, labels_file = stem.with_suffix(".f32"), stem.with_suffix(".npy")
-    if not labels_file.is_file():  # written last
+    kept = FeatureFiles(cache, _digest(model, dataset, blocks))
+    content = kept.read()
+    if content is None:
+        kept.write(batches(), dataset.skipped)
+        content = kept.read()
+        if content is None:
+            raise ValueError(f"cache: got {cache}, whose files another process changes")
+    features, image_labels, skipped = content
+    dataset.skipped += [entry for entry in skipped if entry not in dataset.skipped]
+    return features, image_labels
+
+
+class FeatureFiles:
+    """The features of one model and data set in a folder, and whether they are whole.
+
+    KEY.f32 holds the features, KEY.npz, which is written last, their labels, what could not be read, and what the other
+    must be: its width and checksum.
+
+    Args:
+        folder: made where it is missing.
+        key: of the model and the data set.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.key, self.features, self.labels = key, folder / f"{key}.f32", folder / f"{key}.npz"
+
+    def read(self) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | None:
+        """Features (N, C) float32, memory-mapped, labels (N,) int64 and what could not be read.
+
+        None where there are no such files, or damaged ones, which is logged.
+        """
+        if not self.labels.is_file():
+            return None
+        try:
+            with np.load(self.labels, allow_pickle=False) as kept:
+                labels, key, width, checksum = kept["labels"], kept["key"], int(kept["width"]), int(kept["checksum"])
+                skipped = [(str(path), str(reason)) for path, reason in kept["skipped"]]
+            if key != self.key or labels.dtype != np.int64 or labels.ndim != 1 or not labels.size or width < 1:
+                raise ValueError("other labels")
+            if self.features.stat().st_size != 4 * width * len(labels):
+                raise ValueError(f"{self.features.stat().st_size} bytes for {len(labels)} x {width} features")
+            if _checksum(self.features) != checksum:
+                raise ValueError("another checksum")
+        except Exception as error:  # zipfile, numpy and the file system raise many types for damaged files
+            _logger.warning(
+                "cache: %s is damaged (%s); its features are computed again",
+                printable(self.features),
+                printable(error),
+            )
+            return None
+        mapped = np.memmap(self.features, np.float32, mode="c", shape=(len(labels), width))
+        return torch.from_numpy(mapped), torch.from_numpy(labels), skipped
+
+    def write(self, batches: Iterable[tuple[Tensor, Tensor]], skipped: Sequence[tuple[str, str]]) -> None:
+        """Write the files, each whole or not at all.
+
+        Args:
+            batches: features (B, C) float32 and labels (B,) int64.
+            skipped: what could not be read; it may grow with the batches.
+
+        Raises:
+            ValueError: there are no features.
+        """
         labels: list[Tensor] = []
+        width = checksum = 0
 
-        def write(path: Path) -> None:
+        def write_features(path: Path) -> None:
+            nonlocal width, checksum
             with path.open("wb") as file:
-                for batch_features, batch_labels in batches():
-                    file.write(batch_features.numpy().tobytes())
+                for batch_features, batch_labels in batches:
+                    data = batch_features.numpy().tobytes()
+                    width, checksum = batch_features.shape[1], crc32(data, checksum)
+                    file.write(data)
                     labels.append(batch_labels)
-
-        write_atomically(features_file, write)
-        if not labels:
-            raise ValueError(f"dataset: got {len(dataset)} images that can't be read, takes readable ones")
 
         def write_labels(path: Path) -> None:
             with path.open("wb") as file:
-                np.save(file, torch.cat(labels).numpy())
+                entries = np.array(list(skipped), dtype=str)
+                np.savez(
+                    file,
+                    labels=torch.cat(labels).numpy(),
+                    key=self.key,
+                    width=width,
+                    checksum=checksum,
+                    skipped=entries.reshape(-1, 2),
+                )
 
-        write_atomically(labels_file, write_labels)
-    image_labels = torch.from_numpy(np.load(labels_file))  # (N,)
-    numbers = features_file.stat().st_size // 4
-    mapped = torch.from_file(str(features_file), shared=False, size=numbers, dtype=torch.float32)
-    return mapped.view(len(image_labels), -1), image_labels
+        self.labels.unlink(missing_ok=True)  # with damaged features, no reader must take them for whole
+        write_atomically(self.features, write_features)
+        if not labels:
+            self.features.unlink()
+            raise ValueError("dataset: got no image that can be read, takes readable ones")
+        write_atomically(self.labels, write_labels)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while data := file.read(2**24):
+            checksum = crc32(data, checksum)
+    return checksum
 
 
 def embedder(model: SplitViT, blocks: int | None) -> Callable[[Tensor], Tensor]:
@@ -218,11 +305,28 @@ def _embed_batches(
 
 def _digest(model: SplitViT, dataset: ImageDataset, blocks: int | None) -> str:
     digest = hashlib.sha256(safetensors.torch.save({k: v.cpu() for k, v in model.state_dict().items()}))
-    files = []
-    source = dataset.source if isinstance(dataset, Squares) else dataset
-    if isinstance(source, ImageFolder):
-        files = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path, _ in source.files]
-    described = [type(source).__name__, len(dataset), dataset.image_size, dataset.classes, dataset.digest(), files]
+    content = dataset.fingerprint() if isinstance(dataset, Squares) else _hash_items(dataset)
+    described = [len(dataset), dataset.image_size, dataset.classes, dataset.digest(), content]
     digest.update(json.dumps([described, model.recipe, model.split, blocks], default=str).encode())
+    # Another decoder makes other pixels of the same files.
     digest.update(spread_images(dataset, _PROBED).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _hash_items(dataset: ImageDataset) -> str:
+    """A hash of all images and labels, of a data set that has no shorter way to tell whether they changed."""
+    digest = hashlib.sha256()
+    for index in range(len(dataset)):
+        item = _read_item(dataset, index)
+        if isinstance(item, UnreadableImageError):
+            digest.update(item.reason.encode(errors="replace"))
+        else:
+            digest.update(item[0].numpy().tobytes() + str(item[1]).encode())
+    return digest.hexdigest()
+
+
+def _read_item(dataset: ImageDataset, index: int) -> tuple[Any, ...] | UnreadableImageError:
+    try:
+        return dataset[index]
+    except UnreadableImageError as error:
+        return error

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.loader import make_loader
 from ser_fast.data.sources import ImageFolder, Squares
 from ser_fast.evaluation.classification import Classification, grade, rank
 from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES, corrupt, perturb
+from ser_fast.evaluation.protocol import tell_skipped
 
 CLEAN = "clean"
 
@@ -74,7 +76,13 @@ def generate_perturbations(images: Tensor, *, seed: int = 0) -> Iterator[Sequenc
 
 
 def read_corruptions(
-    folder: Path, classes: Sequence[str], *, image_size: int, batch_size: int = 256, workers: int = 0
+    folder: Path,
+    classes: Sequence[str],
+    *,
+    image_size: int,
+    batch_size: int = 256,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[ImageSet]:
     """Read corrupted images in a published layout.
 
@@ -87,6 +95,7 @@ def read_corruptions(
         image_size: side that the images are resized to, in pixels.
         batch_size: images at a time.
         workers: processes that load images.
+        max_pixels: of one picture; one of more is unreadable.
 
     Raises:
         ValueError: neither of these, arrays of other shapes, or classes that are unknown.
@@ -108,8 +117,8 @@ def read_corruptions(
     if not paths:
         raise ValueError(f"corrupted: got {folder}, takes a folder of kind/severity/class, or kind.npy and labels.npy")
     for path in paths:
-        images = ClassFolder(path, classes, image_size=image_size)
-        yield path.parent.name, int(path.name), images.batches(batch_size, workers)
+        images = ClassFolder(path, classes, image_size=image_size, max_pixels=max_pixels)
+        yield path.parent.name, int(path.name), _then_tell(images.batches(batch_size, workers), images.images)
 
 
 def read_perturbations(folder: Path, *, image_size: int) -> Iterator[SequenceSet]:
@@ -167,6 +176,8 @@ class ClassFolder:
         folder: of one folder a class.
         classes: the names of the training classes.
         image_size: side that the images are resized to, in pixels.
+        crop_pct: share of a picture's shorter side that the images show.
+        max_pixels: of one picture; one of more is unreadable.
 
     Attributes:
         name: the folder's.
@@ -176,11 +187,19 @@ class ClassFolder:
         ValueError: a folder that is no training class, or no readable image.
     """
 
-    def __init__(self, folder: Path, classes: Sequence[str], *, image_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        classes: Sequence[str],
+        *,
+        image_size: int,
+        crop_pct: float = 1.0,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         if not folder.is_dir():
             raise ValueError(f"shifted: got {folder}, and there is no such folder")
         self.name = folder.resolve().name
-        self.images = Squares(ImageFolder(folder, train=True), image_size)
+        self.images = Squares(ImageFolder(folder, train=True, max_pixels=max_pixels), image_size, crop_pct=crop_pct)
         names = self.images.classes
         numbers = {name: index for index, name in enumerate(classes)}
         if not set(names) <= set(numbers) and all(name.isdecimal() and int(name) < len(classes) for name in names):
@@ -207,6 +226,12 @@ class ClassFolder:
             ranked.append(rank(within))
             labels.append(batch_labels)
         return grade(torch.cat(ranked), torch.cat(labels), classes)
+
+
+def _then_tell(batches: Batches, images: Squares) -> Batches:
+    """The batches; at their end, what could not be read is logged."""
+    yield from batches
+    tell_skipped(images)
 
 
 def _array_batches(array: Any, labels: Tensor, image_size: int, batch_size: int) -> Batches:

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.loader import make_loader
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.classification import Rows, grade, rank
@@ -26,6 +27,7 @@ from ser_fast.evaluation.protocol import (
     image_size_of,
     name_models,
     open_labelled,
+    tell_skipped,
     with_controls,
 )
 from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows
@@ -165,7 +167,15 @@ class SampledImages:
 
     @classmethod
     def open(
-        cls, data: str, image_size: int, *, train: int = 5000, test: int = 2000, equivariance: int = 256
+        cls,
+        data: str,
+        image_size: int,
+        *,
+        train: int = 5000,
+        test: int = 2000,
+        equivariance: int = 256,
+        crop_pct: float = 1.0,
+        max_pixels: int = MAX_PIXELS,
     ) -> "SampledImages":
         """The images of a source, each part spread evenly over it.
 
@@ -175,6 +185,7 @@ class SampledImages:
             train: training images, which vote; at most.
             test: held-out images, which are classified and whose rank is measured; at most.
             equivariance: held-out images that the errors are measured on, spread evenly over those; at most.
+            crop_pct, max_pixels: as `open_dataset`.
 
         Raises:
             ValueError: a number that isn't positive, or data that can't be opened.
@@ -182,8 +193,11 @@ class SampledImages:
         check_positive(train=train, test=test, equivariance=equivariance)
 
         def sample(count: int, *, training: bool) -> tuple[Tensor, Tensor]:
-            dataset = open_dataset(data, train=training, image_size=image_size)
+            dataset = open_dataset(
+                data, train=training, image_size=image_size, crop_pct=crop_pct, max_pixels=max_pixels
+            )
             images, labels = spread_items(dataset, count)
+            tell_skipped(dataset)
             return images, labels if dataset.classes else torch.full_like(labels, -1)
 
         return cls(sample(train, training=True), sample(test, training=False), equivariance)
@@ -263,6 +277,7 @@ def evaluate(
     temperature: float = 0.07,
     image_size: int | None = None,
     crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = False,
@@ -276,6 +291,7 @@ def evaluate(
         temperature: of the neighbors' votes.
         image_size: side of the images in pixels; default each model's own.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         batch_size: images at a time.
         workers: processes that load images.
         progress: show bars on the terminal.
@@ -291,7 +307,7 @@ def evaluate(
         >>> result.write(Path("results"))
     """
     sizes = [check_image_size(encoder, image_size) for encoder in name_models(models).values()]
-    sets = {size: open_labelled(data, size, crop_pct=crop_pct) for size in sizes}
+    sets = {size: open_labelled(data, size, crop_pct=crop_pct, max_pixels=max_pixels) for size in sizes}
     train_set = sets[sizes[0]][0]
     check_vote(k, temperature, len(train_set))
     loading: dict[str, Any] = {"batch_size": batch_size, "train": False, "workers": workers}
@@ -306,4 +322,5 @@ def evaluate(
         predictions = knn_predictions(*train, features, k=k, temperature=temperature)
         for count, ranked in predictions.items():
             rows.append(({"model": name, "k": count}, grade(ranked, labels, len(train_set.classes))))
+    tell_skipped(*(dataset for pair in sets.values() for dataset in pair))
     return KNNResult(rows, train_set.classes, data)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES
 from ser_fast.evaluation.classification import Rows, grade, rank
 from ser_fast.evaluation.features import check_labelled, embed_cached, embedder
@@ -26,6 +27,7 @@ from ser_fast.evaluation.protocol import (
     image_size_of,
     name_models,
     open_labelled,
+    tell_skipped,
     with_controls,
 )
 from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows, write_table
@@ -234,6 +236,7 @@ def evaluate(
     seed: int = 0,
     image_size: int | None = None,
     crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     cache: Path | None = None,
     batch_size: int = 256,
     workers: int = 0,
@@ -254,6 +257,7 @@ def evaluate(
         seed: of that share, the order and the weights.
         image_size: side of the images in pixels; default each model's own.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         cache: folder of the features, computed once for each checkpoint and data set; None keeps them in memory.
         batch_size: images at a time.
         workers: processes that load images.
@@ -273,7 +277,7 @@ def evaluate(
         raise ValueError(f"heads: got {tuple(heads)}, takes 'linear' and 'mlp'")
     given = name_models(models).values()
     sizes = [check_image_size(vit, image_size, read=embedder(vit, blocks)) for vit in given]
-    sets = {size: open_labelled(data, size, crop_pct=crop_pct) for size in sizes}
+    sets = {size: open_labelled(data, size, crop_pct=crop_pct, max_pixels=max_pixels) for size in sizes}
     train_set = sets[sizes[0]][0]
     check_probe(rates, epochs, batch_size, hidden, held_out, len(train_set))
     classes = train_set.classes
@@ -314,4 +318,5 @@ def evaluate(
             tried.setdefault(name, []).extend(
                 Rate(head, rate, accuracy, rate == probe.rate) for rate, accuracy in probe.held_out.items()
             )
+    tell_skipped(*(dataset for pair in sets.values() for dataset in pair))
     return LinearResult(rows, tried, classes, data)

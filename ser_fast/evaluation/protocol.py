@@ -3,6 +3,7 @@
 Every protocol checks its arguments, then measures "checkpoint" and "random" alike.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ser_fast.data.sources import ImageDataset, open_dataset
+from ser_fast.data import MAX_PIXELS
+from ser_fast.data.sources import ImageDataset, Squares, open_dataset
 from ser_fast.device import choose_device
 from ser_fast.evaluation.controls import TokenMaps
 from ser_fast.evaluation.features import evaluating
+from ser_fast.io import printable
 from ser_fast.lattice import Size
 from ser_fast.training.run_folder import RunFolder, find_encoder
 from ser_fast.vit import SplitViT, load_split_vit
@@ -24,6 +27,9 @@ CONTROL = "random"
 """What the names of random controls begin with."""
 Models = SplitViT | Mapping[str, SplitViT]
 """One encoder, or several by name."""
+_NAMED = 3  # of the images that could not be read
+
+_logger = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
@@ -63,7 +69,7 @@ def open_encoder(path: Path | str, data: str | None = None, *, device: str = "au
     weights = find_encoder(Path(path))
     run = RunFolder(weights.parent)
     if data is None:
-        data = run.read_config().data if run.config.is_file() else DEFAULT_DATA
+        data = _data_of(run)
         if data.partition(":")[0] in ("python", "hf"):  # a folder from somebody else would choose what runs here
             raise ValueError(
                 f"data: {run.config} names {data!r}, which imports code or goes to the network; give it as data"
@@ -109,6 +115,19 @@ def _short_name(path: Path | str) -> str:
         return str(path).removeprefix("timm:")
     resolved = Path(path).resolve()
     return resolved.parent.name if resolved.name == RunFolder(resolved.parent).encoder.name else resolved.stem
+
+
+def _data_of(run: RunFolder) -> str:
+    """The source that a run was trained on; beside an encoder may lie the config.json of any other program."""
+    if not run.config.is_file():
+        return DEFAULT_DATA
+    try:
+        data = run.read_config().data
+        if not isinstance(data, str):
+            raise ValueError(f"config: {run.config} can't be read as that of a run: data is {data!r}")
+    except ValueError as error:
+        raise ValueError(f"{error}; give the images as data, and the file is not read") from error
+    return data
 
 
 # ---------------------------------------------------------------- models
@@ -239,24 +258,47 @@ def check_images(model: TokenMaps, images: Tensor) -> Size:
     return images.shape[2] // patch_height, images.shape[3] // patch_width
 
 
-def open_labelled(data: str, image_size: int, *, crop_pct: float = 1.0) -> tuple[ImageDataset, ImageDataset]:
+def open_labelled(
+    data: str, image_size: int, *, crop_pct: float = 1.0, max_pixels: int = MAX_PIXELS
+) -> tuple[Squares, Squares]:
     """The training images and the held-out images of a source, of the same classes.
 
     Args:
         data: as `open_dataset` takes it.
         image_size: the side of the images in pixels.
         crop_pct: share of a picture's shorter side that the images show.
+        max_pixels: of one picture; one of more is unreadable.
 
     Raises:
-        ValueError: the source can't be opened, or its images have no classes.
+        ValueError: the source can't be opened, or not all of its images have a class, as far as that is known without
+            reading them.
     """
-    train, test = (open_dataset(data, train=part, image_size=image_size, crop_pct=crop_pct) for part in (True, False))
+    train, test = (
+        open_dataset(data, train=part, image_size=image_size, crop_pct=crop_pct, max_pixels=max_pixels)
+        for part in (True, False)
+    )
     if not train.classes:
         raise ValueError(
             f"data: got {data!r}, whose images have no classes, takes a source with labels, "
             "such as folder:OTHER with a folder for each class below train/ and val/"
         )
+    for part, images in (("training", train), ("held-out", test)):
+        if images.labels is not None and (without := sum(label < 0 for label in images.labels)):
+            raise ValueError(f"data: got {data!r}, {without} of whose {len(images)} {part} images have no class")
     return train, test
+
+
+def tell_skipped(*datasets: ImageDataset) -> None:
+    """Log in one line how many images the data sets could not read, and the first of them; nothing where there is none.
+
+    Every protocol calls it before it returns its result.
+    """
+    skipped = list(dict.fromkeys(entry for dataset in datasets for entry in dataset.skipped))
+    if skipped:
+        named = "; ".join(f"{printable(path)} ({printable(reason)})" for path, reason in skipped[:_NAMED])
+        more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+        images = f"{len(skipped)} image{'s' * (len(skipped) > 1)}"
+        _logger.warning("data: %s could not be read, left out: %s%s", images, named, more)
 
 
 def make_folder(out: Path) -> Path:

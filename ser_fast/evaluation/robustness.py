@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.csv_files import read_csv
+from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation.classification import Rows, share_of
 from ser_fast.evaluation.corruptions import CORRUPTIONS, PERTURBATIONS, SEVERITIES
 from ser_fast.evaluation.features import embed_cached, evaluating, spread_items
@@ -40,6 +41,7 @@ from ser_fast.evaluation.protocol import (
     device_of,
     name_models,
     open_labelled,
+    tell_skipped,
     with_controls,
 )
 from ser_fast.evaluation.tables import print_rows, write_rows, write_table
@@ -356,6 +358,8 @@ def evaluate(
     temperature: float = 0.07,
     seed: int = 0,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     cache: Path | None = None,
     batch_size: int = 256,
     workers: int = 0,
@@ -379,6 +383,9 @@ def evaluate(
         temperature: of the neighbors' votes.
         seed: of the corruptions and the probe.
         image_size: side of the images in pixels; default the models', where all have the same.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875. Folders
+            of corrupted or perturbed images are taken as they are: they were cropped when they were made.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         cache: folder of the training features; None keeps them in memory.
         batch_size: images at a time.
         workers: processes that load images.
@@ -400,15 +407,19 @@ def evaluate(
     size, *others = dict.fromkeys(check_image_size(vit, image_size) for vit in name_models(models).values())
     if others:
         raise ValueError(f"image_size: got models of {', '.join(map(str, (size, *others)))} pixels; give one for all")
-    train_set, test_set = open_labelled(data, size)
+    train_set, test_set = open_labelled(data, size, crop_pct=crop_pct, max_pixels=max_pixels)
     if classifier == "knn":
         check_vote(k, temperature, len(train_set))
-    folders = [ClassFolder(folder, train_set.classes, image_size=size) for folder in shifted]
+    folders = [
+        ClassFolder(folder, train_set.classes, image_size=size, crop_pct=crop_pct, max_pixels=max_pixels)
+        for folder in shifted
+    ]
     test_images, labels = spread_items(test_set, images)
     if corrupted is None:
         sets = generate_corruptions(test_images, labels, seed=seed, batch_size=batch_size)
     else:
-        sets = read_corruptions(corrupted, train_set.classes, image_size=size, batch_size=batch_size, workers=workers)
+        reading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "max_pixels": max_pixels}
+        sets = read_corruptions(corrupted, train_set.classes, image_size=size, **reading)
     image_sets = [clean_images(test_images, labels, batch_size=batch_size), *sets]
     if perturbed is None:
         sequence_sets = list(generate_perturbations(spread_items(test_set, sequences)[0], seed=seed))
@@ -440,12 +451,14 @@ def evaluate(
         for folder in folders
         for name, classify in classifiers.items()
     ]
-    return CorruptionsResult(
+    result = CorruptionsResult(
         errors=error_rates(classifiers, image_sets, progress=progress),
         flips=flip_rates(classifiers, sequence_sets, progress=progress),
         shifts=shifts,
         baseline=baseline_rates,
     )
+    tell_skipped(train_set, test_set, *(folder.images for folder in folders))
+    return result
 
 
 def _voter(train_features: Tensor, train_labels: Tensor, *, k: int, temperature: float) -> Head:

@@ -46,6 +46,8 @@ def render(template: str, *, title: str, script: str = "", **content: Any) -> st
 
 def write_page(path: Path, html: str) -> Path:
     """Write a page, whole or not at all; returns its path."""
+    if path.is_dir():
+        raise ValueError(f"out: got the folder {path}, takes a file")
     write_text(path, html)
     return path
 

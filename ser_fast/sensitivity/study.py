@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.features import spread_images
-from ser_fast.evaluation.protocol import random_controls
+from ser_fast.evaluation.protocol import random_controls, tell_skipped
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.progress import progress_bar
 from ser_fast.sensitivity import measures
@@ -78,6 +78,7 @@ def run_study(
     controls = random_controls(models or {"": demo_model().build()}, seed=protocol.seed, prefix=CONTROL)
     held_out = open_dataset(protocol.data, train=False, image_size=protocol.image_size)
     images = to_dtype(spread_images(held_out, protocol.images).to(device), torch.float32, scale=True)  # (N, 3, S, S)
+    tell_skipped(held_out)
     sources: list[Source] = [
         Fields(len(images), seed=protocol.seed, device=device),
         Photographs(images),
