@@ -187,9 +187,9 @@ def knn(
         temperature: of the neighbours' votes.
         image_size: side of the images in pixels; default each model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         out: folder for knn.csv, knn.png, knn_confusion.csv and knn_confusion.png; default the checkpoint's,
             of several runs/comparison.
-        max_pixels: of one picture; one of more is left out, as one that can't be read.
         batch_size: images at a time.
         workers: processes that load images.
         device: "auto", "cpu" or "cuda".
@@ -343,9 +343,9 @@ def detection(
         batch_size: images a step.
         lr: the largest learning rate.
         image_size: of an image's shorter side in the detector, in pixels; default twice each model's.
+        max_pixels: of one image; more is an error, since a detector is scored on all of them.
         out: folder for detection.csv, detection.png and detection/ (heads, predictions); default the checkpoint's,
             of several runs/comparison.
-        max_pixels: of one image; more is an error, since a detector is scored on all of them.
         save_every: steps between two writes of a head.
         workers: processes that load images.
         seed: of the heads' weights, the order of the images and the generated set.
