@@ -39,6 +39,19 @@ def sweep() -> None:
     console.print(f"written: {options['out'] / 'sweep.csv'}, {options['out'] / 'report.html'}", markup=False)
 
 
+def plan() -> None:
+    """What a training would take, on a device that need not be here: memory, work, negatives, speed at most, hours.
+
+    It takes the options of `ser-fast train`, and --plan.* for the device and for what to vary.
+    """
+    from ser_fast.training.options import parse_with
+    from ser_fast.training.plan import PlanConfig, show
+    from ser_fast.training.plan import plan as make_plan
+
+    config, sections = parse_with(sys.argv[2:], "ser-fast plan", plan, {"plan": PlanConfig})
+    show(make_plan(config, sections["plan"], progress=True), config, sections["plan"])
+
+
 def demo(
     out: Path = Path("runs/demo"),
     data: str = "photos",
@@ -418,7 +431,8 @@ def _say(line: str) -> None:
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(train, sweep, demo, equivariance, sensitivity, knn, linear, corruptions, detection, report, export, doctor),
+    *(train, sweep, plan, demo, equivariance, sensitivity, knn, linear, corruptions, detection, report),
+    *(export, doctor),
 )
 
 
@@ -446,7 +460,7 @@ def main() -> None:
 def _run(arguments: Sequence[str]) -> None:
     commands = {command.__name__: command for command in COMMANDS}
     name = next(iter(arguments), "")
-    if name in ("train", "sweep"):  # options that depend on the objective
+    if name in ("train", "sweep", "plan"):  # options that depend on the objective
         commands[name]()
     else:
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)

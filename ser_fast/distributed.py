@@ -4,12 +4,38 @@ docs/distributed.md says what is exchanged in a step, and what that costs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class _ImaginedGroup:
+    """In place of torch.distributed: ranks that all have what this one has, and exchange nothing."""
+
+    def __init__(self, count: int) -> None:
+        self.is_available = self.is_initialized = lambda: True
+        self.get_world_size, self.get_rank = (lambda: count), (lambda: 0)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+@contextmanager
+def imagined_ranks(count: int) -> Iterator[None]:
+    """Have this process be rank 0 of `count` ranks, for plans of memory and work.
+
+    What would be gathered or added up has its shape, and no meaning.
+    """
+    global dist
+    real, dist = dist, _ImaginedGroup(count)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dist = real
 
 
 def world_size() -> int:
@@ -28,8 +54,8 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
     Where the group has a backend for the CPU, as under "cpu:gloo,cuda:nccl", they never see the device, and nothing
     waits for it.
     """
-    if world_size() == 1:
-        return [count]
+    if world_size() == 1 or isinstance(dist, _ImaginedGroup):
+        return [count] * world_size()
     if "cpu:" in dist.get_backend_config():  # "cpu:gloo,cuda:nccl"; of "nccl" alone it is "cuda:nccl"
         device = torch.device("cpu")
     counts = torch.empty(world_size(), dtype=torch.long, device=device)
@@ -50,6 +76,11 @@ def _reduces_while_it_scatters(device: torch.device) -> bool:
     Its reduce-scatter is an all-reduce inside: each rank receives all rows twice, padding too.
     """
     return device.type != "cpu"
+
+
+def add_up(x: Tensor) -> None:
+    """Replace x by the sum of every rank's, without a gradient."""
+    dist.all_reduce(x)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -519,7 +519,8 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(
-    ("command", "option"), [("", "equivariance"), ("train", "--ser.layers"), ("linear", "--rates")]
+    ("command", "option"),
+    [("", "equivariance"), ("train", "--ser.layers"), ("plan", "--plan.device"), ("linear", "--rates")],
 )
 def test_help_loads_no_more_than_it_shows(command: str, option: str) -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT, *command.split()], capture_output=True, text=True, check=True)

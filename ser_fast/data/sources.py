@@ -192,9 +192,14 @@ def open_canvases(
         raise ValueError(f"canvas: got {canvas}, takes a positive number of pixels")
     pictures = open_source(source, train=train, image_size=image_size, max_pixels=max_pixels)
     if canvas is None:
-        canvas = round(image_size * _CANVAS)
+        canvas = default_canvas(image_size)
         canvas = canvas if pictures.longest is None else min(canvas, pictures.longest)
     return Squares(pictures, canvas, canvas=True)
+
+
+def default_canvas(image_size: int) -> int:
+    """The side of the canvas of large pictures for views of a side, in pixels."""
+    return round(image_size * _CANVAS)
 
 
 def open_source(source: str, *, train: bool, image_size: int, max_pixels: int = MAX_PIXELS) -> Source:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ser_fast.distributed import world_size
+from ser_fast.distributed import add_up, world_size
 from ser_fast.training.pretraining import Pretraining
 from ser_fast.views.recipe import Views
 from ser_fast.vit import Encoded
@@ -98,7 +97,7 @@ def average_gradients(model: Pretraining) -> None:
     for dtype in {gradient.dtype for gradient in gradients}:
         alike = [gradient for gradient in gradients if gradient.dtype == dtype]
         together = torch.cat([gradient.flatten() for gradient in alike])
-        dist.all_reduce(together)
+        add_up(together)
         together /= world_size()
         for gradient, mean in zip(alike, together.split([gradient.numel() for gradient in alike]), strict=True):
             gradient.copy_(mean.view_as(gradient))

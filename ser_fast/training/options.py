@@ -21,26 +21,43 @@ def parse(arguments: Sequence[str], *, prog: str = "ser-fast train") -> TrainCon
         >>> parse(["--objective", "moco_v3", "--moco.dim", "128", "--ser.layers", "2", "4"]).addons["ser"].layers
         (2, 4)
     """
+    config, _ = parse_with(arguments, prog, TrainConfig, {})
+    return config
+
+
+def parse_with(
+    arguments: Sequence[str], prog: str, described: Any, sections: Mapping[str, type[Any]]
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The config of a command that takes the options of `ser-fast train`, and sections of its own by their names.
+
+    Args:
+        arguments: after the command.
+        prog: what the help calls it.
+        described: whose docstring says what it does.
+        sections: dataclasses of options with defaults.
+    """
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--objective", default=objective_name(TrainConfig()))
     known, _ = first.parse_known_args(arguments)
     defaults = default_config(known.objective)
-    options = tyro.cli(_options(defaults), args=arguments, prog=prog, description=TrainConfig.__doc__)
+    kind = _options(defaults, sections)
+    options = tyro.cli(kind, args=arguments, prog=prog, description=described.__doc__)
     given = {part.name: getattr(options, part.name) for part in fields(TrainConfig)}
     given["objective"] = getattr(options, defaults.objective.section)
-    sections = {name: getattr(options, name) for name in ADDONS}
-    given["addons"] = {name: section for name, section in sections.items() if section.layers != "off"}
-    return TrainConfig(**given)
+    addons = {name: getattr(options, name) for name in ADDONS}
+    given["addons"] = {name: addon for name, addon in addons.items() if addon.layers != "off"}
+    return TrainConfig(**given), {name: getattr(options, name) for name in sections}
 
 
-def _options(defaults: TrainConfig) -> type[Any]:
-    """TrainConfig with `defaults`, whose objective is a name, and whose objective and add-ons are sections."""
+def _options(defaults: TrainConfig, sections: Mapping[str, type[Any]]) -> type[Any]:
+    """TrainConfig with `defaults` and more sections; its objective is a name, and a section as each add-on is."""
 
     def default(value: Any) -> Any:
         return field(default_factory=lambda: value)
 
     literal: Any = Literal
-    changed: list[tuple[str, Any, Any]] = [
+    changed: list[tuple[str, Any, Any]] = [(name, kind, default(kind())) for name, kind in sections.items()]
+    changed += [
         (part.name, part.type, default(getattr(defaults, part.name)))
         for part in fields(TrainConfig)
         if part.name not in ("objective", "addons")

@@ -62,9 +62,13 @@ class SmallCrop:
     color: Color
     size: int | None = None
 
+    def side(self, size: Size, patch_size: int) -> int:
+        """Its side, or that which views of `size` give it."""
+        return self.size or max(1, round(size[0] * 3 / 7 / patch_size)) * patch_size
+
     def draw(self, size: Size, patch_size: int, u: Tensor, view: int, aspects: Tensor | None = None) -> LatticeMap:
         """The maps from images of `size` to it, for draws u (B, 23) and pictures of true aspects (B,)."""
-        side = self.size or max(1, round(size[0] * 3 / 7 / patch_size)) * patch_size
+        side = self.side(size, patch_size)
         return self.crop(size, patch_size, u, view, aspects).on(size, (side, side))
 
 

@@ -56,11 +56,15 @@ class D4Scale:
         """(B,) the element of D4 for uniform numbers (B,)."""
         return (8 * u).long()
 
+    def lattices(self, tokens: Size, u: Tensor) -> Tensor:
+        """(B, 2) height and width of the lattices, in tokens, for uniform numbers u (B, 2) of area and aspect."""
+        area, aspect = _between(u[:, 0], *self.area), _log_between(u[:, 1], *self.aspect)
+        scale = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1)
+        return (scale * scale.new_tensor(tokens)).round().long().clamp(min=1)
+
     def __call__(self, size: Size, patch_size: int, u: Tensor, view: int) -> LatticeMap:
         tokens = size[0] // patch_size, size[1] // patch_size
-        area, aspect = _between(u[0, 1], *self.area), _log_between(u[0, 2], *self.aspect)
-        scale = (area / aspect).sqrt(), (area * aspect).sqrt()
-        h, w = (max(1, round(n * float(s))) for n, s in zip(tokens, scale, strict=True))
+        h, w = self.lattices(tokens, u[:1, 1:3])[0].tolist()
         # On a unit square first: a quarter turn of a batch of H x W images is then a stretch as well, and all fit.
         return LatticeMap.d4((1, 1), self.code(u[:, 0], view)).on(size, (h * patch_size, w * patch_size))
 
