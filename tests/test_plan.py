@@ -205,6 +205,7 @@ def test_a_plan_over_batches_and_ranks() -> None:
     assert one.images_per_second == pytest.approx(24 / one.seconds)
     assert one.hours == pytest.approx(3 * one.seconds / 3600)
     assert one.fits
+    config = with_options(config, {"model.pretrained": "timm"})  # whose weights nothing asks for
     (slow,) = plan(config, PlanConfig(batch=(24,), pictures=480, memory=0.01, tflops=1e6, bandwidth=1.0, ranks=2))
     assert slow.cost.half_flops > 0
     assert slow.seconds == pytest.approx(slow.cost.traffic / 1e9)
@@ -236,6 +237,12 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkey
     assert len(row) == len(header)
     assert "…" not in printed
     assert "moco_v3 + ser, on 1 x h100-sxm" in printed
+
+
+def test_no_step_an_epoch_is_named() -> None:
+    config = with_options(parse(TINY), {"optim.steps": None})
+    with pytest.raises(ValueError, match=r"^optim.batch_size: got 24 with 23 pictures, which is no step an epoch$"):
+        plan(config, PlanConfig(pictures=23))
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,11 @@ def _row(config: TrainConfig, options: PlanConfig, device: Device, pictures: int
     from ser_fast.training.planned_step import step_cost
 
     optim = config.optim
+    steps = optim.steps if optim.steps is not None else optim.epochs * (pictures // optim.batch_size)
+    if steps < 1:
+        raise ValueError(
+            f"optim.batch_size: got {optim.batch_size} with {pictures} pictures, which is no step an epoch"
+        )
     _, _, largest = _lattices(config, _patch_size(config))
     usual = (config.model.image_size // _patch_size(config),) * 2
     amp = config.amp if config.amp != "auto" else "bf16" if device.kind == "gpu" else "off"
@@ -187,7 +192,6 @@ def _row(config: TrainConfig, options: PlanConfig, device: Device, pictures: int
         cost = replace(cost, half_flops=work.half_flops, single_flops=work.single_flops, traffic=work.traffic)
     products = cost.half_flops / device.half + cost.single_flops / device.single
     seconds = max(products, cost.traffic / device.bandwidth)
-    steps = optim.steps if optim.steps is not None else optim.epochs * (pictures // optim.batch_size)
     return Row(
         batch=optim.batch_size,
         share=config.views.share,

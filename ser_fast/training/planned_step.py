@@ -71,6 +71,7 @@ class Work(TorchDispatchMode):
 
     Args:
         kind: of the backend whose temporary memory is counted; see `ser_fast.ops.work.scratch_bytes`.
+        snapshot: called whenever there is more than ever.
 
     Attributes:
         live: bytes of the storages that exist.
