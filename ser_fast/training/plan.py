@@ -135,8 +135,8 @@ def show(rows: Sequence[Row], config: TrainConfig, options: PlanConfig, console:
     console.print(
         "Peak and activations are GiB of one device's tensors, with the largest lattices that are drawn, TFLOP are a "
         "step's, negatives a token's in the mean over the draws. Images a second are an upper bound and hours a lower "
-        "one: products at the device's peak, or the operands of every operator once to and from memory, whichever "
-        "takes longer; no time for data, exchange between devices and launches.",
+        "one: products at the device's peak, or the operands of every operator, unfused, once to and from "
+        "memory, whichever takes longer; no time for data, exchange between devices and launches.",
         highlight=False,
     )
 
