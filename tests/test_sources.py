@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from ser_fast.data import shard_index
+from ser_fast.data import shards as shard_module
 from ser_fast.data.hugging_face import HuggingFace
 from ser_fast.data.listing import expand_pattern, list_files, split_options
 from ser_fast.data.loader import make_loader
 from ser_fast.data.pictures import UnreadableImageError
 from ser_fast.data.python_function import PythonFunction
-from ser_fast.data.shards import TarShards
+from ser_fast.data.shards import Sample, TarShards
 from ser_fast.data.sources import open_dataset, open_source
 
 
@@ -165,6 +167,36 @@ def test_shards(shards, location):
     assert train.read(4).pixels.shape == (3, 6, 9)
     assert open_dataset(source, train=True, image_size=8)[4][0].shape == (3, 8, 8)
     assert train.digest() == open_source(source, train=True, image_size=8).digest() != held_out.digest()
+
+
+def test_a_shards_index_is_used_while_it_fits(tmp_path, monkeypatch):
+    monkeypatch.setenv("SER_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_index, "_LEAST", 1)
+    scanned, scan = [], shard_module._scan
+    monkeypatch.setattr(shard_module, "_scan", lambda path: scanned.append(path) or scan(path))
+
+    def listed(path):
+        shard_module._list.cache_clear()  # as in another process
+        return shard_module._list(*shard_module._check(str(path)))
+
+    shard = tmp_path / "a.tar"
+    write_tar(shard, {"0.png": png(1), "0.cls": b"ant", "1.png": png(2)})
+    first = listed(shard)
+    assert listed(shard) == first == [Sample("0.png", 512, len(png(1)), "ant"), first[1]]
+    assert len(scanned) == 1
+    (index,) = (tmp_path / "cache" / "shards").iterdir()
+    whole = index.read_text()
+    for damaged in ("", "[1]", whole[:-9], whole.replace("512", "513"), whole.replace('"samples"', '"sample"')):
+        index.write_text(damaged)
+        before = len(scanned)
+        assert listed(shard) == first
+        assert len(scanned) == before + 1
+        assert index.read_text() == whole, "made anew"
+    write_tar(shard, {"1.png": png(3), "1.cls": b"bee"})
+    assert [sample.label for sample in listed(shard)] == ["bee"]
+    (tmp_path / "cache2").write_text("no folder")
+    monkeypatch.setenv("SER_FAST_CACHE", str(tmp_path / "cache2"))
+    assert [sample.label for sample in listed(shard)] == ["bee"], "where nothing can be kept"
 
 
 def test_shards_in_folders_of_their_part(shards):
