@@ -19,6 +19,8 @@ from ser_fast.export import export
 from ser_fast.io import printable, write_text
 from ser_fast.report.runs import read_runs, write_report
 from ser_fast.sensitivity.table import COLUMNS, read_rows
+from ser_fast.training.config import ModelConfig, TrainConfig, with_options
+from ser_fast.training.trainer import train
 from ser_fast.vit import SplitViT, save_split_vit
 
 FORMULAS = ["=HYPERLINK(1)", "@SUM(1)", "+1+1", "-2+3", "\t=1", "\r=1", "'=1", "''@", "-"]
@@ -149,3 +151,32 @@ def test_an_out_that_is_a_folder_is_no_file(tmp_path: Path) -> None:
     save_split_vit(tmp_path / "encoder.safetensors", SplitViT("vit_tiny_patch16_224", 0, img_size=32, depth=1))
     with pytest.raises(ValueError, match=rf"^out: got the folder {tmp_path}, takes a file$"):
         export(tmp_path, "timm", tmp_path)
+
+
+# ---------------------------------------------------------------- options that can't work, before the run's folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim.batch_size": 1}, r"^optim.batch_size: got 1, takes 2 images or more a part: one alone has no other"),
+        (
+            {"optim.batch_size": 4, "optim.accumulate": 4, "optim.accumulate_mode": "plain"},
+            r"^optim.batch_size: got 4 in 4 parts, takes 2 images or more a part",
+        ),
+        ({"out": Path(ODD)}, r"^out: got .*, takes a name in UTF-8, as TensorBoard and torch.save do$"),
+        ({"model.image_size": 30}, r"^model.image_size: got 30, takes a multiple of the patch size"),
+    ],
+    ids=str,
+)
+def test_a_training_that_can_not_work_makes_no_folder(
+    options: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ModelConfig(
+        "vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, split=1
+    )
+    config = with_options(TrainConfig(out=Path("run"), model=model, addons={}, device="cpu", workers=0), options)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The options of a training, checked by name before anything is opened or made."""
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,16 @@ def check_options(config: TrainConfig, world_size: int) -> int:
             f"optim.accumulate {optim.accumulate}"
         )
     parts = optim.accumulate if optim.accumulate_mode == "plain" else 1
+    if optim.batch_size // parts < 2:
+        among = f" in {parts} parts" if parts > 1 else ""
+        raise ValueError(
+            f"optim.batch_size: got {optim.batch_size}{among}, takes 2 images or more a part: one alone has no other to be "
+            "contrasted with or normalized over"
+        )
+    try:
+        os.fspath(config.out).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"out: got {config.out}, takes a name in UTF-8, as TensorBoard and torch.save do") from error
     part = optim.batch_size // (world_size * parts)
     on = {name: addon for name, addon in config.addons.items() if addon.layers not in ("off", ())}
     if config.views.share == 0 and (others := sorted(on.keys() - {"ser"})):
