@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 from ser_fast.csv_files import format_csv, read_csv, unquote, write_csv
+from ser_fast.evaluation import detection, robustness, transformations
 from ser_fast.evaluation.classification import grade
+from ser_fast.evaluation.coco import CategoryRecord
 from ser_fast.evaluation.figures import plot_confusion
 from ser_fast.evaluation.protocol import make_folder
 from ser_fast.evaluation.tables import print_rows, write_confusion
@@ -108,6 +110,19 @@ def test_names_that_are_no_utf_8_are_written_and_shown(tmp_path: Path) -> None:
     write_confusion(rows, [ODD], folder / "confusion.csv")
     write_report(read_runs([folder]), folder / "report.html")
     assert "caf\\udce9[red]" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_of_models_are_no_markup_in_any_table() -> None:
+    name = f"[/red]{ODD}\x1b[0m"
+    console = Console(record=True, width=400)
+    error = robustness.ErrorRate("fog", 1, 0.5, 0.4, 0.6, 10)
+    robustness.print_errors({name: [error]}, console=console)
+    robustness.print_flips({name: [robustness.FlipRate("tilt", 0.1, 3)]}, console)
+    detection.print_table({name: [CategoryRecord("all", *[0.5] * 7, 3)]}, console)
+    transformations.print_predictions({name: []}, console)
+    shown = console.export_text()
+    assert shown.count("[/red]caf\\udce9\\x1b[0m") >= 4
+    assert "\x1b" not in shown
 
 
 @pytest.mark.filterwarnings("error")

@@ -54,8 +54,8 @@ def check_options(config: TrainConfig, world_size: int) -> int:
     if optim.batch_size // parts < 2:
         among = f" in {parts} parts" if parts > 1 else ""
         raise ValueError(
-            f"optim.batch_size: got {optim.batch_size}{among}, takes 2 images or more a part: one alone has no other to be "
-            "contrasted with or normalized over"
+            f"optim.batch_size: got {optim.batch_size}{among}, takes 2 images or more a part: one alone has no other "
+            "to be contrasted with or normalized over"
         )
     try:
         os.fspath(config.out).encode()
