@@ -547,3 +547,57 @@ def test_what_cannot_be_read_is_skipped_counted_and_named(broken_source, workers
     for name, reason in dataset.skipped:
         assert any(mark in name for mark in ("[2]", "[3]", "2.png", "3.png")), name
         assert reason
+
+
+# What changes with the pictures
+
+
+def bmp(value: int) -> bytes:
+    """Every picture has as many bytes."""
+    data = io.BytesIO()
+    Image.new("RGB", (9, 6), (value, value, value)).save(data, "bmp")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["hf", "tar", "folder", "python"])
+def test_fingerprints_change_with_any_picture(kind, tmp_path, request, monkeypatch):
+    """Also where digests, of names and sizes, do not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    make = request.getfixturevalue("hugging_face") if kind == "hf" else None
+
+    def opened(value):
+        if kind == "hf":
+            shutil.rmtree(tmp_path / "set", ignore_errors=True)
+            make([0, 1], pictures=[{"bytes": bmp(v), "path": None} for v in (7, value)]).save_to_disk(tmp_path / "set")
+            source = f"hf:{tmp_path}/set"
+        elif kind == "tar":
+            write_tar(tmp_path / "a.tar", {"0.bmp": bmp(7), "0.cls": "0", "1.bmp": bmp(value), "1.cls": "1"})
+            source = f"tar:{tmp_path}/a.tar"
+        else:
+            for number, of in enumerate((7, value)):
+                path = tmp_path / "pictures" / "ant" / f"{number}.bmp"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(bmp(of))
+                os.utime(path, ns=(10**18, 10**18))
+            (tmp_path / "changing.py").write_text(
+                "from torchvision.datasets import ImageFolder\ndef make(train):\n    return ImageFolder('pictures')\n"
+            )
+            source = f"folder:{tmp_path}/pictures" if kind == "folder" else "python:changing:make"
+        dataset = open_dataset(source, train=True, image_size=8)
+        assert len(dataset.labels) == len(dataset) == 2
+        assert dataset.fingerprint() == dataset.fingerprint()
+        return dataset.digest(), dataset.fingerprint()
+
+    (digest, first), (same_digest, second) = opened(8), opened(9)
+    assert digest == same_digest
+    assert first != second
+    sys.modules.pop("changing", None)
+
+
+def test_fingerprints_change_with_what_is_made_of_the_pictures(tmp_path):
+    (tmp_path / "0.bmp").write_bytes(bmp(1))
+    options = ({}, {"crop_pct": 0.5}, {"image_size": 16}, {"max_pixels": 100})
+    source = f"folder:{tmp_path}"
+    found = {open_dataset(source, **{"train": True, "image_size": 8, **other}).fingerprint() for other in options}
+    assert len(found) == 4
