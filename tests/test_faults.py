@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import pytest
 import torch
 from cases.runs import CPU, ENVIRONMENT, patterns, read_log, tiny_config
 from safetensors.torch import load_file
+from torch.utils.data import dataloader, get_worker_info
 
+from ser_fast.data import pictures, sources
 from ser_fast.io import write_atomically
 from ser_fast.training.config import TrainConfig, to_json, with_options
 from ser_fast.training.processes import stop_signals
@@ -285,6 +289,89 @@ def test_handlers_are_put_back() -> None:
     with stop_signals():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---------------------------------------------------------------- hangs
+
+
+@pytest.mark.parametrize("fault", ["reads for ever", "stopped", "killed"])
+def test_a_worker_that_gives_nothing_is_named_with_its_file(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The run ends within its limit, and goes on from its last checkpoint to the bits of one without the fault."""
+    held = Path(config.data.removeprefix("folder:")) / f"{np.random.default_rng((0, 0)).permutation(24)[20]:02}.png"
+    read = pictures.read_image
+
+    def slow(path: str, **options: Any) -> torch.Tensor:
+        if path == str(held) and get_worker_info() is not None:  # of the third batch
+            if fault == "reads for ever":
+                time.sleep(600)
+            os.kill(os.getpid(), signal.SIGSTOP if fault == "stopped" else signal.SIGKILL)
+        return read(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "read_image", slow)
+        patch.setattr(dataloader._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how often it looks for dead workers
+        with pytest.raises(OSError, match=r"^data: .*worker 0 was reading (.*)$") as error:
+            train(with_options(config, {"workers": 1, "loader_timeout": 2.0}))
+    assert str(held) in str(error.value)
+    late = r"data: worker 0 \(process \d+\) gave no batch in 2 s \(loader_timeout\)"
+    assert bool(re.match(late, str(error.value))) == (fault != "killed")
+    if fault == "reads for ever":  # the others may hold back the batch before
+        assert RunFolder(config.out).list_checkpoints()[-1].name == "step_00000002.pt"
+    train(replace(config, resume="auto"))
+    straight = RunFolder(train(with_options(config, {"out": config.out.with_name("straight")})))
+    for name, value in load_file(straight.encoder).items():
+        assert torch.equal(load_file(RunFolder(config.out).encoder)[name], value)
+
+
+def test_what_a_worker_raises_is_one_line(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: str, **_: Any) -> torch.Tensor:
+        if get_worker_info() is not None:
+            raise ValueError("data: got nothing, takes: something")
+        return torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(sources, "read_image", failing)
+    with pytest.raises(ValueError, match=r"^data: got nothing, takes: something$"):
+        train(with_options(config, {"workers": 1}))
+
+
+INTERRUPTED = """
+import json, os, signal, sys
+
+if __name__ == "__main__":
+    import torch
+    from ser_fast.training.config import from_json
+    from ser_fast.training.trainer import Trainer, train
+
+    step = Trainer.step
+
+    def interrupted(self, number, *batch):
+        if number == 2:
+            os.killpg(0, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes of the group
+        return step(self, number, *batch)
+
+    Trainer.step = interrupted
+    torch.set_num_threads(1)
+    torch.multiprocessing.set_start_method(sys.argv[1])
+    train(from_json(json.loads(sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_ctrl_c_reaches_the_training_and_not_its_workers(config: TrainConfig, tmp_path: Path, method: str) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    long = with_options(config, {"workers": 1, "optim.steps": 30, "save_every": 30})
+    ended = subprocess.run(
+        [sys.executable, script, method, json.dumps(to_json(long))],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=100, start_new_session=True,
+    )  # fmt: skip
+    assert ended.returncode == 128 + signal.SIGINT, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "stopped after step 3" in ended.stdout
+    assert [path.name for path in RunFolder(config.out).list_checkpoints()] == ["step_00000003.pt"]
 
 
 # ---------------------------------------------------------------- ranks

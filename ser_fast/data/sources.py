@@ -138,6 +138,11 @@ class Squares:
         made = [self.image_size, self.canvas, self.crop_pct, getattr(self.source, "max_pixels", None)]
         return hash_entries([type(self.source).__name__, self.source.fingerprint()], made)
 
+    def locate(self, index: int) -> str:
+        """Where picture number `index` is read from, where the source can say it."""
+        locate = getattr(self.source, "locate", None)
+        return locate(index) if locate else f"picture {index}"
+
 
 def open_dataset(
     source: str, *, train: bool, image_size: int, crop_pct: float = 1.0, max_pixels: int = MAX_PIXELS
@@ -329,6 +334,10 @@ class ImageFolder:
     def read(self, index: int) -> Picture:
         path, label = self.files[index]
         return Picture(read_image(path, max_pixels=self.max_pixels), label, index)
+
+    def locate(self, index: int) -> str:
+        """Its path."""
+        return self.files[index][0]
 
     def digest(self) -> str:
         return hash_entries(

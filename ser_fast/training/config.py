@@ -254,6 +254,10 @@ class TrainConfig:
     """"auto", "cpu" or "cuda"."""
     workers: int = 2
     """Processes that load images, on each rank."""
+    loader_timeout: float = 600.0
+    """Seconds that they may take for a batch; then the run ends and names the file. 0 waits for ever."""
+    rank_timeout: float = 1800.0
+    """Seconds that ranks wait for one another; then the run ends and names those that are missing."""
     seed: int = 0
     """Of the weights, the order of the images and every draw."""
 
@@ -284,7 +288,10 @@ class TrainConfig:
 
 
 # What may differ between a run and its continuation, since it changes no number.
-_FREE = ("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints", "device", "workers")
+_FREE = (
+    *("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints"),
+    *("device", "workers", "loader_timeout", "rank_timeout"),
+)
 _PARTS: dict[str, type[Any]] = {"model": ModelConfig, "views": ViewsConfig, "optim": OptimConfig}
 _RENAMED = {"colour_strength": "color_strength"}  # in configs of version 0.1
 _DROPPED = ("color_group", "colour_group")  # there neighbors could share one draw of colors

@@ -86,6 +86,7 @@ class Trainer:
             rank=rank(),
             world_size=world_size(),
             workers=config.workers,
+            timeout=config.loader_timeout,
         )
         self.steps = optim.steps if optim.steps is not None else optim.epochs * self.loader.sampler.batches
         if self.steps < 1:
@@ -151,7 +152,7 @@ class Trainer:
         batch_size, device = config.optim.batch_size, self.device
         pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
-        with stop_signals() as stop, progress_bar(console=self.console) as progress:
+        with stop_signals() as stop, self.loader.failures_named(), progress_bar(console=self.console) as progress:
             task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
