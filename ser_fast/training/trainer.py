@@ -1,5 +1,6 @@
 """The training loop: one process, or several under torchrun."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -21,7 +22,7 @@ from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
 from ser_fast.training.optim import build_optimizer, clip_gradients, set_schedules
-from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, stop_signals
+from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, report_activity, stop_signals
 from ser_fast.training.resume import Identity, find_beginning, require_agreement
 from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.summary import Pace, summarize
@@ -42,7 +43,8 @@ def train(config: TrainConfig) -> Path:
         ValueError: an option that doesn't fit, a folder that already holds a run, or a checkpoint of another config.
         NonFiniteLossError: the loss or its gradient is not finite; the optimizer did not take that step.
     """
-    with process_group(config.device) as device:
+    check_options(config, int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks meet
+    with process_group(config.device, config.rank_timeout) as device:
         return Trainer(config, device).train()
 
 
@@ -156,6 +158,7 @@ class Trainer:
             task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
+                report_activity(f"in step {step + 1}")
                 record = self.step(step, epoch, batch.images, batch.indices, batch.aspects)
                 step += 1
                 now = time.perf_counter()
@@ -185,6 +188,7 @@ class Trainer:
                     )
                 if stopped or step == self.steps:
                     break
+                report_activity(f"loading images of step {step + 1}")
         if log is not None:
             log.close()
         if step < self.steps:
