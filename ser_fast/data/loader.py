@@ -234,7 +234,8 @@ class Loader(DataLoader[Batch]):
         """Where each worker is that reads a file."""
         images = self.dataset.images
         return "".join(
-            f"; worker {number} was reading " + (images.locate(index) if hasattr(images, "locate") else f"image {index}")
+            f"; worker {number} was reading "
+            + (images.locate(index) if hasattr(images, "locate") else f"image {index}")
             for number, index in enumerate(self.dataset.places.tolist())
             if index >= 0
         )

@@ -86,6 +86,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.image_size: got {self.image_size}, takes a multiple of the patch size {model.patch_size[0]}"
             )
+        blocks: Any = model.blocks
+        if getattr(model, "rope", None) is not None and model.embed_dim // (heads := blocks[0].attn.num_heads) % 4:
+            raise ValueError(
+                f"model.num_heads: got {heads}, takes heads of a multiple of 4 channels of the {model.embed_dim}: this "
+                "model's positions are rotary"
+            )
         for name in self.freeze:
             part = getattr(model, name, None)
             if part is None:
