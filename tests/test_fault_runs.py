@@ -1,5 +1,6 @@
 """Runs that are killed or stopped, anywhere, go on to the bits of a run that was not."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,3 +107,20 @@ def test_a_stopped_rank_is_named(server: ForkServer, config: TrainConfig, tmp_pa
         line = ended[other].said.splitlines()[-1]
         assert f"ranks: {missing}" in line
     assert [path.name for path in RunFolder(tmp_path / "run").list_checkpoints()] == ["step_00000002.pt"]
+
+
+def test_a_full_disk_is_named_with_the_file(server: ForkServer, config: TrainConfig, tmp_path: Path) -> None:
+    """A file of the size of a checkpoint can't be written, and log and checkpoint before it stay as they were."""
+    config = replace(config, out=tmp_path / "run")
+    assert server.run(to_json(with_options(config, {"optim.steps": 2})))[0].status == 0
+    (first,) = RunFolder(config.out).list_checkpoints()
+    ((status, said),) = server.run(to_json(config), {"largest_file": first.stat().st_size - 1000})
+    assert status == 1
+    assert re.fullmatch(
+        rf"OSError: {config.out}/checkpoints/step_00000004\.pt can't be written: .* \(\d+ MiB are free there\)",
+        said.splitlines()[-1],
+    )
+    assert RunFolder(config.out).list_checkpoints() == [first]
+    assert not list(config.out.rglob("*.partial"))
+    assert server.run(to_json(config))[0].status == 0
+    assert [line["step"] for line in read_log(config.out)] == [1, 2, 3, 4, 5]

@@ -1,5 +1,6 @@
 """What goes wrong around a run: damaged checkpoints, changed data, two runs in one folder, ranks that differ."""
 
+import errno
 import json
 import os
 import re
@@ -22,10 +23,11 @@ from torch.utils.data import dataloader, get_worker_info
 
 from ser_fast.data import pictures, sources
 from ser_fast.io import write_atomically
+from ser_fast.training import run_folder
 from ser_fast.training.config import TrainConfig, to_json, with_options
 from ser_fast.training.processes import stop_signals
 from ser_fast.training.run_folder import CHECKPOINT_FORMAT, RunFolder, load_checkpoint
-from ser_fast.training.trainer import Trainer, train
+from ser_fast.training.trainer import NonFiniteLossError, Trainer, train
 
 
 @pytest.fixture
@@ -95,6 +97,50 @@ def test_a_checkpoint_without_a_newer_option_has_its_default(config: TrainConfig
     torch.save(state, path)
     with pytest.raises(ValueError, match="SERConfig has no unheard_of"):
         Trainer(replace(config, resume=str(path)), CPU)
+
+
+@pytest.mark.parametrize("change", ["a shape", "a name", "the optimizer", "a step as text", "a later step"])
+def test_a_checkpoint_that_does_not_fit_is_named(config: TrainConfig, done: RunFolder, change: str) -> None:
+    path = done.list_checkpoints()[0]
+    state, expected = torch.load(path), "does not hold the state of this model"
+    weights = state["model"]
+    if change == "a shape":
+        weights["encoder.patch_embed.proj.bias"] = torch.zeros(3)
+    elif change == "a name":
+        del weights["encoder.patch_embed.proj.bias"]
+    elif change == "the optimizer":
+        state["optimizer"]["param_groups"][0]["params"].pop()
+    elif change == "a step as text":
+        state["step"], expected = "2", "is no checkpoint of this trainer"
+    else:
+        state["step"], expected = 10**6, "is of step 1000000, and the run has 6"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=rf"^resume: {path} {expected}") as error:
+        train(replace(config, resume=str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_that_failed_goes_on_at_a_lower_rate(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says how, and it is so."""
+    step, failing = Trainer.step, {"images": True}
+
+    def not_finite(self: Trainer, number: int, epoch: int, images: torch.Tensor, *others: Any) -> Any:
+        if number == 3 and failing["images"]:
+            for parameter in self.model.objective.parameters():
+                parameter.data.fill_(float("nan"))
+        return step(self, number, epoch, images, *others)
+
+    monkeypatch.setattr(Trainer, "step", not_finite)
+    with pytest.raises(NonFiniteLossError, match=r"step_00000002\.pt; to go on, lower optim\.lr .* --resume-changed"):
+        train(config)
+    failing["images"] = False
+    lower = with_options(config, {"resume": "auto", "optim.lr": 1e-3, "optim.clip_grad": 1.0})
+    with pytest.raises(ValueError, match=r"another optim\.lr, optim\.clip_grad; --resume-changed"):
+        train(lower)
+    train(replace(lower, resume_changed=True))
+    log = read_log(config.out)
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert log[2]["lr"] < 1e-3 < 20 * log[1]["lr"]
 
 
 def test_going_back_keeps_the_new_branch_and_sets_the_old_one_aside(config: TrainConfig, done: RunFolder) -> None:
@@ -238,6 +284,99 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("there", ["a file", "a link to nothing", "a file above", "a folder that is read-only"])
+def test_an_output_folder_that_can_not_be_one_is_named(
+    config: TrainConfig, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = config.out
+    if there == "a link to nothing":
+        out.symlink_to("nowhere")
+    elif there == "a folder that is read-only":
+
+        def denied(path: Path, **_: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "mkdir", denied)
+    else:
+        out.write_text("mine")
+        out = out if there == "a file" else out / "below"
+    reason = {"a file": "is no folder", "a link to nothing": "is a link to nothing"}.get(there, "can't be written to: ")
+    with pytest.raises(ValueError, match=f"^out: {out} {reason}"):
+        train(replace(config, out=out))
+    assert there != "a file" or out.read_text() == "mine"
+
+
+def test_a_log_that_can_not_be_written_is_named(done: RunFolder) -> None:
+    log = done.open_log(6)
+    log.lines = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match=f"No space left on device: '{done.log}'"):
+        log.write(7, 0, {"loss": 1.0})
+
+
+def test_what_is_missing_in_the_log_is_named(
+    config: TrainConfig, done: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = done.log.read_text().splitlines(True)
+    done.log.write_text("".join([lines[0], *lines[3:]]))
+    train(with_options(config, {"resume": "auto", "optim.steps": 7}))
+    assert f"steps2to3aremissingfrom{done.log}" in "".join(capsys.readouterr().out.split())
+    assert [line["step"] for line in read_log(done.path)] == [1, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 3, "epoch": 1, "loss": \xff\xfe}\n', b'{"step": "x"}\n', b"3\n", b"\0" * 64 + b"\n"], ids=str
+)
+def test_a_damaged_line_of_the_log_is_dropped(config: TrainConfig, done: RunFolder, damage: bytes) -> None:
+    lines = done.log.read_bytes().splitlines(True)
+    done.log.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
+    assert [line["step"] for line in done.read_log()] == [1, 2, 4, 5, 6]
+    log = done.open_log(6)
+    assert log.note == f"log: steps 3 to 3 are missing from {done.log}; the run itself is whole"
+    log.close()
+    assert [line["step"] for line in read_log(done.path)] == [1, 2, 4, 5, 6]
+
+
+def test_a_checkpoint_never_goes_beyond_the_log_on_the_disk(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a checkpoint gets its name, the log of its steps was flushed to the disk, and so was the folder."""
+    flushed: dict[Path, int] = {}
+
+    def flush(path: Path) -> None:
+        flushed[path] = len(path.read_text().splitlines()) if path.is_file() else len(list(path.iterdir()))
+
+    replaced, seen = Path.replace, []
+
+    def replace_file(path: Path, target: Path) -> Path:
+        if target.suffix == ".pt":
+            seen.append((int(target.stem.removeprefix("step_")), flushed[config.out / "log.jsonl"]))
+            assert config.out in flushed
+        return replaced(path, target)
+
+    monkeypatch.setattr(run_folder, "flush_to_disk", flush)
+    monkeypatch.setattr(Path, "replace", replace_file)
+    train(config)
+    assert seen == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_partial_files_that_nobody_writes_any_more_are_removed(tmp_path: Path) -> None:
+    """In folders that several processes may write to, as that of cached features."""
+    old, new = tmp_path / ".a.0123.partial", tmp_path / ".b.4567.partial"
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    write_atomically(tmp_path / "file", lambda partial: partial.write_text("content"))
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, "file"}
+
+
+def test_what_fails_while_a_file_is_written_keeps_its_words(tmp_path: Path) -> None:
+    def compute(_: Path) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        write_atomically(tmp_path / "file", compute)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

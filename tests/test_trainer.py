@@ -566,7 +566,7 @@ def test_a_run_continues_from_a_checkpoint_by_path(straight: TrainConfig, tmp_pa
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"optim.lr": 1e-3}, "another optim.lr$"),
+        ({"optim.lr": 1e-3}, "another optim.lr; --resume-changed goes on all the same$"),
         ({"ser.weight": 0.5, "seed": 3}, "another seed, ser.weight$"),
         ({"views.crop_area": (0.3, 1.0)}, "another views.crop_area$"),
     ],

@@ -247,7 +247,7 @@ class TrainConfig:
     resume: str = "none"
     """"auto" continues from the newest checkpoint in `out`, if there is one; a path, from that one."""
     resume_changed: bool = False
-    """Continue although the images or the number of ranks are not those of the checkpoint."""
+    """Continue although the images, the number of ranks, the learning rate or the clipping are not the checkpoint's."""
     max_skipped: float = 0.1
     """Share of the images that may be unreadable; with more, the run stops."""
     save_every: int = 500

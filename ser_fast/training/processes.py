@@ -96,7 +96,8 @@ def _roll_call() -> str:
     answers: dict[int, str] = {}
 
     def ask() -> None:  # the store itself may hang with rank 0
-        store = dist.distributed_c10d._get_default_store().clone()  # whose connection no other thread waits on
+        store: Any = dist.distributed_c10d._get_default_store()
+        store = store.clone()  # a connection of its own, which no other thread waits on
         store.set(f"activity/{rank()}", _activity.what)
         while len(answers) < world_size():
             for number in range(world_size()):

@@ -23,7 +23,7 @@ from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
 from ser_fast.training.optim import build_optimizer, clip_gradients, set_schedules
 from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, report_activity, stop_signals
-from ser_fast.training.resume import Identity, find_beginning, require_agreement
+from ser_fast.training.resume import Identity, find_beginning, require_agreement, restore
 from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.summary import Pace, summarize
 from ser_fast.training.validation import check_options
@@ -106,11 +106,11 @@ class Trainer:
             self.parallel = DistributedDataParallel(self.model)
         self.optimizer = build_optimizer(optim, self.model)
         self.amp = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
-        if self.beginning.state is not None:
-            self.model.load_state_dict(self.beginning.state["model"])
-            self.optimizer.load_state_dict(self.beginning.state["optimizer"])
+        restore(self.beginning, self.model, self.optimizer.load_state_dict)
         self.start, self.last_checkpoint = self.beginning.step, self.beginning.path
         self.beginning = self.beginning._replace(state=None)
+        if self.start > self.steps:
+            raise ValueError(f"resume: {self.last_checkpoint} is of step {self.start}, and the run has {self.steps}")
 
     def save(self, step: int) -> None:
         """Write the encoder and a checkpoint after a step."""
@@ -139,7 +139,7 @@ class Trainer:
         config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None
         if log is not None:
             self.folder.write_description(config, describe_environment(self.device))
-        for note in self.beginning.notes:
+        for note in [*self.beginning.notes, *([log.note] if log is not None and log.note else [])]:
             self.console.print(note, markup=False)
         images = self.loader.dataset.images
         summary = summarize(
@@ -177,6 +177,7 @@ class Trainer:
                 if log is not None:
                     log.write(step, epoch, record)
                     if step % config.save_every == 0 or step == self.steps or stopped:
+                        log.flush()
                         self.save(step)
                 losses = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", *self.model.weights))
                 progress.update(task, completed=step, description=f"{escape(config.out.name)}  {losses}")
@@ -248,7 +249,8 @@ class Trainer:
             raise NonFiniteLossError(
                 f"loss is {record['loss']} ({record}), the norm of its gradient {norm[0]}, at step {step + 1} "
                 f"(epoch {epoch}), on images with the indices {indices.tolist()}; "
-                f"last good checkpoint: {self.last_checkpoint or 'none'}"
+                f"the last checkpoint is {self.last_checkpoint or 'none'}; to go on, lower optim.lr or optim.clip_grad "
+                "and give --resume auto --resume-changed"
             )
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm[0]}
         objective.before_step(progress)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -36,7 +37,8 @@ class ForkServer:
         Args:
             config: from `to_json`.
             fault: what happens, to rank "rank" (0): "kill" at the n-th call of a function, "kill_in_save" of step
-                "step" at its n-th point, "stop" (SIGSTOP) at a step. With n = 0 the calls are counted and said.
+                "step" at its n-th point, "stop" (SIGSTOP) at a step, or no file may be larger than "largest_file"
+                bytes. With n = 0 the calls are counted and said.
             ranks: how many.
         """
         assert self.process.stdin is not None
@@ -48,8 +50,9 @@ class ForkServer:
     def close(self) -> None:
         """End it."""
         assert self.process.stdin is not None
+        self.process.stdin.write("\n")  # other processes may have the pipe as well: its end may not be seen
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def _serve() -> None:
@@ -60,7 +63,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     processes._ANSWER_WITHIN = 1.0
     answers = os.fdopen(os.dup(1), "w")
-    for number, line in enumerate(sys.stdin):
+    for number, line in enumerate(iter(sys.stdin.readline, "\n")):
         config, fault, ranks = json.loads(line)
         children = {}
         for rank in range(ranks):
@@ -96,6 +99,8 @@ def _train(trainer: Any, config: dict[str, Any], fault: dict[str, Any]) -> int:
             os.kill(os.getpid(), signal.SIGSTOP)
         return step(self, number, *batch)
 
+    if "largest_file" in fault:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["largest_file"],) * 2)
     if "kill_in_save" in fault:
         trainer.Trainer.save = watched_save
     if "stop" in fault:
