@@ -575,3 +575,45 @@ def test_files_that_one_rank_alone_can_not_read_are_named(config: TrainConfig, t
     ended = two_ranks(tmp_path, with_options(config, {"optim.steps": 1}), {})
     assert ended.returncode == 0, ended.stderr
     assert damaged in "".join(ended.stdout.split())
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
+    """A rank that is killed takes the others along; all begin again, with the same arguments, and end as if not."""
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED)
+    environment = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for options in (["--max-restarts", "2"], []):
+        run = replace(config, resume="auto", out=config.out if options else config.out.with_name("straight"))
+        ended = subprocess.run(
+            [*launch, *options, script, "killed" if options else "straight", json.dumps(to_json(run))],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "killed").exists()
+    assert [line["step"] for line in read_log(config.out)] == [1, 2, 3, 4, 5, 6]
+    expected = load_file(RunFolder(config.out.with_name("straight")).encoder)
+    for name, value in load_file(RunFolder(config.out).encoder).items():
+        assert torch.equal(value, expected[name])
+
+
+RESTARTED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from ser_fast.training.config import from_json
+from ser_fast.training.trainer import Trainer, train
+
+torch.set_num_threads(1)
+step, once = Trainer.step, Path(__file__).with_name("killed")
+
+def killed(self, number, *batch):
+    if sys.argv[1] == "killed" and number == 3 and os.environ["RANK"] == "1" and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, *batch)
+
+Trainer.step = killed
+train(from_json(json.loads(sys.argv[2])))
+"""
