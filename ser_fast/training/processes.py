@@ -69,6 +69,9 @@ def process_group(name: str, limit: float = 1800.0) -> Iterator[torch.device]:
     # With gloo beside NCCL, counts and objects are exchanged without the device, and nothing waits for it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=limit + 60))  # ours comes first, and names ranks
+    done = threading.Event()
+    report_activity("starting")
+    threading.Thread(target=_watch, args=(limit, done), daemon=True).start()
     try:
         yield device
     except RuntimeError as error:
