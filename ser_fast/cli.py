@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES
+from ser_fast.io import printable
 from ser_fast.sensitivity import VARIANTS
 
 
@@ -425,7 +426,6 @@ def _show(result: Any, out: Path) -> None:
 
 def _say(line: str) -> None:
     """Print a line that may hold names of files: none of them is markup, or steers the terminal."""
-    from ser_fast.io import printable
 
     Console().print(printable(line), markup=False, soft_wrap=True)
 
@@ -441,7 +441,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # not one that a test put there
             stream.reconfigure(errors="backslashreplace")  # what the locale or UTF-8 can't say is no end of the work
-    from ser_fast.io import printable
 
     try:
         _run(sys.argv[1:])
@@ -452,7 +451,7 @@ def main() -> None:
 
         if not isinstance(error, NonFiniteLossError):
             raise
-        sys.exit(f"ser-fast: {error}")
+        sys.exit(f"ser-fast: {printable(error)}")
     except KeyboardInterrupt:
         sys.exit("ser-fast: stopped")
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then moved there."""
+"""Files that are whole or absent, written beside their place and then moved there; and how their names are shown."""
 
 import os
 import re

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cases.runs import CPU, ENVIRONMENT, patterns, read_log, tiny_config
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import dataloader, get_worker_info
 
@@ -236,6 +237,53 @@ def test_names_are_printed_as_they_are(config: TrainConfig, capsys: pytest.Captu
     shown = "".join(capsys.readouterr().out.split())
     assert "a[/red]/00.png" in shown
     assert "run[red]" in shown
+
+
+def test_names_of_images_need_not_be_text(config: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"im\xffages")
+    patterns(folder, 24)
+    (folder / os.fsdecode(b"a\xff.png")).write_bytes(b"damaged")
+    changed = with_options(config, {"data": f"folder:{folder}", "optim.steps": 1, "optim.batch_size": 25})
+    program = "import json, sys; from ser_fast.training.config import from_json; from ser_fast.training import trainer"
+    program += "; trainer.train(from_json(json.loads(sys.argv[1])))"
+    command = [sys.executable, "-c", program, json.dumps(to_json(changed))]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr.decode(errors="replace")
+    assert rb"a\udcff.png" in b"".join(ended.stdout.split())
+    with pytest.raises(ValueError, match=r"^out: .* is no text, which the names of TensorBoard's files are"):
+        train(replace(config, out=tmp_path / os.fsdecode(b"run\xff")))
+
+
+def test_files_that_mean_harm_are_skipped_and_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, programs = tmp_path / "mixed/ant", tmp_path / "programs"
+    patterns(folder, 12)
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "itself.png").symlink_to(folder / "itself.png")
+    (folder / "again").symlink_to(folder.parent)
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n")
+    (folder / "cut.png").write_bytes((folder / "01.png").read_bytes()[:200])
+    (folder / "a\x1b[31m[bold]b\x07.png").write_bytes(b"nothing")
+    Image.new("L", (1, 65000)).save(folder / "long.png")
+    Image.new("1", (50_000, 50_000)).save(folder / "large.png")
+    harmful = ["pipe.jpg", "itself.png", "zero.png", "script.jpg", "cut.png", "[bold]b", "large.png"]
+    train(
+        with_options(
+            config, {"data": f"folder:{folder.parent}", "workers": 1, "max_skipped": 0.5, "loader_timeout": 60.0}
+        )
+    )
+    shown = capfd.readouterr().out
+    assert [name for name in harmful if name not in "".join(shown.split())] == []
+    assert f"({len(harmful)} in all)" in shown
+    assert not {"\x1b", "\x07"} & set(shown)
+    assert not (tmp_path / "ran").exists()
+    assert len(read_log(config.out)) == 6
 
 
 # ---------------------------------------------------------------- one run a folder

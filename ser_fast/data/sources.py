@@ -371,7 +371,7 @@ def _count_images(folder: Path) -> int:
     """The image files in a folder, not below it."""
     with os.scandir(folder) as entries:
         return sum(
-            entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+            entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") and os.path.isfile(entry)
             for entry in entries
         )
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_canvases
 from ser_fast.distributed import gather_counts, rank, world_size
+from ser_fast.io import printable
 from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import TrainConfig, to_json
@@ -155,7 +156,7 @@ class Trainer:
         pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
         with stop_signals() as stop, self.loader.failures_named(), progress_bar(console=self.console) as progress:
-            task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
+            task = progress.add_task(escape(printable(config.out.name)), total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
                 report_activity(f"in step {step + 1}")
@@ -173,14 +174,14 @@ class Trainer:
                 for path, reason in chain(*of_all_ranks(new)) if max(codes) >= 256 else ():
                     skipped.add(path)
                     message = f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)"
-                    progress.console.print(message, markup=False)
+                    progress.console.print(printable(message), markup=False)
                 if log is not None:
                     log.write(step, epoch, record)
                     if step % config.save_every == 0 or step == self.steps or stopped:
                         log.flush()
                         self.save(step)
                 losses = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", *self.model.weights))
-                progress.update(task, completed=step, description=f"{escape(config.out.name)}  {losses}")
+                progress.update(task, completed=step, description=f"{escape(printable(config.out.name))}  {losses}")
                 pace.after(step, losses)
                 if len(skipped) > config.max_skipped * len(images):
                     raise ValueError(
