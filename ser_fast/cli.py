@@ -13,7 +13,6 @@ from rich.console import Console
 
 from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES
-from ser_fast.io import printable
 from ser_fast.sensitivity import VARIANTS
 
 
