@@ -425,6 +425,7 @@ def _show(result: Any, out: Path) -> None:
 
 def _say(line: str) -> None:
     """Print a line that may hold names of files: none of them is markup, or steers the terminal."""
+    from ser_fast.io import printable
 
     Console().print(printable(line), markup=False, soft_wrap=True)
 
@@ -440,6 +441,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # not one that a test put there
             stream.reconfigure(errors="backslashreplace")  # what the locale or UTF-8 can't say is no end of the work
+    from ser_fast.io import printable
 
     try:
         _run(sys.argv[1:])
