@@ -524,41 +524,56 @@ def test_what_a_worker_raises_is_one_line(config: TrainConfig, monkeypatch: pyte
 
 
 INTERRUPTED = """
-import json, os, signal, sys
+import json, sys
 
 if __name__ == "__main__":
     import torch
     from ser_fast.training.config import from_json
-    from ser_fast.training.trainer import Trainer, train
+    from ser_fast.training.trainer import train
 
-    step = Trainer.step
-
-    def interrupted(self, number, *batch):
-        if number == 2:
-            os.killpg(0, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes of the group
-        return step(self, number, *batch)
-
-    Trainer.step = interrupted
     torch.set_num_threads(1)
     torch.multiprocessing.set_start_method(sys.argv[1])
     train(from_json(json.loads(sys.argv[2])))
+"""
+
+PICTURES = """
+import os, signal, time
+from pathlib import Path
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+class Pictures:
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        once = Path(__file__).with_name("once")
+        if get_worker_info() is not None and not once.exists():
+            once.touch()
+            os.killpg(0, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes of the group
+            time.sleep(1)
+        return Image.new("RGB", (32, 32), (index, 0, 0)), 0
+
+def pictures(train):
+    return Pictures()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_ctrl_c_reaches_the_training_and_not_its_workers(config: TrainConfig, tmp_path: Path, method: str) -> None:
-    script = tmp_path / "interrupted.py"
-    script.write_text(INTERRUPTED)
-    long = with_options(config, {"workers": 1, "optim.steps": 30, "save_every": 30})
+    """While the first batch is made, which then has its step and a checkpoint."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    (tmp_path / "its_data.py").write_text(PICTURES)
+    long = {"data": "python:its_data:pictures", "workers": 1, "optim.steps": 30, "save_every": 30}
     ended = subprocess.run(
-        [sys.executable, script, method, json.dumps(to_json(long))],
+        [sys.executable, tmp_path / "interrupted.py", method, json.dumps(to_json(with_options(config, long)))],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=100, start_new_session=True,
     )  # fmt: skip
     assert ended.returncode == 128 + signal.SIGINT, ended.stderr
     assert "Traceback" not in ended.stderr
-    assert "stopped after step 3" in ended.stdout
-    assert [path.name for path in RunFolder(config.out).list_checkpoints()] == ["step_00000003.pt"]
+    assert "stopped after step 1" in ended.stdout
+    assert [path.name for path in RunFolder(config.out).list_checkpoints()] == ["step_00000001.pt"]
 
 
 # ---------------------------------------------------------------- ranks
