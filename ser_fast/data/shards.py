@@ -83,10 +83,15 @@ class TarShards:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def locate(self, index: int) -> str:
+        """The shard, and the picture's name in it."""
+        number, sample = self.samples[index]
+        return f"{self.shards[number]}:{sample.name}"
+
     def read(self, index: int) -> Picture:
         """Picture number `index`: one read at its offset."""
         number, sample = self.samples[index]
-        name = f"{self.shards[number]}:{sample.name}"
+        name = self.locate(index)
         try:
             with open(self.shards[number], "rb") as file:
                 file.seek(sample.offset)

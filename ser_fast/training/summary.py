@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 import torch
 from rich.console import Console
 
+from ser_fast.io import printable
 from ser_fast.training.config import TrainConfig, objective_name
 from ser_fast.training.environment import peak_memory
 from ser_fast.training.pretraining import Pretraining
@@ -42,7 +43,7 @@ def summarize(config: TrainConfig, model: Pretraining, *, pictures: int, canvas:
     lines = [
         f"model: {config.model.name} at {side} pixels, {encoder / 1e6:.1f} million parameters, with heads "
         f"{trained / 1e6:.1f} million trained; {terms}",
-        f"data: {pictures} pictures of {config.data}, canvas {canvas} pixels",
+        f"data: {pictures} pictures of {printable(config.data)}, canvas {canvas} pixels",
         f"steps: {steps} of {optim.batch_size} pictures, {share} of them for equivariance "
         f"({steps * optim.batch_size / pictures:.3g} epochs)",
         f"learning rate: {rate:.3g} at its peak, optim.lr {optim.lr:g} x batch size {optim.batch_size} / 256",

@@ -1,5 +1,6 @@
 """The training loop: one process, or several under torchrun."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -16,13 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_canvases
 from ser_fast.distributed import gather_counts, rank, world_size
+from ser_fast.io import printable
 from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
 from ser_fast.training.optim import build_optimizer, clip_gradients, set_schedules
-from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, stop_signals
-from ser_fast.training.resume import Identity, find_beginning, require_agreement
+from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, report_activity, stop_signals
+from ser_fast.training.resume import Identity, find_beginning, require_agreement, restore
 from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.summary import Pace, summarize
 from ser_fast.training.validation import check_options
@@ -42,7 +44,8 @@ def train(config: TrainConfig) -> Path:
         ValueError: an option that doesn't fit, a folder that already holds a run, or a checkpoint of another config.
         NonFiniteLossError: the loss or its gradient is not finite; the optimizer did not take that step.
     """
-    with process_group(config.device) as device:
+    check_options(config, int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks meet
+    with process_group(config.device, config.rank_timeout) as device:
         return Trainer(config, device).train()
 
 
@@ -86,6 +89,7 @@ class Trainer:
             rank=rank(),
             world_size=world_size(),
             workers=config.workers,
+            timeout=config.loader_timeout,
         )
         self.steps = optim.steps if optim.steps is not None else optim.epochs * self.loader.sampler.batches
         if self.steps < 1:
@@ -103,11 +107,11 @@ class Trainer:
             self.parallel = DistributedDataParallel(self.model)
         self.optimizer = build_optimizer(optim, self.model)
         self.amp = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
-        if self.beginning.state is not None:
-            self.model.load_state_dict(self.beginning.state["model"])
-            self.optimizer.load_state_dict(self.beginning.state["optimizer"])
+        restore(self.beginning, self.model, self.optimizer.load_state_dict)
         self.start, self.last_checkpoint = self.beginning.step, self.beginning.path
         self.beginning = self.beginning._replace(state=None)
+        if self.start > self.steps:
+            raise ValueError(f"resume: {self.last_checkpoint} is of step {self.start}, and the run has {self.steps}")
 
     def save(self, step: int) -> None:
         """Write the encoder and a checkpoint after a step."""
@@ -136,7 +140,7 @@ class Trainer:
         config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None
         if log is not None:
             self.folder.write_description(config, describe_environment(self.device))
-        for note in self.beginning.notes:
+        for note in [*self.beginning.notes, *([log.note] if log is not None and log.note else [])]:
             self.console.print(note, markup=False)
         images = self.loader.dataset.images
         summary = summarize(
@@ -151,10 +155,11 @@ class Trainer:
         batch_size, device = config.optim.batch_size, self.device
         pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
-        with stop_signals() as stop, progress_bar(console=self.console) as progress:
-            task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
+        with stop_signals() as stop, self.loader.failures_named(), progress_bar(console=self.console) as progress:
+            task = progress.add_task(escape(printable(config.out.name)), total=self.steps, completed=self.start)
             step, begin = self.start, time.perf_counter()
             for epoch, batch in self.batches():
+                report_activity(f"in step {step + 1}")
                 record = self.step(step, epoch, batch.images, batch.indices, batch.aspects)
                 step += 1
                 now = time.perf_counter()
@@ -169,13 +174,14 @@ class Trainer:
                 for path, reason in chain(*of_all_ranks(new)) if max(codes) >= 256 else ():
                     skipped.add(path)
                     message = f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)"
-                    progress.console.print(message, markup=False)
+                    progress.console.print(printable(message), markup=False)
                 if log is not None:
                     log.write(step, epoch, record)
                     if step % config.save_every == 0 or step == self.steps or stopped:
+                        log.flush()
                         self.save(step)
                 losses = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", *self.model.weights))
-                progress.update(task, completed=step, description=f"{escape(config.out.name)}  {losses}")
+                progress.update(task, completed=step, description=f"{escape(printable(config.out.name))}  {losses}")
                 pace.after(step, losses)
                 if len(skipped) > config.max_skipped * len(images):
                     raise ValueError(
@@ -184,6 +190,7 @@ class Trainer:
                     )
                 if stopped or step == self.steps:
                     break
+                report_activity(f"loading images of step {step + 1}")
         if log is not None:
             log.close()
         if step < self.steps:
@@ -243,7 +250,8 @@ class Trainer:
             raise NonFiniteLossError(
                 f"loss is {record['loss']} ({record}), the norm of its gradient {norm[0]}, at step {step + 1} "
                 f"(epoch {epoch}), on images with the indices {indices.tolist()}; "
-                f"last good checkpoint: {self.last_checkpoint or 'none'}"
+                f"the last checkpoint is {self.last_checkpoint or 'none'}; to go on, lower optim.lr or optim.clip_grad "
+                "and give --resume auto --resume-changed"
             )
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm[0]}
         objective.before_step(progress)
