@@ -118,14 +118,24 @@ class Pretraining(nn.Module):
         return losses
 
     @torch.no_grad()
-    def move_teacher(self, progress: float) -> None:
-        """Move the teacher towards the student; progress in [0, 1] of the training."""
+    def move_teacher(self, progress: float, skip: Tensor | None = None) -> None:
+        """Move the teacher towards the student.
+
+        Args:
+            progress: in [0, 1] of the training.
+            skip: a scalar; 1 leaves the teacher as it is, 0 moves it.
+        """
         if self.teacher is None or self.objective.momentum is None:
             return
         rate = (1 - self.objective.momentum) * (1 + math.cos(math.pi * progress)) / 2
-        for slow, fast in ((self.teacher.encoder, self.encoder), (self.teacher.head, self.objective.head)):
-            for target, source in zip(slow.parameters(), fast.parameters(), strict=True):
-                target.lerp_(source, rate)
+        slow: list[Tensor] = [*self.teacher.encoder.parameters(), *self.teacher.head.parameters()]
+        fast: list[Tensor] = [*self.encoder.parameters(), *self.objective.head.parameters()]
+        if skip is None:
+            torch._foreach_lerp_(slow, fast, rate)
+        else:  # the same numbers
+            change = torch._foreach_sub(fast, slow)
+            torch._foreach_mul_(change, 1 - skip)
+            torch._foreach_add_(slow, change, alpha=rate)
 
     @property
     def product(self) -> SplitViT:
