@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast.data.loader import Batch, make_loader
 from ser_fast.data.sources import open_canvases
+from ser_fast.device import send
 from ser_fast.distributed import gather_counts, rank, world_size
 from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
@@ -255,7 +256,7 @@ class Trainer:
             self.model.move_teacher(progress)
         self.optimizer.zero_grad(set_to_none=True)
         buffers = SavedBuffers(self.model)
-        images = images.to(self.device, non_blocking=True)
+        images = send(images, self.device)
         aspects = torch.ones(len(images)) if aspects is None else aspects
         if accumulate > 1 and self.config.optim.accumulate_mode == "exact":
             views = self.make_views(images, indices, epoch, aspects)
