@@ -140,7 +140,6 @@ def test_a_step_of_no_sampler_waits(sampler: str, data: str, tmp_path: Path) -> 
         {"ser__momentum_keys": True, "ser__preset": "released", "optim__clip": "parameter"},
         {"optim__accumulate": 2},
         {"optim__accumulate": 2, "optim__accumulate_mode": "plain", "model__grad_checkpointing": True},
-        {"model__name": "vit_small_patch16_dinov3", "model__num_heads": 2},
     ],
     ids=lambda options: " ".join(options),
 )
