@@ -431,7 +431,8 @@ class SplitViT(nn.Module):
         if vit.pos_embed is not None:
             num_prefix_positions = 0 if vit.no_embed_class else vit.num_prefix_tokens
             tokens = tokens + self._resampled(vit.pos_embed[:, num_prefix_positions:], grid)
-        return vit.norm_pre(vit.pos_drop(tokens)), grid
+        # In the order of rows, which is not that of the convolution: as the blocks give it, for the next one.
+        return vit.norm_pre(vit.pos_drop(tokens)).contiguous(), grid
 
     def _resampled(self, positions: Tensor, grid: tuple[int, int]) -> Tensor:
         """Positions (1, H*W, C) of a grid from those of the model's own."""

@@ -108,6 +108,8 @@ class Trainer:
         self.make_views = config.views.build(
             self.model.encoder.patch_size[0], config.seed, self.model.needs, image_size=config.model.image_size
         )
+        if config.compile:
+            self.model.compile_blocks_and_heads()
         self.parallel: nn.Module = self.model
         if world_size() > 1:
             self.parallel = DistributedDataParallel(self.model)
