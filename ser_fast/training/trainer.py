@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast.data.loader import Batch, make_loader
+from ser_fast.data.prefetch import prefetch
 from ser_fast.data.sources import open_canvases
 from ser_fast.device import send
 from ser_fast.distributed import gather_counts, rank, world_size
@@ -184,7 +185,7 @@ class Trainer:
 
         with stop_signals() as stop, progress, LateReports(report) as reports:
             step, begin = self.start, time.perf_counter()
-            for epoch, batch in islice(self.batches(), max(0, self.steps - self.start)):
+            for epoch, batch in prefetch(islice(self.batches(), max(0, self.steps - self.start)), device):
                 record = self.step(step, epoch, batch.images, batch.indices, batch.aspects)
                 step += 1
                 now = time.perf_counter()
