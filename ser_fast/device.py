@@ -1,6 +1,19 @@
-"""The choice of a device by name."""
+"""The choice of a device by name, and how to get there without waiting."""
 
 import torch
+from torch import Tensor
+
+
+def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on a device, of another dtype if one is given. What goes to a GPU, nobody waits for.
+
+    A copy from ordinary memory would wait for all that the GPU has to do; one from pinned memory takes its turn.
+    """
+    tensor = tensor if dtype is None else tensor.to(dtype)  # first: a copy that also converts is not pinned
+    if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    # Compiled, a copy that is not waited for may be read too early.
+    return tensor.to(device, non_blocking=device.type != "cpu" and not torch.compiler.is_compiling())
 
 
 def choose_device(name: str) -> torch.device:

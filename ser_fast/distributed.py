@@ -175,7 +175,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 def count_rows(rows: Tensor) -> Tensor:
     """How many rows all ranks have, a scalar of the dtype of `rows`: it stays on the device."""
-    return all_reduce_sum(rows.new_tensor(float(len(rows))))
+    return all_reduce_sum(rows.new_full((), float(len(rows))))
 
 
 def mean_over_rows(values: Tensor) -> Tensor:

@@ -61,7 +61,16 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), self.momentum)
 
 
-def mlp(widths: Sequence[int], *, last: Literal["linear", "bias", "norm", "affine"] = "linear") -> nn.Sequential:
+class MLP(nn.Sequential):
+    """nn.Sequential with a forward pass of its own: torch.compile leaves alone what is defined in torch."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        for layer in self:
+            rows = layer(rows)
+        return rows
+
+
+def mlp(widths: Sequence[int], *, last: Literal["linear", "bias", "norm", "affine"] = "linear") -> MLP:
     """Linear layers; after each but the last, batch normalization over all ranks, and ReLU.
 
     Args:
@@ -80,4 +89,4 @@ def mlp(widths: Sequence[int], *, last: Literal["linear", "bias", "norm", "affin
             layers.append(SyncBatchNorm1d(fan_out, affine=not at_end or last == "affine"))
         if not at_end:
             layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
+    return MLP(*layers)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ser_fast.device import send
 from ser_fast.lattice import TOLERANCE
 
 
@@ -102,7 +103,8 @@ def axis_weights(
 
     # Taps in unfolded coordinates: every centre within `reach` of the position, (B, T, K).
     taps = torch.arange(int(2 * reach.max()) + 2, device=position.device)
-    reach, stretch, exact = reach.to(position), stretch.to(position), exact.to(position.device)
+    reach, stretch = (send(value, position.device, position.dtype) for value in (reach, stretch))
+    exact = send(exact, position.device)
     tap = torch.floor(position[..., None] - reach).long() + taps
     distance = tap + 0.5 - position[..., None]
     k = (distance.abs() < reach).to(position.dtype) if area else _KERNELS[interpolation][0](distance / stretch)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ser_fast.device import send
+
 Size = tuple[int, int]
 
 # A centre this close to the edge of the lattice (in tokens) lies in it; a position this close to the border between
@@ -253,9 +255,11 @@ class LatticeMap:
         return self.linear.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "LatticeMap":
-        """The same maps on another device."""
-        linear = self.linear.to(device, non_blocking=non_blocking)
-        offset = self.offset.to(device, non_blocking=non_blocking)
+        """The same maps on another device; `non_blocking` goes to a GPU by pinned memory, and waits for nothing."""
+        device = torch.device(device)
+        linear, offset = (
+            send(values, device) if non_blocking else values.to(device) for values in (self.linear, self.offset)
+        )
         return LatticeMap(linear, offset, self.size_in, self.size_out, self.axis_aligned)
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
 from timm.models import checkpoint, is_model_in_modules
@@ -422,19 +423,26 @@ class SplitViT(nn.Module):
                 f"images: got {tuple(images.shape)}, takes (B, {vit.in_chans}, height, width), the sides multiples of "
                 f"the patch size {self.patch_size}"
             )
-        tokens = vit.patch_embed(images)  # (B, H, W, C)
+        # Not vit.patch_embed(images): it checks the sides again with a message that has them in it, for which
+        # torch.compile would compile anew for every size.
+        tokens = vit.patch_embed.norm(vit.patch_embed.proj(images).permute(0, 2, 3, 1))  # (B, H, W, C)
         grid = (tokens.shape[1], tokens.shape[2])
         tokens = tokens.flatten(1, 2)  # (B, H*W, C)
         if vit.pos_embed is not None:
             num_prefix_positions = 0 if vit.no_embed_class else vit.num_prefix_tokens
-            positions = resample_abs_pos_embed(
-                vit.pos_embed[:, num_prefix_positions:],
-                new_size=list(grid),
-                old_size=list(vit.patch_embed.grid_size),
-                num_prefix_tokens=0,
-            )  # (1, H*W, C)
-            tokens = tokens + positions
-        return vit.norm_pre(vit.pos_drop(tokens)), grid
+            tokens = tokens + self._resampled(vit.pos_embed[:, num_prefix_positions:], grid)
+        # In the order of rows, which is not that of the convolution: as the blocks give it, for the next one.
+        return vit.norm_pre(vit.pos_drop(tokens)).contiguous(), grid
+
+    def _resampled(self, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Positions (1, H*W, C) of a grid from those of the model's own."""
+        own = self._timm.patch_embed.grid_size
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return resample_abs_pos_embed(positions, new_size=list(grid), old_size=list(own), num_prefix_tokens=0)
+        # The same without asking whether the grid is the model's own: compiled, each answer would be a graph.
+        lattice = positions.float().unflatten(1, own).permute(0, 3, 1, 2)
+        lattice = F.interpolate(lattice, size=grid, mode="bicubic", antialias=True)
+        return lattice.flatten(2).mT.to(positions.dtype)
 
     def _insert_prefix(self, tokens: Tensor) -> Tensor:
         """(B, P + H*W, C) from the patch tokens (B, H*W, C): what timm does to prefix tokens before block 0."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ser_fast.addons.base import AddOnConfig, LayerView, VectorAddOn
 from ser_fast.addons.geometry import geometry
+from ser_fast.device import send
 from ser_fast.distributed import mean_over_rows
 from ser_fast.heads import mlp
 from ser_fast.views.color import columns
@@ -58,7 +59,7 @@ class AugSelfHead(nn.Module):
         for name, predictor in self.predictors.items():
             target, output = torch.cat([order[name] for order in targets]), predictor(pairs)
             output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-            losses[name] = mean_over_rows(_error(name, output, target.to(output.device)))
+            losses[name] = mean_over_rows(_error(name, output, send(target, output.device)))
         total = sum(self.weights[name] * loss for name, loss in losses.items())
         assert isinstance(total, Tensor)
         return {"loss": total, **losses}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ser_fast.addons.base import AddOnConfig, LayerView, VectorAddOn
 from ser_fast.addons.contrast import cross_view, symmetric
 from ser_fast.addons.geometry import geometry
+from ser_fast.device import send
 from ser_fast.heads import SyncBatchNorm1d, mlp
 from ser_fast.views.color import LAYOUT
 
@@ -23,7 +24,9 @@ class EquiMod(VectorAddOn):
     def losses(self, head: nn.Module, features: list[Tensor], views: list[LayerView]) -> dict[str, Tensor]:
         (plain,) = (h for h, view in zip(features, views, strict=True) if view.role == "plain")
         seen = [(h, view) for h, view in zip(features, views, strict=True) if view.role == "global"]
-        parameters = [torch.cat([geometry(view.g).columns.to(h), _color(view).to(h)], 1) for h, view in seen]
+        parameters = [
+            send(torch.cat([geometry(view.g).columns, _color(view)], 1), h.device, h.dtype) for h, view in seen
+        ]
         return {"loss": head(plain, [h for h, _ in seen], parameters)}
 
 

@@ -116,7 +116,7 @@ class DINO(Objective):
         if self.training:
             with torch.no_grad():
                 total = torch.stack([logits.sum(0, dtype=self.center.dtype) for logits in teacher]).sum(0)
-                count = total.new_tensor([sum(map(len, teacher))])
+                count = total.new_full((1,), sum(map(len, teacher)))
                 self._collected.append(torch.cat([total, count]))
         return {"loss": loss}
 

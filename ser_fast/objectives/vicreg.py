@@ -36,13 +36,14 @@ class VICReg(Objective):
         covariance: float = 1.0,
     ) -> None:
         super().__init__()
-        self.weights = invariance, variance, covariance
+        self.weights: Tensor
+        self.register_buffer("weights", torch.tensor([invariance, variance, covariance]), persistent=False)
         self.head = mlp([encoder_dim, mlp_dim, mlp_dim, dim])
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], progress: float) -> dict[str, Tensor]:
         terms = vicreg_terms(student)
         parts = dict(zip(("distance", "variance", "covariance"), terms.detach(), strict=True))
-        return {"loss": torch.dot(terms.new_tensor(self.weights), terms), **parts}
+        return {"loss": torch.dot(self.weights.to(terms.dtype), terms), **parts}
 
 
 @in_float32

@@ -20,7 +20,13 @@ from ser_fast.vit import Encoded
 
 
 def backward_in_parts(
-    model: Pretraining, views: Views, parts: int, progress: float, *, amp: bool = False
+    model: Pretraining,
+    views: Views,
+    parts: int,
+    progress: float,
+    *,
+    amp: torch.dtype | None = None,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> dict[str, Tensor]:
     """Add the gradient of the losses of a whole batch, of all ranks where there are several, to the parameters.
 
@@ -29,7 +35,8 @@ def backward_in_parts(
         views: of the whole batch of this rank.
         parts: how many to walk over, one after another.
         progress: in [0, 1) of the training.
-        amp: under bfloat16 autocast.
+        amp: the dtype of autocast; None: without.
+        scale: of the loss, before the backward pass.
 
     Returns:
         What `Pretraining.forward` returns, without a graph.
@@ -38,7 +45,7 @@ def backward_in_parts(
     chunks = split_views(views, parts)
 
     def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+        return torch.autocast(device.type, amp, enabled=amp is not None)
 
     states, seen, teacher = [], [], []
     for chunk in chunks:
@@ -54,7 +61,7 @@ def backward_in_parts(
     ]
     with autocast():
         losses = model.contrast(views, leaves, taught, progress)
-    losses["loss"].backward()
+    scale(losses["loss"]).backward()
 
     after = _random_state(device)
     gradients = [_split(_gradients(encoded), views, index, parts) for index, encoded in enumerate(leaves)]

@@ -254,8 +254,12 @@ class TrainConfig:
     """Steps between checkpoints; one is written at the end in any case."""
     keep_checkpoints: int = 2
     """The newest ones that stay on disk."""
-    amp: Literal["auto", "bf16", "off"] = "auto"
-    """bfloat16 autocast; "auto" uses it on CUDA."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Autocast to bfloat16, or to float16 with a scaled loss (a step that overflows is skipped, logged, and halves the
+    scale; 20 in a row are an error); "auto" is bf16 on CUDA, else off."""
+    compile: bool = False
+    """Compile the encoder's blocks and the objective's heads by torch.compile: minutes before the first step, for a
+    faster one on a GPU."""
     device: str = "auto"
     """"auto", "cpu" or "cuda"."""
     workers: int = 2

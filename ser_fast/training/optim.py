@@ -2,22 +2,34 @@
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ser_fast.training.config import OptimConfig
 
 
-def build_optimizer(options: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW on all parameters that train; a second group, where the options ask for it, has no weight decay."""
+def build_optimizer(options: OptimConfig, model: nn.Module, *, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW on all parameters that train; a second group, where the options ask for it, has no weight decay.
+
+    Args:
+        options: of the run.
+        model: whose parameters are trained.
+        fused: take a step in a few kernels, which can be told on the device to take none; other roundings.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": trained, "weight_decay": options.weight_decay}]
     if not options.decay_1d:
         groups[0]["params"] = [p for p in trained if p.ndim > 1]
         groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=options.lr * options.batch_size / 256)
+    return torch.optim.AdamW(groups, lr=options.lr * options.batch_size / 256, fused=fused)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict, also one of another device: how a step is computed is no part of what goes on."""
+    fused = optimizer.defaults["fused"]
+    optimizer.load_state_dict({**state, "param_groups": [group | {"fused": fused} for group in state["param_groups"]]})
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, options: OptimConfig, step: int, steps: int) -> None:
@@ -41,7 +53,7 @@ def warmup_cosine(step: int, steps: int, peak: float, end: float, warmup: int = 
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, clip: Literal["global", "parameter"]) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, clip: Literal["global", "parameter"]) -> Tensor:
     """Scale gradients down to a norm, either all of them by one factor or each by its own.
 
     Args:
@@ -50,12 +62,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, clip: Liter
         clip: whose norm it is.
 
     Returns:
-        The norm of all gradients before.
+        The norm of all gradients before, a scalar that stays on their device.
     """
-    parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if clip == "global" or not gradients:
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
+    if not gradients:
+        return torch.zeros(())
     norms = torch.stack(torch._foreach_norm(gradients))
-    torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1.0).unbind()))
-    return float(norms.norm())
+    norm = norms.norm()
+    factor = (limit / ((norm if clip == "global" else norms) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor if clip == "global" else list(factor.unbind()))
+    return norm

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the options are shown without timm and torchvision
 
 # Of a GPU's memory, for tensors: the rest is of CUDA's context, libraries' workspaces and gaps between tensors.
 USABLE = 0.92
-_AUTOCAST = {"bf16": torch.bfloat16, "off": None}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 _GRID = 512  # points a side that a lattice's size is averaged on
 _DRAWN = 2048  # maps that tokens without a partner are counted on
 

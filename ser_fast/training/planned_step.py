@@ -246,7 +246,7 @@ def _run(
         if exact:
             work.note(making)
             views = planned_views(make_views, model.encoder.image_size, batch, lattices)
-            backward_in_parts(model, views, accumulate, progress, amp=amp is not None)
+            backward_in_parts(model, views, accumulate, progress, amp=amp)
             del views
         else:
             for _ in range(accumulate):
@@ -263,7 +263,7 @@ def _run(
         optimizer.step()
         objective.after_step(progress)
         if objective.moves_teacher == "after":
-            model.move_teacher(progress)
+            model.move_teacher(progress, torch.zeros(()))
         del pictures, copies
     return StepCost(
         parameters=of_parameters,

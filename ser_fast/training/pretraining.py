@@ -4,12 +4,14 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ser_fast.addons.base import AddOn, LayerView
+from ser_fast.distributed import world_size
 from ser_fast.objectives.base import Objective
 from ser_fast.views.recipe import View, Views
 from ser_fast.vit import Encoded, SplitViT
@@ -118,14 +120,39 @@ class Pretraining(nn.Module):
         return losses
 
     @torch.no_grad()
-    def move_teacher(self, progress: float) -> None:
-        """Move the teacher towards the student; progress in [0, 1] of the training."""
+    def move_teacher(self, progress: float, skip: Tensor | None = None) -> None:
+        """Move the teacher towards the student.
+
+        Args:
+            progress: in [0, 1] of the training.
+            skip: a scalar; 1 leaves the teacher as it is, 0 moves it.
+        """
         if self.teacher is None or self.objective.momentum is None:
             return
         rate = (1 - self.objective.momentum) * (1 + math.cos(math.pi * progress)) / 2
-        for slow, fast in ((self.teacher.encoder, self.encoder), (self.teacher.head, self.objective.head)):
-            for target, source in zip(slow.parameters(), fast.parameters(), strict=True):
-                target.lerp_(source, rate)
+        slow: list[Tensor] = [*self.teacher.encoder.parameters(), *self.teacher.head.parameters()]
+        fast: list[Tensor] = [*self.encoder.parameters(), *self.objective.head.parameters()]
+        if skip is None:
+            torch._foreach_lerp_(slow, fast, rate)
+        else:  # the same numbers
+            change = torch._foreach_sub(fast, slow)
+            torch._foreach_mul_(change, 1 - skip)
+            torch._foreach_add_(slow, change, alpha=rate)
+
+    def compile_blocks_and_heads(self, **options: Any) -> None:
+        """Compile the encoders' blocks, all of which share what is compiled, and the objective's heads, in place.
+
+        Losses and views stay as they are. Over several ranks so do the heads, whose batch norms talk to each other.
+
+        Args:
+            options: of torch.compile.
+        """
+        encoders = [self.encoder] if self.teacher is None else [self.encoder, self.teacher.encoder]
+        parts: list[nn.Module] = [block for encoder in encoders for block in encoder.get_submodule("blocks").children()]
+        if world_size() == 1:
+            parts += [*self.objective.children(), *([] if self.teacher is None else [self.teacher.head])]
+        for part in parts:
+            part.compile(dynamic=True, **options)  # lattices change from step to step
 
     @property
     def product(self) -> SplitViT:

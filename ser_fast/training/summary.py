@@ -74,9 +74,15 @@ class Pace:
         self.batch_size, self.device = batch_size, device
         self.first = self.last = time.perf_counter()
 
-    def after(self, step: int, text: str) -> None:
-        """Print what is due after a step; `text` is what the bar says of it."""
-        now, done = time.perf_counter(), step - self.start
+    def after(self, step: int, text: str, now: float | None = None) -> None:
+        """Print what is due after a step.
+
+        Args:
+            step: how many are done.
+            text: what the bar says of it.
+            now: when it was done, by time.perf_counter(); default now.
+        """
+        now, done = time.perf_counter() if now is None else now, step - self.start
         if done == 1:
             self.first = now
         elif done >= 2:

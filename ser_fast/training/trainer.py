@@ -1,10 +1,15 @@
-"""The training loop: one process, or several under torchrun."""
+"""The training loop: one process, or several under torchrun.
+
+The host queues a step and goes on to the next one. What a step computed, it looks at one step late, in one place
+(`StepRecord.read`); what must not happen to a step that is not finite, the device sees to (`training/skipping.py`).
+"""
 
 import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +20,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ser_fast.data.loader import Batch, make_loader
+from ser_fast.data.prefetch import prefetch
 from ser_fast.data.sources import open_canvases
+from ser_fast.device import send
 from ser_fast.distributed import gather_counts, rank, world_size
 from ser_fast.io import printable
 from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
-from ser_fast.training.optim import build_optimizer, clip_gradients, set_schedules
+from ser_fast.training.optim import build_optimizer, clip_gradients, load_optimizer, set_schedules
 from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, report_activity, stop_signals
+from ser_fast.training.records import LateReports, StepRecord
 from ser_fast.training.resume import Identity, find_beginning, require_agreement, restore
 from ser_fast.training.run_folder import RunFolder
+from ser_fast.training.skipping import SavedBuffers, not_finite, step_unless
 from ser_fast.training.summary import Pace, summarize
 from ser_fast.training.validation import check_options
+
+MOST_OVERFLOWS = 20  # steps in a row that float16 may overflow in, each at half the scale of the one before
 
 
 class NonFiniteLossError(RuntimeError):
@@ -42,7 +53,8 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: an option that doesn't fit, a folder that already holds a run, or a checkpoint of another config.
-        NonFiniteLossError: the loss or its gradient is not finite; the optimizer did not take that step.
+        NonFiniteLossError: the loss or its gradient is not finite; that step was not taken. Under --amp fp16, where
+            that lowers the scale of the loss, it takes 20 such steps in a row.
     """
     check_options(config, int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks meet
     with process_group(config.device, config.rank_timeout) as device:
@@ -102,12 +114,20 @@ class Trainer:
         self.make_views = config.views.build(
             self.model.encoder.patch_size[0], config.seed, self.model.needs, image_size=config.model.image_size
         )
+        if config.compile:
+            self.model.compile_blocks_and_heads()
         self.parallel: nn.Module = self.model
         if world_size() > 1:
             self.parallel = DistributedDataParallel(self.model)
-        self.optimizer = build_optimizer(optim, self.model)
-        self.amp = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
-        restore(self.beginning, self.model, self.optimizer.load_state_dict)
+        self.optimizer = build_optimizer(optim, self.model, fused=device.type == "cuda")
+        amp = config.amp if config.amp != "auto" else "bf16" if device.type == "cuda" else "off"
+        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.overflows = torch.zeros(2, device=device)  # of float16: in all, and in a row up to the last step
+        restore(self.beginning, self.model, partial(load_optimizer, self.optimizer))
+        if self.beginning.state is not None and self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.beginning.state["scaler"])
+            self.overflows.copy_(torch.tensor(self.beginning.state["overflows"]))
         self.start, self.last_checkpoint = self.beginning.step, self.beginning.path
         self.beginning = self.beginning._replace(state=None)
         if self.start > self.steps:
@@ -121,6 +141,8 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        if self.scaler.is_enabled():
+            state |= {"scaler": self.scaler.state_dict(), "overflows": self.overflows.tolist()}
         self.folder.save_encoder(self.model.product, step)  # first: a run that has its last checkpoint has all
         self.last_checkpoint = self.folder.save_checkpoint(state, keep=self.config.keep_checkpoints)
 
@@ -155,17 +177,31 @@ class Trainer:
         batch_size, device = config.optim.batch_size, self.device
         pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
-        with stop_signals() as stop, self.loader.failures_named(), progress_bar(console=self.console) as progress:
-            task = progress.add_task(escape(printable(config.out.name)), total=self.steps, completed=self.start)
+        progress = progress_bar(console=self.console)
+        name = escape(printable(config.out.name))
+        task = progress.add_task(name, total=self.steps, completed=self.start)
+
+        def report(step: int, epoch: int, record: StepRecord, measured: dict[str, float], now: float) -> None:
+            values = record.read()
+            if log is not None:
+                log.write(step, epoch, values | measured)
+            losses = "  ".join(f"{name} {values[name]:.3f}" for name in ("invariance", *self.model.weights))
+            progress.update(task, completed=step, description=f"{name}  {losses}")
+            pace.after(step, losses, now)
+
+        with stop_signals() as stop, self.loader.failures_named(), progress, LateReports(report) as reports:
             step, begin = self.start, time.perf_counter()
-            for epoch, batch in self.batches():
+            for epoch, batch in prefetch(islice(self.batches(), max(0, self.steps - self.start)), device):
                 report_activity(f"in step {step + 1}")
                 record = self.step(step, epoch, batch.images, batch.indices, batch.aspects)
                 step += 1
                 now = time.perf_counter()
-                record["images_per_s"] = config.optim.batch_size / (now - begin)
-                record["peak_memory_mib"] = peak_memory(self.device)
+                measured = {
+                    "images_per_s": config.optim.batch_size / (now - begin),
+                    "peak_memory_mib": peak_memory(self.device),
+                }
                 begin = now
+                reports.add(step, epoch, record, measured, now)
                 # All ranks leave at the same step, whichever was told to, and know of every file that one can't read.
                 new = images.skipped[reported:]
                 reported += len(new)
@@ -175,20 +211,17 @@ class Trainer:
                     skipped.add(path)
                     message = f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)"
                     progress.console.print(printable(message), markup=False)
-                if log is not None:
-                    log.write(step, epoch, record)
-                    if step % config.save_every == 0 or step == self.steps or stopped:
+                if step % config.save_every == 0 or step == self.steps or stopped:
+                    reports.drain()  # no checkpoint of a step that was not looked at
+                    if log is not None:
                         log.flush()
                         self.save(step)
-                losses = "  ".join(f"{name} {record[name]:.3f}" for name in ("invariance", *self.model.weights))
-                progress.update(task, completed=step, description=f"{escape(printable(config.out.name))}  {losses}")
-                pace.after(step, losses)
                 if len(skipped) > config.max_skipped * len(images):
                     raise ValueError(
                         f"data: {len(skipped)} of {len(images)} images can't be read by step {step}, more than the "
                         f"share max_skipped = {config.max_skipped}"
                     )
-                if stopped or step == self.steps:
+                if stopped:
                     break
                 report_activity(f"loading images of step {step + 1}")
         if log is not None:
@@ -209,10 +242,8 @@ class Trainer:
                 yield epoch, loaded
             epoch, batch = epoch + 1, 0
 
-    def step(
-        self, step: int, epoch: int, images: Tensor, indices: Tensor, aspects: Tensor | None = None
-    ) -> dict[str, float]:
-        """One optimizer step.
+    def step(self, step: int, epoch: int, images: Tensor, indices: Tensor, aspects: Tensor | None = None) -> StepRecord:
+        """One optimizer step. It is queued on the device and not waited for.
 
         Args:
             step: how many were done before.
@@ -222,10 +253,10 @@ class Trainer:
             aspects: (B,), the true width over height of the pictures stretched on them; default 1.
 
         Returns:
-            What to log: the losses, the learning rate and the norm of the gradient.
-
-        Raises:
-            NonFiniteLossError: the loss or its gradient is not finite.
+            What to log: the losses, the learning rate and the norm of the gradient; with float16 also the scale of the
+            loss, and the overflows so far. Looking at it waits for the step: look when the next one is queued. It
+            raises NonFiniteLossError if the loss or its gradient is not finite. Then parameters, moments, counts of
+            steps, buffers, and a teacher that moves after the step, are what they were before it.
         """
         accumulate, progress = self.config.optim.accumulate, step / self.steps
         self.parallel.train()
@@ -236,34 +267,51 @@ class Trainer:
         if objective.moves_teacher == "before":
             self.model.move_teacher(progress)
         self.optimizer.zero_grad(set_to_none=True)
-        images = images.to(self.device, non_blocking=True)
+        buffers = SavedBuffers(self.model)
+        images = send(images, self.device)
         aspects = torch.ones(len(images)) if aspects is None else aspects
         if accumulate > 1 and self.config.optim.accumulate_mode == "exact":
             views = self.make_views(images, indices, epoch, aspects)
-            losses = backward_in_parts(self.model, views, accumulate, progress, amp=self.amp)
-            record = {name: float(value) for name, value in losses.items()}
+            losses = backward_in_parts(self.model, views, accumulate, progress, amp=self.amp, scale=self.scaler.scale)
         else:
-            record = self._backward(images, indices, epoch, progress, aspects)
-        norm = self._clip()
-        # The gradient, averaged over the ranks, also tells each of them of another one's loss.
-        if not np.isfinite([record["loss"], *norm]).all():
-            raise NonFiniteLossError(
-                f"loss is {record['loss']} ({record}), the norm of its gradient {norm[0]}, at step {step + 1} "
-                f"(epoch {epoch}), on images with the indices {indices.tolist()}; "
-                f"the last checkpoint is {self.last_checkpoint or 'none'}; to go on, lower optim.lr or optim.clip_grad "
-                "and give --resume auto --resume-changed"
-            )
-        record |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm[0]}
+            losses = self._backward(images, indices, epoch, progress, aspects)
+        self.scaler.unscale_(self.optimizer)
+        norms = self._clip()
+        skip = not_finite([losses["loss"], *norms])
         objective.before_step(progress)
-        self.optimizer.step()
+        step_unless(skip, self.optimizer)
         objective.after_step(progress)
         if objective.moves_teacher == "after":
-            self.model.move_teacher(progress)
-        return record
+            self.model.move_teacher(progress, skip)
+        buffers.restore_where(skip)
+        values = {**losses, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norms[0]}
+        hidden = {"skipped": skip}
+        if self.scaler.is_enabled():
+            total, row = self.overflows
+            self.overflows = torch.stack([total + skip, (row + 1) * skip])
+            values |= {"loss_scale": self.scaler.scale(torch.ones_like(skip)), "overflows": self.overflows[0]}
+            hidden = {"skipped": self.overflows[1] >= MOST_OVERFLOWS}
+            self.scaler.update()
+        last, indices = self.last_checkpoint, indices.clone()
+
+        def check(values: dict[str, float]) -> None:
+            if values["skipped"]:
+                told = {name: value for name, value in values.items() if name in losses}
+                overflows = (
+                    f", and the {MOST_OVERFLOWS - 1} before it were no better" if self.scaler.is_enabled() else ""
+                )
+                raise NonFiniteLossError(
+                    f"loss is {values['loss']} ({told}), the norm of its gradient {values['grad_norm']}, at step "
+                    f"{step + 1} (epoch {epoch}){overflows}, on images with the indices {indices.tolist()}; the last "
+                    f"checkpoint is {last or 'none'}; to go on, lower optim.lr or optim.clip_grad and give --resume "
+                    "auto --resume-changed"
+                )
+
+        return StepRecord(values | hidden, self.device, check, frozenset(hidden))
 
     def _backward(
         self, images: Tensor, indices: Tensor, epoch: int, progress: float, aspects: Tensor
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         """Add the gradient of the batch, of each of its parts by itself; the losses."""
         accumulate = len(images) // self.part
         sums: dict[str, Tensor] = {}
@@ -272,18 +320,18 @@ class Trainer:
             views = self.make_views(part, samples, epoch, true)
             local = i < accumulate - 1 and isinstance(self.parallel, DistributedDataParallel)
             with self.parallel.no_sync() if local else nullcontext():  # type: ignore[operator]
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                     losses = self.parallel(views, progress)
-                (losses["loss"] / accumulate).backward()
+                self.scaler.scale(losses["loss"] / accumulate).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / accumulate
-        return {name: float(value) for name, value in sums.items()}
+        return sums
 
-    def _clip(self) -> list[float]:
+    def _clip(self) -> list[Tensor]:
         """Clip the gradients of the model and of each add-on apart, so that no add-on's heads can change how far the
         model moves; their norms.
         """
         optim = self.config.optim
         model = [*self.model.encoder.parameters(), *self.model.objective.parameters()]
         groups = [model, *(list(addon.parameters()) for addon in self.model.addons.values())]
-        return [clip_gradients(group, optim.clip_grad or float("inf"), optim.clip) for group in groups]
+        return [clip_gradients(group, optim.clip_grad or float("inf"), optim.clip).to(self.device) for group in groups]

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ser_fast.training.config import TrainConfig, to_json
 
@@ -51,6 +51,10 @@ def check_options(config: TrainConfig, world_size: int) -> int:
     ):
         if low > high:
             raise ValueError(f"views.{name}: got {low:g} {high:g}, takes a range within (0, 1]")
+    if config.amp not in (takes := get_args(get_type_hints(TrainConfig)["amp"])):
+        raise ValueError(f"amp: got {config.amp!r}, takes one of {', '.join(map(repr, takes))}")
+    if not isinstance(config.compile, bool):
+        raise ValueError(f"compile: got {config.compile!r}, takes True or False")
     optim = config.optim
     if optim.batch_size % (world_size * optim.accumulate):
         raise ValueError(

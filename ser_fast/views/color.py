@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ser_fast.device import send
 from ser_fast.views.samplers import COLOR, generator
 
 LAYOUT = (
@@ -139,7 +140,8 @@ class Color:
             blended = (kind >= 0) & (kind < 3)
             factor = torch.where(blended, factors.gather(1, kind.T.clamp(0, 3)).T, 1)
             tables = torch.stack([factor, (kind == 1).double(), (kind == 2).double()], 1)  # (4, 3, B)
-            for place, (factor, mean, local) in enumerate(tables.to(images)[..., None, None, None]):
+            tables = send(tables, images.device, images.dtype)[..., None, None, None]
+            for place, (factor, mean, local) in enumerate(tables):
                 grays = rgb_to_grayscale(changed)  # (B, 1, H, W)
                 other = grays * local + grays.mean((-2, -1), keepdim=True) * mean
                 changed = (changed * factor + other * (1 - factor)).clamp(0, 1)
@@ -148,7 +150,8 @@ class Color:
         _change(changed, torch.nonzero(gray)[:, 0], lambda part: rgb_to_grayscale(part).expand_as(part))
         kernel = max(3, images.shape[-1] // 10 | 1)  # SimCLR: a tenth of the image, odd
         rows = torch.nonzero(blurred)[:, 0]
-        _change(changed, rows, lambda part, s: gaussian_blur2d(part, kernel, s[:, None].expand(-1, 2)), sigma[rows])
+        sigmas = sigma[rows, None].expand(-1, 2)  # on the CPU: there kornia can look at them without waiting
+        _change(changed, rows, lambda part: gaussian_blur2d(part, kernel, sigmas))
         rows = torch.nonzero(threshold < 1)[:, 0]
         _change(
             changed, rows, lambda part, t: torch.where(part >= t[:, None, None, None], 1 - part, part), threshold[rows]
@@ -175,5 +178,5 @@ def _change(images: Tensor, rows: Tensor, operation: Callable[..., Tensor], *val
     """Change some rows of images in place, each with its own values."""
     if len(rows) == 0:
         return
-    rows = rows.to(images.device)
-    images[rows] = operation(images[rows], *(value.to(images) for value in values))
+    rows = send(rows, images.device)
+    images[rows] = operation(images[rows], *(send(value, images.device, images.dtype) for value in values))

@@ -1,10 +1,12 @@
 """The map g applied to pixels, and the normalisation of images."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
+from ser_fast.device import send
 from ser_fast.interpolation import axis_weights
 from ser_fast.lattice import LatticeMap
 
@@ -48,14 +50,15 @@ def transform_images(
             raise ValueError("antialias: got True; rotated images have none")
         if interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ValueError(f"interpolation: got {interpolation!r}; rotated images take nearest, bilinear or bicubic")
-        grid = F.affine_grid(
-            g.theta(images.dtype).to(images.device), [*images.shape[:2], *g.size_out], align_corners=False
-        )
+        theta = send(g.theta(images.dtype), images.device)
+        grid = F.affine_grid(theta, [*images.shape[:2], *g.size_out], align_corners=False)
         return F.grid_sample(images, grid, mode=interpolation, padding_mode=padding, align_corners=False)
     out = images.new_empty(*images.shape[:2], *g.size_out)
     transposed = g.linear[:, 0, 0] == 0
     for transpose in (False, True):
         samples = torch.nonzero(transposed == transpose)[:, 0]
+        if len(samples) == 0:
+            continue
         # The input's y follows the output's y, or after a quarter turn its x; the input's x the other one.
         along_y, along_x = (
             _along_axis(
@@ -69,7 +72,7 @@ def transform_images(
             ).to(images)
             for axis in (0, 1)
         )
-        samples = samples.to(images.device)
+        samples = send(samples, images.device)
         moved = along_y[:, None] @ images[samples] @ along_x[:, None].mT
         out[samples] = moved.mT if transpose else moved
     return out
@@ -91,7 +94,7 @@ def _along_axis(
     slope = g.linear[:, axis, axis_out]
     position = slope[:, None] * centres + g.offset[:, axis, None] + size / 2
     exact = (g.linear.abs().sum(-1) == 1).all(-1)  # centres onto centres only if along both axes
-    position = position.to(device)  # a few numbers a row go there, not the rows
+    position = send(position, device)  # a few numbers a row go there, not the rows
     return axis_weights(
         position, slope.abs(), exact, size, interpolation=interpolation, padding=padding, antialias=antialias
     )
@@ -99,4 +102,13 @@ def _along_axis(
 
 def normalize(images: Tensor) -> Tensor:
     """Subtract ImageNet's mean and divide by its deviation, per channel; images (B, 3, H, W) in [0, 1]."""
-    return v2.functional.normalize(images, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    mean, std = _mean_and_std(images.device, images.dtype)
+    return (images - mean).div_(std)
+
+
+@functools.cache
+def _mean_and_std(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(3, 1, 1) each: sent once, since a batch would wait for numbers that are sent with it."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(of, dtype=dtype, device=device) for of in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean[:, None, None], std[:, None, None]
