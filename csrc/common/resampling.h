@@ -16,6 +16,10 @@ struct Resampling {
 };
 
 constexpr double kTolerance = 1e-4;  // LatticeMap's: this close to a border between two tokens is on it
+// LatticeMap's: a map with a number beyond this, or that is not finite, takes nothing, and positions farther out than
+// this are as far.
+constexpr double kFarthest = 4294967296.0;
+constexpr int kMostStretch = 16;  // a step longer than this many times the lattice is as long: taps are bounded
 
 // A kernel of radius 1 or 2 as cubics in |t|, one for [0, 1) and one for [1, 2); the first coefficient is that of 1.
 struct Cubics {

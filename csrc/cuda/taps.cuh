@@ -70,10 +70,12 @@ struct Axis {
   Real squeeze;  // 1 / stretch of the kernel
   bool exact;    // the map carries centres onto centres, and every kernel copies there
   bool cut, one, plain;
+  bool nothing;  // the map takes nothing
   int taps, most, size;  // to look at, and that a position may have; tokens
 
   __device__ void set(const Action<Real>& a, double step, bool centres, int tokens) {
     const bool area = a.interpolation == Interpolation::area, nearest = a.interpolation == Interpolation::nearest;
+    step = fmin(step, static_cast<double>(kMostStretch) * tokens);
     const double stretch = a.antialias ? fmax(1.0, step) : 1.0;
     exact = centres;
     size = tokens;
@@ -88,7 +90,9 @@ struct Axis {
 
   // Writes the taps of a position, each of another token, and returns their number.
   __device__ int at(const Action<Real>& a, double position, Tap<Real>* to) const {
+    if (nothing) return 0;
     if (a.padding == Padding::reflection) {
+      position = fmin(fmax(position, -kFarthest), kFarthest);
       position -= floor(position / (2.0 * size)) * (2.0 * size);
     } else if (cut) {
       // On the far edge "nearest" would want the token past it, and be left with none.
