@@ -103,7 +103,9 @@ void check_weights(const Arguments& check, const char* name, const Tensor& weigh
 
 // Queries, keys and the key that is each query's positive; returns what they are and how many queries there are.
 CheckedRows check_positives(const Arguments& check, const Tensor& q0, const Tensor& q1, const Tensor& k0,
-                            const Tensor& k1, const Tensor& positive, const Tensor& table, bool views) {
+                            const Tensor& k1, const Tensor& positive, const Tensor& table, double temperature,
+                            bool views) {
+  check.temperature(temperature);
   const CheckedRows queries = check_rows(check, "q0", q0, "q1", q1);
   check.tensor("k0", k0, dtype_of(queries.type), {views ? q0.size(0) : kAny, q0.size(1)});
   check.tensor("k1", k1, dtype_of(queries.type), {views ? q0.size(0) : kAny, q0.size(1)});
@@ -217,7 +219,7 @@ Positives positives(const Tensor& q0, const Tensor& q1, const Tensor& k0, const 
 void nt_xent_losses(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor positive, Tensor table, Tensor state,
                     Tensor loss, double temperature, bool views, bool summed, bool normalize) {
   const Arguments check("nt_xent_losses", q0);
-  const CheckedRows queries = check_positives(check, q0, q1, k0, k1, positive, table, views);
+  const CheckedRows queries = check_positives(check, q0, q1, k0, k1, positive, table, temperature, views);
   const ScalarType real = accumulator_of(queries.type);
   if (summed) {
     check.tensor("state", state, ScalarType::Long, {4, padded_of(table)});
@@ -235,7 +237,7 @@ void nt_xent_gradient_weights(Tensor q0, Tensor q1, Tensor k0, Tensor k1, Tensor
                               Tensor largest, Tensor loss, Tensor out, double temperature, bool views, bool bounded,
                               bool library, bool normalize) {
   const Arguments check("nt_xent_gradient_weights", q0);
-  const CheckedRows queries = check_positives(check, q0, q1, k0, k1, positive, table, views);
+  const CheckedRows queries = check_positives(check, q0, q1, k0, k1, positive, table, temperature, views);
   const ScalarType real = accumulator_of(queries.type);
   check.tensor("weight", weight, real, {queries.count});
   check.tensor("largest", largest, real, {1});
@@ -317,8 +319,9 @@ void nt_xent_finish_gradient(Tensor x0, Tensor x1, Tensor y0, Tensor y1, Tensor 
   check.tensor("y0", y0, dtype_of(x.type), {kAny, x0.size(1)});
   const int64_t padded = check_table(check, "table", table, x.count);
   const auto of_side = static_cast<ser_fast::Side>(side);
-  check.tensor("weights", weights, real, {3, kAny});
-  check.number("weights (rows)", of_side == ser_fast::Side::key ? y.count : x.count, 0, weights.size(1));
+  check.temperature(temperature);
+  check.tensor("gradient_weights", weights, real, {3, kAny});
+  check.number("gradient_weights (rows)", of_side == ser_fast::Side::key ? y.count : x.count, 0, weights.size(1));
   if (of_side == ser_fast::Side::views) {
     check.tensor("x1", x1, dtype_of(x.type), {x0.size(0), x0.size(1)});
     check.tensor("y0", y0, dtype_of(x.type), {x0.size(0), x0.size(1)});
@@ -375,6 +378,7 @@ void nt_xent_detached_sums(Tensor q, Tensor q_table, Tensor k, Tensor k_table, T
 void nt_xent_finish_detached(Tensor query, Tensor key, Tensor positive, Tensor table, Tensor state, Tensor accumulated,
                              Tensor loss, Tensor gradient, double temperature, bool normalize) {
   const Arguments check("nt_xent_finish_detached", query);
+  check.temperature(temperature);
   const Type type = check.floats("query", query, {kAny, kAny});
   check.that(ser_fast::bytes_of(type) == 2, "query", "more than 16 bits", "float16 or bfloat16");
   check.number("columns", query.size(1), 1, std::numeric_limits<int32_t>::max());

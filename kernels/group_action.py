@@ -30,11 +30,11 @@ from torch import Tensor
 
 from ser_fast.interpolation import MOST_STRETCH
 from ser_fast.kernels.configs import capability_of, group_action_config
-from ser_fast.lattice import FARTHEST, TOLERANCE
+from ser_fast.lattice import FARTHEST, LARGEST, TOLERANCE
 from ser_fast.ops.contract import GroupAction
 
 _TOLERANCE = tl.constexpr(TOLERANCE)
-_FARTHEST = tl.constexpr(FARTHEST)
+_FARTHEST, _LARGEST = tl.constexpr(FARTHEST), tl.constexpr(LARGEST)
 _MOST_STRETCH = tl.constexpr(MOST_STRETCH)
 _EDGE = tl.constexpr(8)  # of a square of tokens
 _TAPS = tl.constexpr(8)  # that are looked at together; fewer make the compiler spread positions over threads worse
@@ -386,9 +386,9 @@ def _resample(
     yy, yx = tl.load(linear + 4 * sample), tl.load(linear + 4 * sample + 1)
     xy, xx = tl.load(linear + 4 * sample + 2), tl.load(linear + 4 * sample + 3)
     y, x_ = tl.load(offset + 2 * sample), tl.load(offset + 2 * sample + 1)
-    # Every number is finite and no larger than that, or else the map takes nothing.
-    usable = (tl.abs(yy) <= _FARTHEST) & (tl.abs(yx) <= _FARTHEST) & (tl.abs(xy) <= _FARTHEST)
-    usable = usable & (tl.abs(xx) <= _FARTHEST) & (tl.abs(y) <= _FARTHEST) & (tl.abs(x_) <= _FARTHEST)
+    # Every number is finite and not too large, or else the map takes nothing.
+    usable = (tl.abs(yy) <= _LARGEST) & (tl.abs(yx) <= _LARGEST) & (tl.abs(xy) <= _LARGEST)
+    usable = usable & (tl.abs(xx) <= _LARGEST) & (tl.abs(y) <= _LARGEST) & (tl.abs(x_) <= _LARGEST)
     yy, yx, y = tl.where(usable, yy, 0.0), tl.where(usable, yx, 0.0), tl.where(usable, y, 0.0) + height / 2
     xy, xx, x_ = tl.where(usable, xy, 0.0), tl.where(usable, xx, 0.0), tl.where(usable, x_, 0.0) + width / 2
     g = (yy, yx, xy, xx, y, x_, height_out, width_out)

@@ -25,8 +25,10 @@ Size = tuple[int, int]
 # two tokens lies on it. Far above the rounding of composed maps, far below anything an image shows.
 TOLERANCE = 1e-4
 
-# A map with a number beyond this (in tokens), or that is not finite, takes nothing from its lattice, and positions
-# farther out than this count as this far: float64 has 20 bits left for the place within a token.
+# A map with a number beyond this, or that is not finite, takes nothing from its lattice: products of smaller ones are
+# finite. A position farther out than FARTHEST tokens counts as that far: float64 has 20 bits left for the place within
+# a token there.
+LARGEST = 1e100
 FARTHEST = 2.0**32
 
 _ROT90 = ((0.0, 1.0), (-1.0, 0.0))
@@ -54,8 +56,8 @@ def positions(linear: Tensor, offset: Tensor, size_in: Sequence[int], size_out: 
 
 
 def usable(linear: Tensor, offset: Tensor) -> Tensor:
-    """(B,) bool: every number of the map is finite and no larger than FARTHEST."""
-    return torch.cat([linear.flatten(1), offset], 1).abs().amax(1) <= FARTHEST  # amax gives NaN where there is one
+    """(B,) bool: every number of the map is finite and no larger than LARGEST."""
+    return torch.cat([linear.flatten(1), offset], 1).abs().amax(1) <= LARGEST  # amax gives NaN where there is one
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +76,9 @@ class LatticeMap:
     maps of samples, and so does the DataLoader: a Dataset may return a map of one sample, torch's `default_collate`
     makes a batch of them, and `pin_memory=True` pins it.
 
-    The constructors refuse numbers that are not finite. A map that got some by other ways, or numbers beyond 2^32
-    tokens, is taken on every device alike, where refusing it would wait for the device: its tokens are not `valid`, and
-    `group_action` makes them 0.
+    The constructors refuse numbers that are not finite. A map that got a NaN, an Inf or a number beyond 1e100 by other
+    ways is taken on every device alike, since refusing it would wait for the device: its tokens are not `valid`, and
+    `group_action` makes them 0. What is farther out than 2^32 tokens counts as that far.
 
     Raises:
         TypeError: `linear` or `offset` is no float64 tensor.
@@ -352,8 +354,7 @@ class LatticeMap:
         y, x = positions(self.linear, self.offset, self.size_in, self.size_out)
         height, width = self.size_in
         inside_y = (y >= -TOLERANCE) & (y <= height + TOLERANCE)
-        inside = inside_y & (x >= -TOLERANCE) & (x <= width + TOLERANCE)
-        return inside & usable(self.linear, self.offset)[:, None]
+        return inside_y & (x >= -TOLERANCE) & (x <= width + TOLERANCE)
 
 
 def _size(name: str, size: Size, least: int = 0) -> Size:

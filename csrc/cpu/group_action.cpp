@@ -24,11 +24,11 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------ plans
 
-// Every number of a map is finite, and no larger than kFarthest; else it takes nothing.
+// Every number of a map is finite, and no larger than kLargest; else it takes nothing.
 bool usable(const double* linear, const double* offset) {
   bool all = true;
-  for (int i = 0; i < 4; ++i) all = all && std::abs(linear[i]) <= kFarthest;
-  for (int i = 0; i < 2; ++i) all = all && std::abs(offset[i]) <= kFarthest;
+  for (int i = 0; i < 4; ++i) all = all && std::abs(linear[i]) <= kLargest;
+  for (int i = 0; i < 2; ++i) all = all && std::abs(offset[i]) <= kLargest;
   return all;
 }
 

@@ -125,11 +125,11 @@ struct Plan {
     sums_at = pool.at;
   }
 
-  // Every number of the map is finite, and no larger than kFarthest.
+  // Every number of the map is finite, and no larger than kLargest.
   __device__ static bool usable(const Action<Real>& a, int64_t sample) {
     bool all = true;
-    for (int i = 0; i < 4; ++i) all = all && fabs(a.linear[4 * sample + i]) <= kFarthest;
-    for (int i = 0; i < 2; ++i) all = all && fabs(a.offset[2 * sample + i]) <= kFarthest;
+    for (int i = 0; i < 4; ++i) all = all && fabs(a.linear[4 * sample + i]) <= kLargest;
+    for (int i = 0; i < 2; ++i) all = all && fabs(a.offset[2 * sample + i]) <= kLargest;
     return all;
   }
 

@@ -21,7 +21,7 @@ from ser_fast.ops.contract import (
     check_loss_gradient,
     check_nt_xent,
 )
-from ser_fast.ops.operator import Operator, save_arguments, saved_arguments
+from ser_fast.ops.operator import Operator, differentiable_once, save_arguments, saved_arguments
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -161,7 +161,7 @@ def _save_detached_gradient(ctx: Any, output: tuple[Tensor, Tensor], inputs: Inf
 
 def _detached_gradient(ctx: Any, weight: Tensor, _: None) -> tuple[Tensor]:
     (gradient,) = ctx.saved_tensors
-    return ((weight[:, None] * gradient).to(ctx.dtype),)
+    return (differentiable_once("info_nce", (weight[:, None] * gradient).to(ctx.dtype)),)
 
 
 _nt_xent_op.differentiable(_save_nt_xent, _nt_xent_gradient)

@@ -134,13 +134,22 @@ class Operator(Generic[P, R]):
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             if gradient is None:
                 raise RuntimeError(f"{name} has no derivative: what it computes can be differentiated once")
-            if any(other is not None for other in gradients[1:]):  # they are gradients, and constants to autograd
-                raise RuntimeError(f"{name} has no second derivative: it can be differentiated once")
             found = () if gradients[0] is None else gradient(ctx, *gradients)
             return (*found, *(None,) * (ctx.count - len(found)))
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(f"{name}_autograd", (torch.autograd.Function,), methods)
+
+
+def differentiable_once(name: str, gradient: Tensor) -> Tensor:
+    """`gradient`, whose own derivative raises: kernels made it, and to autograd it would be a constant.
+
+    It comes from an output of the operator, so that autograd finds the way from it to the inputs, and raises on it.
+    """
+    if not gradient.requires_grad:
+        return gradient
+    refuse = torch._C._functions.DelayedError(f"{name} has no second derivative: it can be differentiated once", 1)
+    return refuse(gradient)
 
 
 def save_arguments(ctx: Any, arguments: tuple[Any, ...], *more: Tensor) -> None:

@@ -113,7 +113,8 @@ def host_calls() -> dict[str, Call]:
     both = {"bounded": True, "by_row": True, "by_key": True}
     options = {"temperature": 0.3, "views": False}
     at = {"scale": 1.0, "first_row": 0, "first_key": 0}
-    finish = {"x0": x, "x1": none, "y0": key, "y1": none, "table": table, "weights": weights, "positive": image}
+    finish = {"x0": x, "x1": none, "y0": key, "y1": none, "table": table, "gradient_weights": weights}
+    finish |= {"positive": image}
     finish |= {"order": image, "first": image, "accumulated": accumulated, "largest": torch.ones(1)}
     finish |= {"d_x0": torch.empty(T, D), "d_x1": torch.empty(0, D), "temperature": 0.3}
     half = x.to(torch.bfloat16)
@@ -180,19 +181,29 @@ def host_calls() -> dict[str, Call]:
     }
 
 
-# What is not read in the calls above, or may have any length.
+# What is not read in the calls above, or may have any length; on a GPU nothing looks at an index before a kernel does.
+GAPS = ("with gaps", "memory taken away")
+ANY_INDEX = {f"{name}: {change}" for name in ("positive", "order", "first") for change in ("negative", "too large")}
 FREE = {
     "native.normalize_rows": {"first: a row less", "second: a row less"},
     "native.normalize_rows_backward": {"d_first: a row less", "d_second: a row less", "other: a row less"},
     "native.dot_rows": {"other: a row less"},
-    "native.negatives_gradient": {f"kept: {change}" for change in ("a row less", "with gaps", "memory taken away")},
+    "native.negatives_gradient": {f"kept: {change}" for change in ("a row less", *GAPS)},
     "nt_xent_backward": {f"similarities: {change}" for change in ("a row less", "with gaps", "memory taken away")},
-    "gradient_panel": {f"kept: {change}" for change in ("dtype", "a row less", "a dimension more")},
-    "gradient_panel from kept": {"by_row", "by_key"},
-    "finish_gradient": {f"{name}: {change}" for name in ("order", "first") for change in ("dtype", "a row less")},
-    "finish_gradient of keys": {f"positive: {change}" for change in ("dtype", "a row less")},
+    "losses": ANY_INDEX | {"k0: a row less"},
+    "gradient_weights": ANY_INDEX | {"k0: a row less", "largest: with gaps"},
+    "stationary_gradient": {"out: a row less"},
+    "gradient_panel": {f"kept: {change}" for change in ("dtype", "a row less", "a dimension more", *GAPS)},
+    "finish_gradient": ANY_INDEX
+    | {"y0: a row less", "largest: with gaps", "accumulated: a row less"}
+    | {f"{name}: {change}" for name in ("order", "first") for change in ("dtype", "a row less", *GAPS)}
+    | {f"{name}: a dimension more" for name in ("order", "first")},
+    "finish_gradient of keys": ANY_INDEX
+    | {"largest: with gaps", "accumulated: a row less"}
+    | {f"positive: {change}" for change in ("dtype", "a row less", "a dimension more", *GAPS)},
+    "finish_detached": ANY_INDEX | {"key: a row less"},
 }
-INDICES = ("index", "positive")  # of rows: those of others are refused on the CPU
+INDICES = ("index", "positive", "order", "first")  # of rows
 
 
 def damaged(x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -216,7 +227,7 @@ def bad(name: str, arguments: dict[str, Any], native: bool) -> Iterator[tuple[st
             changes = list(damaged(value)) if value.numel() > 0 else list(damaged(value))[2:4]
             if not native:  # those in front make tensors contiguous; torch itself fails where there is no memory
                 changes = [change for change in changes if change[0] not in ("with gaps", "memory taken away")]
-            if argument in INDICES and value.numel() > 0:
+            if argument in INDICES and value.dtype == i64 and value.numel() > 0:
                 changes += [("negative", value - 1), ("too large", value + 2**40)]
         elif isinstance(value, list):
             changes = [("negative", [-n for n in value]), ("huge", [2**40] * len(value)), ("too few", value[:-1])]
