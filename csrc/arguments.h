@@ -17,8 +17,8 @@
 
 namespace ser_fast {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 constexpr int64_t kAny = -1;  // a size that is not checked
 
@@ -32,9 +32,7 @@ inline ScalarType dtype_of(Type type) {
 }
 
 // What sums of a type are taken in.
-inline ScalarType accumulator_of(Type type) {
-  return type == Type::float64 ? ScalarType::Double : ScalarType::Float;
-}
+inline ScalarType accumulator_of(Type type) { return type == Type::float64 ? ScalarType::Double : ScalarType::Float; }
 
 // The checks of one call: errors are one line, "OPERATOR: ARGUMENT: got ..., takes ...".
 class Arguments {
@@ -57,7 +55,8 @@ class Arguments {
     int64_t bytes, offset;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(x.get(), &offset));
-    if ((offset + x.numel()) * static_cast<int64_t>(x.element_size()) > bytes) fail(name, "too little memory", "its own");
+    if ((offset + x.numel()) * static_cast<int64_t>(x.element_size()) > bytes)
+      fail(name, "too little memory", "its own");
   }
 
   // The same for a tensor of any of the dtypes that rows and tokens have.

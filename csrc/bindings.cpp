@@ -181,7 +181,8 @@ ScalarType check_embeddings(const Arguments& check, const Tensor& query, const T
 void check_kept(const Arguments& check, const Tensor& kept, const Tensor& query, const Tensor& key, bool bounded) {
   check.tensor("kept", kept, ScalarType::Byte, {kAny});
   if (kept.numel() == 0) return;
-  check.that(query.const_data_ptr() == key.const_data_ptr() && bounded, "kept", "bytes", "none but for one set of rows");
+  check.that(query.const_data_ptr() == key.const_data_ptr() && bounded, "kept", "bytes",
+             "none but for one set of rows");
   const int64_t size = static_cast<int64_t>(query.element_size());
   check.number("kept (bytes)", kept.numel(), size * ser_fast::kept_similarities(query.size(0)), INT64_MAX);
   check.that(reinterpret_cast<uintptr_t>(kept.const_data_ptr()) % size == 0, "kept", "bytes between two numbers",

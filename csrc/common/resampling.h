@@ -15,7 +15,7 @@ struct Resampling {
   bool antialias;
 };
 
-constexpr double kTolerance = 1e-4;  // LatticeMap's: this close to a border between two tokens is on it
+constexpr double kTolerance = 1e-4;         // LatticeMap's: this close to a border between two tokens is on it
 constexpr double kLargest = 1e100;          // LatticeMap's: a map with a number beyond this, or a NaN, takes nothing
 constexpr double kFarthest = 4294967296.0;  // LatticeMap's: a position farther out than this is as far
 constexpr int kMostStretch = 16;  // a step longer than this many times the lattice is as long: taps are bounded

@@ -81,10 +81,10 @@ struct Plan {
     const bool all = usable(a, sample), exact = centres(a, sample);
     for (int i = 0; i < 4; ++i) linear[i] = all ? a.linear[4 * sample + i] : 0;
     for (int axis = 0; axis < 2; ++axis) {
-      axes[axis].nothing = !all;
       centre[axis] = (all ? a.offset[2 * sample + axis] : 0) + a.size_in[axis] / 2.0;
       step[axis] = sqrt(linear[2 * axis] * linear[2 * axis] + linear[2 * axis + 1] * linear[2 * axis + 1]);
       axes[axis].set(a, step[axis], exact, a.size_in[axis]);
+      if (!all) axes[axis].take_nothing();
     }
     const int most[2] = {axes[0].most, axes[1].most}, outputs = a.size_out[0] * a.size_out[1];
     turned = linear[0] == 0 && linear[3] == 0;

@@ -70,7 +70,6 @@ struct Axis {
   Real squeeze;  // 1 / stretch of the kernel
   bool exact;    // the map carries centres onto centres, and every kernel copies there
   bool cut, one, plain;
-  bool nothing;  // the map takes nothing
   int taps, most, size;  // to look at, and that a position may have; tokens
 
   __device__ void set(const Action<Real>& a, double step, bool centres, int tokens) {
@@ -88,9 +87,14 @@ struct Axis {
     most = min(plain && a.interpolation == Interpolation::bilinear ? 2 : taps, size);
   }
 
+  // No position has a tap.
+  __device__ void take_nothing() {
+    one = exact = false;
+    taps = 0;
+  }
+
   // Writes the taps of a position, each of another token, and returns their number.
   __device__ int at(const Action<Real>& a, double position, Tap<Real>* to) const {
-    if (nothing) return 0;
     if (a.padding == Padding::reflection) {
       position = fmin(fmax(position, -kFarthest), kFarthest);
       position -= floor(position / (2.0 * size)) * (2.0 * size);
