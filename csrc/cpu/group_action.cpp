@@ -48,7 +48,8 @@ Plan<Real> make_plan(const double* linear, const double* offset, const Lattices&
   const int64_t size_in[2] = {n.height_in, n.width_in}, size_out[2] = {n.height_out, n.width_out};
   if (!usable(linear, offset)) {
     const int64_t read = size_in[0] * size_in[1], written = size_out[0] * size_out[1];
-    Plan<Real> nothing{Plan<Real>::Kind::copy};
+    Plan<Real> nothing;
+    nothing.kind = Plan<Real>::Kind::copy;
     nothing.second.fill(transpose ? read : written, transpose ? written : read, 0,
                         [](int64_t, int32_t*, Real*) { return int64_t{0}; });
     return nothing;
