@@ -3,11 +3,15 @@
 //
 // Torch tensors come in, pointers go to the kernels, which include no torch header. The kernels for GPUs are an
 // extension of their own (bindings_cuda.cpp), so that this one loads with a torch that has no CUDA, or another one.
-// Everything is validated in Python (ser_fast/ops); outputs are allocated there and written here.
+// The public functions in Python (ser_fast/ops) validate what users give, in their words; what would reach foreign
+// memory is refused here, too, for whoever calls an operator by its name. Outputs are allocated in Python.
 
 #include <Python.h>
 
+#include <atomic>
+#include <cmath>
 #include <functional>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -30,16 +34,23 @@ int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));  // only where
 
 namespace {
 
-using ser_fast::data, ser_fast::make_resampling, ser_fast::output, ser_fast::Tensor, ser_fast::type_of;
+using ser_fast::accumulator_of, ser_fast::Arguments, ser_fast::data, ser_fast::kAny, ser_fast::make_resampling;
+using ser_fast::output, ser_fast::ScalarType, ser_fast::Tensor, ser_fast::Type, ser_fast::type_of;
 
 // Products stay on the thread that asks for them, also where a single part leaves the others idle: how MKL would split
 // one must not show in the bits.
 void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  std::atomic<bool> enough_memory = true;  // an exception that leaves a thread's part would lose its words
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     const int before = MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0;
-    body(begin, end);
+    try {
+      body(begin, end);
+    } catch (const std::bad_alloc&) {
+      enough_memory = false;
+    }
     if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before);
   });
+  if (!enough_memory) throw std::runtime_error("ser_fast: there is not enough memory for this call");
 }
 
 template <typename Real>
@@ -55,12 +66,13 @@ void gemm(bool transpose_a, bool transpose_b, int64_t rows, int64_t columns, int
   }
 }
 
-// sizes: height_in, width_in, height_out, width_out.
 void group_action(Tensor x, Tensor linear, Tensor offset, Tensor out, std::vector<int64_t> sizes, int64_t interpolation,
                   int64_t padding, bool antialias, bool transpose) {
+  const ser_fast::Lattices lattices =
+      ser_fast::check_group_action(x, linear, offset, out, sizes, interpolation, padding, transpose);
   ser_fast::group_action(x.const_data_ptr(), data<double>(linear), data<double>(offset), out.mutable_data_ptr(),
-                         type_of(x), x.size(0), x.size(2), {sizes[0], sizes[1], sizes[2], sizes[3]},
-                         make_resampling(interpolation, padding, antialias), transpose, parallel);
+                         type_of(x), x.size(0), x.size(2), lattices, make_resampling(interpolation, padding, antialias),
+                         transpose, parallel);
 }
 
 // first, second: (N, dim); second is empty for one set of rows. index: (n,).
@@ -70,6 +82,12 @@ ser_fast::IndexedRows indexed_rows(const Tensor& first, const Tensor& second, co
 }
 
 void normalize_rows(Tensor first, Tensor second, Tensor index, bool normalize, Tensor u, Tensor scales) {
+  const Arguments check("normalize_rows", first);
+  const Type type = check.floats("first", first, {kAny, kAny});
+  check.tensor("second", second, first.scalar_type(), {kAny, first.size(1)});
+  check.indices("index", index, kAny, first.size(0) + second.size(0));
+  check.tensor("u", u, accumulator_of(type), {index.size(0), first.size(1)});
+  check.tensor("scales", scales, accumulator_of(type), {index.size(0), 2});
   const ser_fast::IndexedRows x = indexed_rows(first, second, index);
   if (type_of(u) == ser_fast::Type::float64) {
     ser_fast::normalize_rows(x, normalize, output<double>(u), output<double>(scales), parallel);
@@ -90,12 +108,36 @@ void normalize_rows_backward_of(const ser_fast::IndexedRows& d_x, const Tensor& 
 // Writes the rows of d_first and d_second that the index names. coefficient: (n,), or empty.
 void normalize_rows_backward(Tensor d_first, Tensor d_second, Tensor index, Tensor d_u, Tensor u, Tensor scales,
                              Tensor coefficient, Tensor other, Tensor positive) {
+  const Arguments check("normalize_rows_backward", d_first);
+  const Type type = check.floats("d_first", d_first, {kAny, kAny});
+  const ScalarType real = accumulator_of(type);
+  check.tensor("d_second", d_second, d_first.scalar_type(), {kAny, d_first.size(1)});
+  check.indices("index", index, kAny, d_first.size(0) + d_second.size(0));
+  check.tensor("d_u", d_u, real, {index.size(0), d_first.size(1)});
+  check.tensor("u", u, real, {index.size(0), d_first.size(1)});
+  check.tensor("scales", scales, real, {index.size(0), 2});
+  if (coefficient.numel() > 0) {
+    check.tensor("coefficient", coefficient, real, {index.size(0)});
+    check.tensor("other", other, real, {kAny, d_first.size(1)});
+    check.indices("positive", positive, index.size(0), other.size(0));
+  }
   const auto run =
       type_of(u) == ser_fast::Type::float64 ? normalize_rows_backward_of<double> : normalize_rows_backward_of<float>;
   run(indexed_rows(d_first, d_second, index), d_u, u, scales, coefficient, other, positive);
 }
 
+// Rows of float32 or float64, which the kernels compute in.
+ScalarType check_real(const Arguments& check, const char* name, const Tensor& x) {
+  const Type type = check.floats(name, x, {kAny, kAny});
+  check.that(type == Type::float32 || type == Type::float64, name, "16 bits", "float32 or float64");
+  return x.scalar_type();
+}
+
 void dot_rows(Tensor u, Tensor other, Tensor positive, Tensor out) {
+  const Arguments check("dot_rows", u);
+  check.tensor("other", other, check_real(check, "u", u), {kAny, u.size(1)});
+  check.indices("positive", positive, u.size(0), other.size(0));
+  check.tensor("out", out, ScalarType::Double, {u.size(0)});
   const int64_t* rows = data<int64_t>(positive);
   if (type_of(u) == ser_fast::Type::float64) {
     ser_fast::dot_rows(data<double>(u), data<double>(other), rows, u.size(0), u.size(1), output<double>(out), parallel);
@@ -109,7 +151,43 @@ ser_fast::Embeddings<Real> embeddings(const Tensor& u, const Tensor& image) {
   return {data<Real>(u), data<int64_t>(image), u.size(0)};
 }
 
-int64_t kept_similarities(int64_t count) { return ser_fast::kept_similarities(count); }
+constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
+
+int64_t kept_similarities(int64_t count) {
+  if (count < 0 || count > kMostRows) throw std::runtime_error("kept_similarities: count: takes 0 to 2^31 - 1");
+  return ser_fast::kept_similarities(count);
+}
+
+// Queries and keys: rows of float32 or float64, sorted by image. Returns that dtype.
+ScalarType check_embeddings(const Arguments& check, const Tensor& query, const Tensor& image, const Tensor& key,
+                            const Tensor& key_image, double temperature) {
+  const ScalarType real = check_real(check, "query", query);
+  check.number("query (columns)", query.size(1), 1, kMostRows);  // the library multiplies by ints
+  check.tensor("key", key, real, {kAny, query.size(1)});
+  const bool same = query.numel() > 0 && query.const_data_ptr() == key.const_data_ptr();
+  check.that(!same || query.size(0) == key.size(0), "key", "a part of query", "query itself, or other memory");
+  const auto sorted = [&](const char* name, const Tensor& x, int64_t n) {
+    check.tensor(name, x, ScalarType::Long, {n});
+    const int64_t* at = data<int64_t>(x);
+    check.that(std::is_sorted(at, at + n), name, "numbers in any order", "them ascending");
+  };
+  sorted("image", image, query.size(0));
+  sorted("key_image", key_image, key.size(0));
+  check.temperature(temperature);
+  return real;
+}
+
+// kept: bytes of the similarities of query with itself, or none.
+void check_kept(const Arguments& check, const Tensor& kept, const Tensor& query, const Tensor& key, bool bounded) {
+  check.tensor("kept", kept, ScalarType::Byte, {kAny});
+  if (kept.numel() == 0) return;
+  check.that(query.const_data_ptr() == key.const_data_ptr() && bounded, "kept", "bytes",
+             "none but for one set of rows");
+  const int64_t size = static_cast<int64_t>(query.element_size());
+  check.number("kept (bytes)", kept.numel(), size * ser_fast::kept_similarities(query.size(0)), INT64_MAX);
+  check.that(reinterpret_cast<uintptr_t>(kept.const_data_ptr()) % size == 0, "kept", "bytes between two numbers",
+             "an address that a number can have");
+}
 
 template <typename Real>
 void log_negatives_of(const Tensor& query, const Tensor& image, const Tensor& key, const Tensor& key_image,
@@ -122,6 +200,10 @@ void log_negatives_of(const Tensor& query, const Tensor& image, const Tensor& ke
 // kept: bytes, or empty.
 void log_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor out, Tensor kept,
                    double temperature, bool bounded) {
+  const Arguments check("log_negatives", query);
+  check_embeddings(check, query, image, key, key_image, temperature);
+  check.tensor("out", out, ScalarType::Double, {query.size(0)});
+  check_kept(check, kept, query, key, bounded);
   const auto run = type_of(query) == ser_fast::Type::float64 ? log_negatives_of<double> : log_negatives_of<float>;
   run(query, image, key, key_image, out, kept, temperature, bounded);
 }
@@ -136,6 +218,10 @@ void log_and_mean_negatives_of(const Tensor& query, const Tensor& image, const T
 
 void log_and_mean_negatives(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor out, Tensor mean,
                             double temperature, bool bounded) {
+  const Arguments check("log_and_mean_negatives", query);
+  const ScalarType real = check_embeddings(check, query, image, key, key_image, temperature);
+  check.tensor("out", out, ScalarType::Double, {query.size(0)});
+  check.tensor("mean", mean, real, {query.size(0), query.size(1)});
   const auto run =
       type_of(query) == ser_fast::Type::float64 ? log_and_mean_negatives_of<double> : log_and_mean_negatives_of<float>;
   run(query, image, key, key_image, out, mean, temperature, bounded);
@@ -154,6 +240,13 @@ void negatives_gradient_of(const Tensor& query, const Tensor& image, const Tenso
 // d_query and d_key are added to; an empty one is not needed.
 void negatives_gradient(Tensor query, Tensor image, Tensor key, Tensor key_image, Tensor weight, Tensor lse,
                         Tensor kept, Tensor d_query, Tensor d_key, double temperature, bool bounded) {
+  const Arguments check("negatives_gradient", query);
+  const ScalarType real = check_embeddings(check, query, image, key, key_image, temperature);
+  check.tensor("weight", weight, real, {query.size(0)});
+  check.tensor("lse", lse, ScalarType::Double, {query.size(0)});
+  check_kept(check, kept, query, key, bounded);
+  if (d_query.numel() > 0) check.tensor("d_query", d_query, real, {query.size(0), query.size(1)});
+  if (d_key.numel() > 0) check.tensor("d_key", d_key, real, {key.size(0), key.size(1)});
   const auto run =
       type_of(query) == ser_fast::Type::float64 ? negatives_gradient_of<double> : negatives_gradient_of<float>;
   run(query, image, key, key_image, weight, lse, kept, d_query, d_key, temperature, bounded);

@@ -28,11 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ser_fast.interpolation import MOST_STRETCH
 from ser_fast.kernels.configs import capability_of, group_action_config
-from ser_fast.lattice import TOLERANCE
+from ser_fast.lattice import FARTHEST, LARGEST, TOLERANCE
 from ser_fast.ops.contract import GroupAction
 
 _TOLERANCE = tl.constexpr(TOLERANCE)
+_FARTHEST, _LARGEST = tl.constexpr(FARTHEST), tl.constexpr(LARGEST)
+_MOST_STRETCH = tl.constexpr(MOST_STRETCH)
 _EDGE = tl.constexpr(8)  # of a square of tokens
 _TAPS = tl.constexpr(8)  # that are looked at together; fewer make the compiler spread positions over threads worse
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -156,6 +159,7 @@ def _taps(position, axis, HOW: tl.constexpr):
     step, size, centre = axis
     reach = _reach(step, HOW)
     if HOW.padding == "reflection":
+        position = tl.minimum(tl.maximum(position, -_FARTHEST), _FARTHEST)
         position -= tl.floor(position / (2 * size)) * (2 * size)
     elif HOW.padding == "cut":
         # On the far edge "nearest" would want the token past it, and be left with none.
@@ -256,7 +260,11 @@ def _square(first_y, first_x, height, width):
 
 @triton.jit
 def _squares(low, high, size):
-    """The squares that hold the tokens [low, high], whole numbers in float64: the first token, and how many squares."""
+    """The squares that hold the tokens [low, high], whole numbers in float64: the first token, and how many squares.
+
+    A NaN, which a map that can't be inverted makes, stands for the end of the lattice.
+    """
+    low, high = tl.where(low == low, low, 0.0), tl.where(high == high, high, size - 1.0)
     first = tl.minimum(tl.maximum(low, 0.0), size).to(tl.int32) // _EDGE
     last = tl.maximum(tl.minimum(high, size - 1.0), -1.0).to(tl.int32)
     return first * _EDGE, tl.where(last >= first * _EDGE, last // _EDGE - first + 1, 0)
@@ -377,17 +385,22 @@ def _resample(
 
     yy, yx = tl.load(linear + 4 * sample), tl.load(linear + 4 * sample + 1)
     xy, xx = tl.load(linear + 4 * sample + 2), tl.load(linear + 4 * sample + 3)
-    y, x_ = tl.load(offset + 2 * sample) + height / 2, tl.load(offset + 2 * sample + 1) + width / 2
+    y, x_ = tl.load(offset + 2 * sample), tl.load(offset + 2 * sample + 1)
+    # Every number is finite and not too large, or else the map takes nothing.
+    usable = (tl.abs(yy) <= _LARGEST) & (tl.abs(yx) <= _LARGEST) & (tl.abs(xy) <= _LARGEST)
+    usable = usable & (tl.abs(xx) <= _LARGEST) & (tl.abs(y) <= _LARGEST) & (tl.abs(x_) <= _LARGEST)
+    yy, yx, y = tl.where(usable, yy, 0.0), tl.where(usable, yx, 0.0), tl.where(usable, y, 0.0) + height / 2
+    xy, xx, x_ = tl.where(usable, xy, 0.0), tl.where(usable, xx, 0.0), tl.where(usable, x_, 0.0) + width / 2
     g = (yy, yx, xy, xx, y, x_, height_out, width_out)
     exact = (yy * yx == 0) & (xy * xx == 0) & (tl.abs(yy + yx) == 1) & (tl.abs(xy + xx) == 1)
     centre = tl.where(exact, 0.5, -1.0)
-    axis_y = (tl.sqrt(yy * yy + yx * yx), height, centre)
-    axis_x = (tl.sqrt(xy * xy + xx * xx), width, centre)
+    axis_y = (tl.minimum(tl.sqrt(yy * yy + yx * yx), _MOST_STRETCH * height), height, centre)
+    axis_x = (tl.minimum(tl.sqrt(xy * xy + xx * xx), _MOST_STRETCH * width), width, centre)
     if TRANSPOSE:
         first_y, down, first_x, across = _squares_reading(row_y, row_x, g, axis_y, axis_x, HOW)
     else:
         first_y, down, first_x, across = _squares_read(row_y, row_x, g, axis_y, axis_x, HOW)
-    reached = down * across
+    reached = tl.where(usable, down * across, 0)
     across = tl.maximum(across, 1)
 
     written_y, written_x, written = _square(row_y, row_x, rows, row_width)  # (R,)
@@ -412,6 +425,7 @@ def _resample(
         source_y, source_x = tl.reshape(taps_y[9], [_EDGE * _EDGE]), tl.reshape(taps_x[9], [_EDGE * _EDGE])
         source = tl.where((source_y < 0) | (source_x < 0), -1, source_y * read_width + source_x)
         source = tl.where((source_y == _NOWHERE) | (source_x == _NOWHERE), _NOWHERE, source)
+    source = tl.where(usable, source, _NOWHERE)
     blends = tl.max((written & (source == -1)).to(tl.int32), 0)
 
     acc = tl.zeros([_EDGE * _EDGE, CHANNELS], tl.float64 if HOW.double else tl.float32)

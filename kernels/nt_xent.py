@@ -1,5 +1,7 @@
 """The launches of the Triton kernels of nt_xent and info_nce."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -46,7 +48,9 @@ class TritonKernels:
     def prepare(self, rows: Rows, image: Tensor, valid: Tensor) -> None:
         block = triton.next_power_of_2(rows.columns)
         config = prepare_config(block)
-        nt_xent_rows._prepare[(rows.padded // (config.tiles["SPANS"] * SPAN),)](
+        _launch(
+            nt_xent_rows._prepare,
+            (rows.padded // (config.tiles["SPANS"] * SPAN),),
             *(rows.x0, rows.x1, image, valid, rows.u, rows.table.packed),
             *(len(rows.x0), rows.count, rows.padded),
             **{"D": rows.x0.shape[1], "DIM": rows.columns, "BLOCK_D": block, "NORMALIZE": rows.normalize},
@@ -59,7 +63,9 @@ class TritonKernels:
         block, group = config.tiles["BLOCK_M"], config.tiles["GROUP"]
         squares = triton.cdiv(rows.padded, block * group)
         programs = squares * (squares + 1) // 2 * group * group * (block // config.tiles["BLOCK_N"])
-        nt_xent_tiles._symmetric_sums[(programs,)](
+        _launch(
+            nt_xent_tiles._symmetric_sums,
+            (programs,),
             *(*_operand(rows), sums, kept, scale, rows.count, rows.padded),
             **{"DIM": rows.columns, "KEEP": kept.numel() > 0},
             **_options(config),
@@ -69,7 +75,9 @@ class TritonKernels:
         config = row_sums_config(capability_of(queries.u.device))
         tiles, splits = triton.cdiv(keys.count, config.tiles["BLOCK_N"]), state.shape[1]
         no_panel, no_corner, no_width = state, (0, 0), 0
-        nt_xent_tiles._row_sums[(queries.padded // config.tiles["BLOCK_M"], splits)](
+        _launch(
+            nt_xent_tiles._row_sums,
+            (queries.padded // config.tiles["BLOCK_M"], splits),
             *(*_operand(queries), *_operand(keys), no_panel, state, scale),
             *(queries.padded, keys.padded, *no_corner, tiles, splits, no_width),
             **{"DIM": queries.columns, "LIBRARY": False},
@@ -81,7 +89,9 @@ class TritonKernels:
         height, width = panel.values.shape
         tiles, splits = width // config.tiles["BLOCK_N"], 1
         no_operand, no_scale, no_columns = panel.values, 1.0, 0
-        nt_xent_tiles._row_sums[(height // config.tiles["BLOCK_M"], splits)](
+        _launch(
+            nt_xent_tiles._row_sums,
+            (height // config.tiles["BLOCK_M"], splits),
             *(no_operand, queries.table.packed, no_operand, keys.table.packed, panel.values, state, no_scale),
             *(queries.padded, keys.padded, panel.first_row, panel.first_key, tiles, splits, width),
             **{"DIM": no_columns, "LIBRARY": True},
@@ -91,7 +101,9 @@ class TritonKernels:
     def losses(self, positives: Positives, state: Tensor, loss: Tensor) -> None:
         queries, summed = positives.queries, state.dtype == torch.int64
         grid, constants = _by_row(queries.count, queries.x0.shape[1])
-        nt_xent_rows._losses[grid](
+        _launch(
+            nt_xent_rows._losses,
+            grid,
             *(*_positives(positives), state, loss, base2_scale(positives.temperature)),
             *(*_inverse(positives.temperature), *_counts(positives), queries.padded, 1 if summed else state.shape[1]),
             **{"VIEWS": positives.views, "SUMMED": summed, "NORMALIZE": queries.normalize},
@@ -101,7 +113,9 @@ class TritonKernels:
     def gradient_weights(self, positives: Positives, weight: Tensor, loss: Tensor, out: GradientWeights) -> None:
         queries = positives.queries
         grid, constants = _by_row(queries.padded, queries.x0.shape[1])
-        nt_xent_rows._gradient_weights[grid](
+        _launch(
+            nt_xent_rows._gradient_weights,
+            grid,
             *(*_positives(positives), weight, out.largest, loss, out.values, base2_scale(positives.temperature)),
             *(*_inverse(positives.temperature), *_counts(positives), queries.padded),
             **{"VIEWS": positives.views, "BOUNDED": out.bounded, "LIBRARY": queries.library},
@@ -113,7 +127,9 @@ class TritonKernels:
         splits, padded, columns = out.shape
         config = stationary_config(capability_of(out.device), columns)
         tiles = triton.cdiv(keys.rows.count, config.tiles["BLOCK_N"])
-        nt_xent_tiles._stationary_gradient[(padded // config.tiles["BLOCK_M"], splits)](
+        _launch(
+            nt_xent_tiles._stationary_gradient,
+            (padded // config.tiles["BLOCK_M"], splits),
             *(*_sides(queries, keys), out, scale, padded, keys.rows.padded, tiles, splits),
             **{"DIM": columns, "BOUNDED": bounded},
             **_given(queries, keys),
@@ -126,7 +142,9 @@ class TritonKernels:
         config = similarity_config(capability_of(panel.values.device))
         height, width = panel.values.shape
         row_tiles, key_tiles = height // config.tiles["BLOCK_M"], width // config.tiles["BLOCK_N"]
-        nt_xent_tiles._gradient_panel[(row_tiles * key_tiles,)](
+        _launch(
+            nt_xent_tiles._gradient_panel,
+            (row_tiles * key_tiles,),
             *(*_sides(queries, keys), kept, panel.values, scale, queries.rows.padded, keys.rows.padded),
             *(panel.first_row, panel.first_key, row_tiles, key_tiles),
             **{"DIM": queries.rows.columns, "SOURCE": source.name, "BOUNDED": bounded},
@@ -140,7 +158,9 @@ class TritonKernels:
         splits, padded, columns = accumulated.shape
         order, first = by_key or (positive, positive)  # not read
         grid, constants = _by_row(x.count, x.x0.shape[1])
-        nt_xent_rows._finish_gradient[grid](
+        _launch(
+            nt_xent_rows._finish_gradient,
+            grid,
             *(x.x0, x.x1, y.x0, y.x1, x.table.packed, weights.values),
             *(positive, order, first, accumulated, weights.largest, d_x0, d_x1, *_inverse(positives.temperature)),
             *(len(x.x0), len(y.x0), x.count, padded, positives.queries.padded, splits),
@@ -152,7 +172,9 @@ class TritonKernels:
         splits, padded, columns = out.shape
         config = stationary_config(capability_of(out.device), columns)
         tiles = triton.cdiv(keys.count, config.tiles["BLOCK_N"])
-        nt_xent_tiles._detached_sums[(padded // config.tiles["BLOCK_M"], splits)](
+        _launch(
+            nt_xent_tiles._detached_sums,
+            (padded // config.tiles["BLOCK_M"], splits),
             *(*_operand(queries), *_operand(keys), state, out, scale, padded, keys.padded, tiles, splits),
             **{"DIM": columns, "BOUNDED": bounded},
             **_options(config),
@@ -164,12 +186,20 @@ class TritonKernels:
         queries, keys, positive, temperature = positives
         splits, padded, columns = accumulated.shape
         grid, constants = _by_row(queries.count, queries.x0.shape[1])
-        nt_xent_rows._finish_detached[grid](
+        _launch(
+            nt_xent_rows._finish_detached,
+            grid,
             *(queries.x0, keys.x0, positive, queries.table.packed, state, accumulated, loss, gradient),
             *(*_inverse(temperature), queries.count, keys.count, padded, splits),
             **{"DIM": columns, "NORMALIZE": queries.normalize},
             **constants,
         )
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch on the device of the tensors, and on its current stream, whatever device is current."""
+    with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
+        kernel[grid](*arguments, **options)
 
 
 # ---------------------------------------------------------------- arguments, as the kernels take them

@@ -115,13 +115,22 @@ def _softplus(x):
 
 
 @triton.jit
+def _inside(r, count):
+    """Rows r of `count`: indices are data, which nothing looks at before they are used."""
+    return tl.minimum(tl.maximum(r, 0), count - 1)
+
+
+@triton.jit
 def _positives(
     q0, q1, q_split, k0, k1, k_split, positive, r, valid_row, D: tl.constexpr, BLOCK_D: tl.constexpr,
     VIEWS: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """(R, BLOCK_D) the unit rows of the positives, and (R,) <u, v> of the rows r with them, in float64."""
     u, _, _ = _normalized(_load_rows(q0, q1, r, valid_row, q_split, D, BLOCK_D), NORMALIZE)
-    p = tl.where(r < q_split, r + q_split, r - q_split) if VIEWS else tl.load(positive + r, mask=valid_row, other=0)
+    if VIEWS:
+        p = tl.where(r < q_split, r + q_split, r - q_split)
+    else:
+        p = _inside(tl.load(positive + r, mask=valid_row, other=0), k_split)
     v, _, _ = _normalized(_load_rows(k0, k1, p, valid_row, k_split, D, BLOCK_D), NORMALIZE)
     return v, tl.sum(u.to(tl.float64) * v.to(tl.float64), 1)
 
@@ -244,10 +253,11 @@ def _gradient_weights(
 
 @triton.jit
 def _normalized_backward(g, u, scale, length, NORMALIZE: tl.constexpr):
-    """The gradient of x from that of its unit row u, (R, BLOCK_D): what points along u is lost, unless |x| < EPS."""
+    """The gradient of x from that of its unit row u, (R, BLOCK_D): not what points along u, and 0 if |x| < EPS."""
     if NORMALIZE:
-        radial = tl.where(length < 1, 0.0, tl.sum(u * g, 1))
+        radial = tl.sum(u * g, 1)
         g = (g - u * radial[:, None]) / scale[:, None] / tl.where(length < 1, 1.0, length)[:, None]
+        g = tl.where(length[:, None] < 1, 0.0, g)
     return g
 
 
@@ -303,11 +313,11 @@ def _finish_gradient(
     g *= unit.to(g.dtype)
 
     if SIDE == "KEY":
-        begin = tl.load(first + r, mask=r < count, other=0)
-        end = tl.load(first + r + 1, mask=r < count, other=0)
+        begin = tl.maximum(tl.load(first + r, mask=r < count, other=0), 0)
+        end = tl.minimum(tl.load(first + r + 1, mask=r < count, other=0), y_split)
         for k in range(tl.max(end - begin)):
             more = begin + k < end
-            t = tl.load(order + begin + k, mask=more, other=0)
+            t = _inside(tl.load(order + begin + k, mask=more, other=0), y_split)
             y, _, _ = _normalized(_load_rows(y0, y1, t, more, y_split, D, BLOCK_D), NORMALIZE)
             g += tl.load(weights + 2 * y_padded + t, mask=more, other=0)[:, None] * y
     else:
@@ -316,7 +326,7 @@ def _finish_gradient(
             p = tl.where(r < x_split, r + x_split, r - x_split)
             of_positive += tl.load(weights + 2 * padded + p, mask=valid_row, other=0)
         else:
-            p = tl.load(positive + r, mask=valid_row, other=0)
+            p = _inside(tl.load(positive + r, mask=valid_row, other=0), y_split)
         y, _, _ = _normalized(_load_rows(y0, y1, p, valid_row, y_split, D, BLOCK_D), NORMALIZE)
         g += of_positive[:, None] * y
 

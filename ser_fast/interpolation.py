@@ -6,8 +6,8 @@ kernel k, the padding and antialiasing only decide W:
     W[y, i] = sum over taps t that padding folds onto i of  k((t + 1/2 - y) / s) / sum_t k((t + 1/2 - y) / s)
 
 where s = 1, or with antialias s = max(1, step): the kernel is stretched to the distance `step` between neighbouring
-output tokens, as PIL and torch's antialias do. Sources: F.grid_sample, F.interpolate; Keys 1981 (bicubic), Mitchell
-and Netravali 1988, PIL (lanczos3), adaptive_avg_pool (area).
+output tokens, as PIL and torch's antialias do, but to MOST_STRETCH times the lattice at most. Sources: F.grid_sample,
+F.interpolate; Keys 1981 (bicubic), Mitchell and Netravali 1988, PIL (lanczos3), adaptive_avg_pool (area).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ser_fast.device import send
-from ser_fast.lattice import TOLERANCE
+from ser_fast.lattice import FARTHEST, TOLERANCE
 
 
 def _nearest(t: Tensor) -> Tensor:
@@ -64,6 +64,9 @@ _KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 INTERPOLATIONS = (*_KERNELS, "area")
 PADDINGS = ("zeros", "border", "reflection")
 
+# A step longer than this many times the lattice counts as this long: taps are bounded by the lattice.
+MOST_STRETCH = 16
+
 
 def axis_weights(
     position: Tensor, step: Tensor, exact: Tensor, size: int, *, interpolation: str, padding: str, antialias: bool
@@ -71,7 +74,7 @@ def axis_weights(
     """The rows of W for positions on one axis.
 
     Args:
-        position: (B, T) in lattice coordinates: token i covers [i, i+1].
+        position: (B, T) in lattice coordinates: token i covers [i, i+1]. Farther out than FARTHEST is that far.
         step: (B,) distance between neighbouring output tokens, in input tokens; on the device of `position`, or on the
             CPU, so that the number of taps is known without waiting for a GPU.
         exact: (B,) bool, on either device: the map carries centres onto centres (D4 and whole shifts). Every kernel
@@ -90,7 +93,9 @@ def axis_weights(
     weights = position.new_zeros(*position.shape, size)
     if weights.numel() == 0:
         return weights
-    step = step[:, None, None]  # (B, 1, 1)
+    longest = float(MOST_STRETCH * size)
+    step = torch.where(step < longest, step, longest)[:, None, None]  # (B, 1, 1); a NaN, too, is the longest
+    position = position.clamp(-FARTHEST, FARTHEST)
     area = interpolation == "area"
     if antialias and interpolation == "bicubic":
         interpolation = "catmull_rom"
@@ -106,7 +111,7 @@ def axis_weights(
     reach, stretch = (send(value, position.device, position.dtype) for value in (reach, stretch))
     exact = send(exact, position.device)
     tap = torch.floor(position[..., None] - reach).long() + taps
-    distance = tap + 0.5 - position[..., None]
+    distance = tap.to(position.dtype) + 0.5 - position[..., None]  # int64 + 0.5 would be float32
     k = (distance.abs() < reach).to(position.dtype) if area else _KERNELS[interpolation][0](distance / stretch)
     on_centre = exact[:, None, None] & (distance == 0).any(-1, keepdim=True)
     k = torch.where(on_centre, (distance == 0).to(k.dtype), k)

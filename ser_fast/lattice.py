@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map  # where the docs of default_collate register types
 
 from ser_fast.device import send
 
@@ -25,6 +26,12 @@ Size = tuple[int, int]
 # A centre this close to the edge of the lattice (in tokens) lies in it; a position this close to the border between
 # two tokens lies on it. Far above the rounding of composed maps, far below anything an image shows.
 TOLERANCE = 1e-4
+
+# A map with a number beyond this, or that is not finite, takes nothing from its lattice: products of smaller ones are
+# finite. A position farther out than FARTHEST tokens counts as that far: float64 has 20 bits left for the place within
+# a token there.
+LARGEST = 1e100
+FARTHEST = 2.0**32
 
 _ROT90 = ((0.0, 1.0), (-1.0, 0.0))
 _HFLIP = ((1.0, 0.0), (0.0, -1.0))
@@ -50,6 +57,11 @@ def positions(linear: Tensor, offset: Tensor, size_in: Sequence[int], size_out: 
     return source[:, 0] + size_in[0] / 2, source[:, 1] + size_in[1] / 2
 
 
+def usable(linear: Tensor, offset: Tensor) -> Tensor:
+    """(B,) bool: every number of the map is finite and no larger than LARGEST."""
+    return torch.cat([linear.flatten(1), offset], 1).abs().amax(1) <= LARGEST  # amax gives NaN where there is one
+
+
 @dataclass(frozen=True, eq=False)
 class LatticeMap:
     """A batch of affine maps from one lattice to another.
@@ -62,7 +74,17 @@ class LatticeMap:
         axis_aligned: known, without reading `linear`, to be a D4 element with scales and shifts along the axes.
 
     `a @ b` applies b first. Build one with `identity`, `rot90`, `hflip`, `vflip`, `d4`, `resize`, `rotate`, `crop` or
-    `affine`: the input size comes first, and per-sample arguments are tensors of B values.
+    `affine`: the input size comes first, and per-sample arguments are tensors of B values. `stack` and `cat` join the
+    maps of samples, and so does the DataLoader: a Dataset may return a map of one sample, torch's `default_collate`
+    makes a batch of them, and `pin_memory=True` pins it.
+
+    The constructors refuse numbers that are not finite. A map that got a NaN, an Inf or a number beyond 1e100 by other
+    ways is taken on every device alike, since refusing it would wait for the device: its tokens are not `valid`, and
+    `group_action` makes them 0. What is farther out than 2^32 tokens counts as that far.
+
+    Raises:
+        TypeError: `linear` or `offset` is no float64 tensor.
+        ValueError: their shapes or devices don't fit, or a size is no pair of whole numbers.
 
     Example:
         >>> g0 = LatticeMap.resize((14, 14), (12, 16), batch=8)
@@ -76,6 +98,20 @@ class LatticeMap:
     size_in: Size
     size_out: Size
     axis_aligned: bool = False
+
+    def __post_init__(self) -> None:
+        for name, x in (("linear", self.linear), ("offset", self.offset)):
+            if not isinstance(x, Tensor) or x.dtype != torch.float64:
+                raise TypeError(f"{name}: got {getattr(x, 'dtype', type(x).__name__)}, takes a float64 tensor")
+        if self.linear.ndim != 3 or self.linear.shape[1:] != (2, 2):
+            raise ValueError(f"linear: got shape {tuple(self.linear.shape)}, takes (B, 2, 2)")
+        if self.offset.shape != self.linear.shape[:2]:
+            raise ValueError(f"offset: got shape {tuple(self.offset.shape)}, takes ({self.linear.shape[0]}, 2)")
+        if self.offset.device != self.linear.device:
+            raise ValueError(f"offset: got device {self.offset.device}, takes that of linear, {self.linear.device}")
+        for name, size in (("size_in", self.size_in), ("size_out", self.size_out)):
+            if len(size) != 2 or size[0] < 0 or size[1] < 0:
+                raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least 0")
 
     # ---------------------------------------------------------------- constructors
 
@@ -189,6 +225,37 @@ class LatticeMap:
             raise ValueError("linear: every map must be invertible (determinant other than 0)")
         return cls(linear, offset, size, size_out)
 
+    @classmethod
+    def cat(cls, maps: Sequence["LatticeMap"]) -> "LatticeMap":
+        """The maps of several batches as one batch, in their order.
+
+        Args:
+            maps: at least one, all from lattices of one size to lattices of one size.
+        """
+        if not maps or not all(isinstance(g, LatticeMap) for g in maps):
+            raise TypeError(f"maps: got {[type(g).__name__ for g in maps]}, takes a list of LatticeMaps")
+        sizes = {(g.size_in, g.size_out) for g in maps}
+        if len(sizes) > 1:
+            raise ValueError(f"maps: got sizes {sorted(sizes)}, takes maps of one size_in and one size_out")
+        linear, offset = torch.cat([g.linear for g in maps]), torch.cat([g.offset for g in maps])
+        return cls(linear, offset, *sizes.pop(), axis_aligned=all(g.axis_aligned for g in maps))
+
+    @classmethod
+    def stack(cls, maps: Sequence["LatticeMap"]) -> "LatticeMap":
+        """The maps of single samples, each a batch of one, as one batch: what a DataLoader does with them.
+
+        Example:
+            >>> flips = [LatticeMap.hflip((14, 14)), LatticeMap.identity((14, 14))]
+            >>> len(LatticeMap.stack(flips))
+            2
+        """
+        joined = cls.cat(maps)
+        if len(joined) != len(maps) or any(len(g) != 1 for g in maps):
+            raise ValueError(
+                f"maps: got batches of {[len(g) for g in maps]}, takes maps of one sample each (or use cat)"
+            )
+        return joined
+
     # ---------------------------------------------------------------- algebra
 
     def __matmul__(self, first: "LatticeMap") -> "LatticeMap":
@@ -262,6 +329,11 @@ class LatticeMap:
         )
         return LatticeMap(linear, offset, self.size_in, self.size_out, self.axis_aligned)
 
+    def pin_memory(self) -> "LatticeMap":
+        """The same maps in page-locked memory, from which `to(device, non_blocking=True)` doesn't wait."""
+        linear, offset = self.linear.pin_memory(), self.offset.pin_memory()
+        return LatticeMap(linear, offset, self.size_in, self.size_out, self.axis_aligned)
+
     @property
     def d4_code(self) -> Tensor:
         """(B,) the code k + 4 f (see `d4`) of the samples that are exactly an element of D4; -1 for the others.
@@ -309,3 +381,10 @@ def _integers(name: str, value: int | Tensor, batch: int) -> Tensor:
     if batch not in (1, len(value)):
         raise ValueError(f"batch: got {batch} with {len(value)} values of {name}")
     return value.long()
+
+
+def _collate(batch: Sequence[LatticeMap], *, collate_fn_map: object = None) -> LatticeMap:
+    return LatticeMap.stack(batch)
+
+
+default_collate_fn_map[LatticeMap] = _collate

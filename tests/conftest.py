@@ -20,7 +20,13 @@ torch.set_num_threads(1)
 
 # What the interpreter runs whole by default: golden cases and every option, forward and backward. Of the other tests it
 # runs one case in thirty-two, always the same ones; `--whole` runs all of them.
-_WHOLE = ("test_golden", "test_every_option_is_its_formula", "test_the_gradient_is_the_adjoint")
+_WHOLE = (
+    "test_golden",
+    "test_every_option_is_its_formula",
+    "test_the_gradient_is_the_adjoint",
+    "test_a_map_",
+    "test_a_row_without_a_direction",
+)
 _ONE_IN = 32
 
 # Slow by their kind: GPU kernels on the host or compiled, sanitizers, the wheel, torch.compile, opcheck, ONNX.

@@ -1,11 +1,14 @@
 """group_action on every backend that runs here: its cases, as an operator of torch, and its errors."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases.group_action import *  # noqa: F403, the tests of one backend
 from cases.group_action import GRADIENT_OPTIONS, bf16, f32, f64, some_map
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops.backends import BACKENDS, reason_not
@@ -21,6 +24,23 @@ def test_gradcheck_to_second_order(backend, interpolation, padding, antialias):
     g = some_map((3, 4), (2, 5), batch=2)
     assert torch.autograd.gradcheck(lambda x: group_action(x, g, **options), (x,))
     assert torch.autograd.gradgradcheck(lambda x: group_action(x, g, **options), (x,))
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_forward_mode(backend, required):
+    """The action is linear: its tangent is the action on the tangent; of its transpose, too."""
+    x, v = torch.randn(2, 2, 3, 4, 2, dtype=f64)
+    g = some_map((3, 4), (2, 5), batch=2)
+    act = partial(group_action, g=g, backend=backend)
+    out, tangent = torch.func.jvp(act, (x,), (v,))
+    torch.testing.assert_close((out, tangent), (act(x), act(v)), rtol=0, atol=0)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.requires_grad_(required), v)
+        primal, tangent = forward_ad.unpack_dual(act(dual))
+    assert primal.requires_grad == required
+    torch.testing.assert_close(tangent, act(v), rtol=0, atol=0)
+    if required:
+        assert torch.autograd.gradcheck(act, (x.detach().requires_grad_(),), check_forward_ad=True)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +86,7 @@ def test_compiles_once_for_many_lattices(backend):
 # ---------------------------------------------------------------- errors
 
 X, G = torch.zeros(2, 4, 6, 3), LatticeMap.identity((4, 6))
+LEARNED = LatticeMap(G.linear.clone().requires_grad_(), G.offset, (4, 6), (4, 6))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +105,7 @@ X, G = torch.zeros(2, 4, 6, 3), LatticeMap.identity((4, 6))
         (ValueError, "g: got 3 maps for x with 2 samples", {"g": LatticeMap.identity((4, 6), batch=3)}),
         (ValueError, "g: got 0 maps for x with 2 samples", {"g": LatticeMap.identity((4, 6), batch=0)}),
         (ValueError, "g: got a map on meta for x on cpu", {"g": G.to("meta")}),
+        (ValueError, "g: got a map that requires a gradient", {"g": LEARNED}),
         (ValueError, "interpolation: got 'cubic'.*'bicubic'", {"interpolation": "cubic"}),
         (ValueError, "interpolation: got None", {"interpolation": None}),
         (ValueError, "padding: got 'circular'.*'zeros', 'border', 'reflection'", {"padding": "circular"}),

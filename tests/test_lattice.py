@@ -579,3 +579,65 @@ def test_algebra_compiles_without_a_graph_break(algebra):
     expected = algebra(g0, g1)
     for actual, value in zip(compiled(g0, g1), (expected.linear, expected.offset), strict=True):
         torch.testing.assert_close(actual, value, rtol=0, atol=1e-14)
+
+
+# ---------------------------------------------------------------- by hand, and in batches
+
+LINEAR, OFFSET = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1), torch.zeros(3, 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changed"),
+    [
+        (TypeError, "linear: got torch.float32, takes a float64 tensor", {"linear": LINEAR.float()}),
+        (TypeError, "linear: got list, takes", {"linear": LINEAR.tolist()}),
+        (TypeError, "offset: got torch.int64, takes", {"offset": OFFSET.long()}),
+        (ValueError, r"linear: got shape \(2, 2\), takes \(B, 2, 2\)", {"linear": LINEAR[0]}),
+        (ValueError, r"linear: got shape \(3, 2, 3\), takes", {"linear": LINEAR.new_zeros(3, 2, 3)}),
+        (ValueError, r"offset: got shape \(2, 2\), takes \(3, 2\)", {"offset": OFFSET[:2]}),
+        (ValueError, r"offset: got shape \(3, 3\), takes \(3, 2\)", {"offset": OFFSET.new_zeros(3, 3)}),
+        (ValueError, "offset: got device meta, takes that of linear, cpu", {"offset": OFFSET.to("meta")}),
+        (ValueError, r"size_in: got \(-1, 2\), takes", {"size_in": (-1, 2)}),
+        (ValueError, r"size_out: got \(1,\), takes", {"size_out": (1,)}),
+    ],
+)
+def test_a_map_made_by_hand_is_checked(error, match, changed):
+    with pytest.raises(error, match="^" + match):
+        LatticeMap(**{"linear": LINEAR, "offset": OFFSET, "size_in": (2, 3), "size_out": (2, 3), **changed})
+
+
+def test_cat_and_stack_are_batches():
+    rotated, cropped = LatticeMap.rotate((5, 5), torch.tensor([10.0, 20.0])), LatticeMap.d4((5, 5), 3)
+    joined = LatticeMap.cat([rotated, cropped])
+    assert torch.equal(joined.linear, torch.cat([rotated.linear, cropped.linear]))
+    assert (len(joined), joined.axis_aligned) == (3, False)
+    codes = LatticeMap.stack([LatticeMap.d4((5, 5), code) for code in range(8)])
+    assert torch.equal(codes.d4_code, CODES)
+    assert codes.axis_aligned
+    with pytest.raises(ValueError, match=r"^maps: got batches of \[2, 1\], takes maps of one sample each"):
+        LatticeMap.stack([rotated, cropped])
+    with pytest.raises(ValueError, match=r"^maps: got sizes .*takes maps of one size_in and one size_out"):
+        LatticeMap.cat([rotated, LatticeMap.identity((5, 6))])
+    for nothing in ([], [torch.eye(2)]):
+        with pytest.raises(TypeError, match=r"^maps: got .*, takes a list of LatticeMaps"):
+            LatticeMap.cat(nothing)
+
+
+class Maps(torch.utils.data.Dataset):
+    """A picture and its map."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, LatticeMap]:
+        return torch.full((3,), float(index)), LatticeMap.d4((4, 4), index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_loader_joins_maps(workers, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    pictures, g = next(iter(torch.utils.data.DataLoader(Maps(), batch_size=4, num_workers=workers)))
+    assert torch.equal(g.d4_code, pictures[:, 0].long())
+    assert torch.equal(torch.utils.data._utils.pin_memory.pin_memory([g])[0].d4_code, g.d4_code)
+    assert len(pinned) == 2

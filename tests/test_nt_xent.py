@@ -97,6 +97,26 @@ def test_never_waits_for_the_device(setting: Any) -> None:
     assert [g.shape for g in gradients] == [x.shape, y.shape]
 
 
+@pytest.mark.parametrize("detached", [False, True])
+def test_no_second_derivative_and_no_forward_mode(
+    loss_function: Callable[..., Tensor], detached: bool, backend: str
+) -> None:
+    """Gradients are made by kernels, and constants to autograd: what would be wrong is refused."""
+    x, y = rows(6).requires_grad_(), rows(6, seed=1).requires_grad_(not detached)
+    loss = loss_function(x, y, temperature=0.2, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(gradient.square().sum(), x)
+    with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+        torch.func.jvp(lambda x: loss_function(x, y.detach(), temperature=0.2, backend=backend), (rows(6),), (rows(6),))
+
+
+@pytest.mark.parametrize("temperature", [np.float32(0.5), np.float64(0.5), np.int64(1)])
+def test_numpy_numbers_are_temperatures(loss_function: Callable[..., Tensor], temperature: Any) -> None:
+    x, y = rows(6), rows(6, seed=1)
+    assert loss_function(x, y, temperature=temperature) == loss_function(x, y, temperature=float(temperature))
+
+
 # ---------------------------------------------------------------- errors
 
 X = torch.zeros(4, 3)
@@ -113,7 +133,8 @@ BOTH = [  # positional arguments, options, and what the error names
     ((X, X), {"temperature": -0.1}, ValueError, "temperature: got -0.1, takes a finite positive number"),
     ((X, X), {"temperature": math.inf}, ValueError, "temperature: got inf, takes a finite positive number"),
     ((X, X), {"temperature": math.nan}, ValueError, "temperature: got nan, takes a finite positive number"),
-    ((X, X), {"temperature": torch.ones(())}, TypeError, "temperature: got Tensor, takes a number"),
+    ((X, X), {"temperature": torch.ones(())}, TypeError, "temperature: got Tensor, takes a number, which has no grad"),
+    ((X, X), {"temperature": "warm"}, TypeError, "temperature: got str, takes a number"),
     ((X, X), {"reduction": "average"}, ValueError, "reduction: got 'average', takes one of 'mean', 'sum', 'none'"),
     ((X, X), {"backend": "numpy"}, ValueError, "backend: got 'numpy'"),
     ((X, X), {"image": [0, 1, 2, 3]}, TypeError, "image: got list, takes a tensor or None"),

@@ -13,6 +13,7 @@ from ser_fast.lattice import LatticeMap
 from ser_fast.ops.backends import implementation, reason_not
 from ser_fast.ops.contract import GroupAction
 from ser_fast.ops.group_action import group_action
+from ser_fast.ops.nt_xent import info_nce, nt_xent
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -68,3 +69,40 @@ def test_lattices_batches_and_maps_share_one_compilation(monkeypatch, kernels):
     kernel = kernels._resample
     unspecialised = kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize
     assert set(unspecialised) == {"height", "width", "height_out", "width_out"}
+
+
+def test_losses_launch_on_the_device_of_their_tensors(monkeypatch):
+    """Whatever device is current: each launch is within the guard of the tensors' own."""
+    guarded, outside = [], []
+
+    class Guard:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+        def __enter__(self) -> None:
+            guarded.append(self.x)
+
+        def __exit__(self, *error: object) -> None:
+            guarded.append(None)
+
+    kernel_type = type(import_module("ser_fast.kernels.nt_xent_rows")._prepare)
+    run = kernel_type.run
+
+    def recorded(self: Any, *args: Any, **options: Any) -> Any:
+        if not guarded or guarded[-1] is None:
+            outside.append(self.fn.__name__)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(kernel_type, "run", recorded)
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    for dtype, dim in ((torch.bfloat16, 8), (torch.bfloat16, 300), (torch.float32, 8)):
+        x, y = (torch.randn(4, dim, device=DEVICE).to(dtype).requires_grad_() for _ in range(2))
+        for loss in (
+            nt_xent(x, y, temperature=0.2, backend="triton"),
+            info_nce(x, y, temperature=0.2, backend="triton"),
+        ):
+            loss.backward()
+        info_nce(x, y.detach(), temperature=0.2, backend="triton").backward()
+    assert len(guarded) > 20
+    assert all(x.device.type == DEVICE for x in guarded[::2])
+    assert outside == []

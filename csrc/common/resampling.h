@@ -15,7 +15,10 @@ struct Resampling {
   bool antialias;
 };
 
-constexpr double kTolerance = 1e-4;  // LatticeMap's: this close to a border between two tokens is on it
+constexpr double kTolerance = 1e-4;         // LatticeMap's: this close to a border between two tokens is on it
+constexpr double kLargest = 1e100;          // LatticeMap's: a map with a number beyond this, or a NaN, takes nothing
+constexpr double kFarthest = 4294967296.0;  // LatticeMap's: a position farther out than this is as far
+constexpr int kMostStretch = 16;  // a step longer than this many times the lattice is as long: taps are bounded
 
 // A kernel of radius 1 or 2 as cubics in |t|, one for [0, 1) and one for [1, 2); the first coefficient is that of 1.
 struct Cubics {

@@ -24,6 +24,14 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------ plans
 
+// Every number of a map is finite, and no larger than kLargest; else it takes nothing.
+bool usable(const double* linear, const double* offset) {
+  bool all = true;
+  for (int i = 0; i < 4; ++i) all = all && std::abs(linear[i]) <= kLargest;
+  for (int i = 0; i < 2; ++i) all = all && std::abs(offset[i]) <= kLargest;
+  return all;
+}
+
 // What a map does to a slab. Token (p, q) of x is row p * p_in + q * q_in; token (s, r) of out is row
 // s * s_out + r * r_out.
 template <typename Real>
@@ -38,6 +46,14 @@ template <typename Real>
 Plan<Real> make_plan(const double* linear, const double* offset, const Lattices& n, const Resampling& resampling,
                      bool transpose) {
   const int64_t size_in[2] = {n.height_in, n.width_in}, size_out[2] = {n.height_out, n.width_out};
+  if (!usable(linear, offset)) {
+    const int64_t read = size_in[0] * size_in[1], written = size_out[0] * size_out[1];
+    Plan<Real> nothing;
+    nothing.kind = Plan<Real>::Kind::copy;
+    nothing.second.fill(transpose ? read : written, transpose ? written : read, 0,
+                        [](int64_t, int32_t*, Real*) { return int64_t{0}; });
+    return nothing;
+  }
   const double step[2] = {std::hypot(linear[0], linear[1]), std::hypot(linear[2], linear[3])};
   bool exact = step[0] == 1 && step[1] == 1;
   for (int i = 0; i < 4; ++i) exact = exact && (linear[i] == 0 || std::abs(linear[i]) == 1);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/buffer.h"
@@ -123,6 +124,11 @@ void normalize_rows_backward(const IndexedRows& d_x, const Real* d_u, const Real
     for (int64_t i = begin; i < end; ++i) {
       const Real* du = d_u + i * dim;
       const Real scale = scales[2 * i], length = scales[2 * i + 1];
+      char* to = const_cast<char*>(row_of(d_x, i));  // these rows are outputs
+      if (length < 1 && scale == static_cast<Real>(kLeastLength)) {
+        std::memset(to, 0, dim * bytes_of(d_x.type));
+        continue;
+      }
       if (coefficient) {
         add(sum.data(), du, coefficient[i], other + positive[i] * dim, dim);
         du = sum.data();
@@ -132,7 +138,6 @@ void normalize_rows_backward(const IndexedRows& d_x, const Real* d_u, const Real
         du = sum.data();
       }
       const Real factor = 1 / std::max(length, Real(1));
-      char* to = const_cast<char*>(row_of(d_x, i));  // these rows are outputs
       if (d_x.type == Type::bfloat16 || d_x.type == Type::float16) {
         if constexpr (std::is_same_v<Real, float>) {
           divide(sum.data(), du, scale, factor, dim);

@@ -23,8 +23,8 @@ struct IndexedRows {
 template <typename Real>
 void normalize_rows(const IndexedRows& x, bool normalize, Real* u, Real* scales, const ParallelFor& parallel);
 
-// dx = (du - u <u, du>) / |x|, without the second term where length < 1, for du = d_u + coefficient other[positive].
-// Writes the rows of the index. `coefficient` may be null.
+// dx = (du - u <u, du>) / |x|, for du = d_u + coefficient other[positive]; dx = du if not normalized, and 0 for a row
+// shorter than 1e-12, which has no direction. Writes the rows of the index. `coefficient` may be null.
 template <typename Real>
 void normalize_rows_backward(const IndexedRows& d_x, const Real* d_u, const Real* u, const Real* scales,
                              const Real* coefficient, const Real* other, const int64_t* positive,

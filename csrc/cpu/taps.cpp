@@ -30,6 +30,8 @@ Axis::Axis(const Resampling& resampling, double step, bool exact, int64_t size)
       size_(size),
       cubics_(cubics(interpolation_)) {
   const bool area = interpolation_ == Interpolation::area;
+  const double longest = static_cast<double>(kMostStretch) * static_cast<double>(size);
+  if (!(step < longest)) step = longest;
   const double stretch = resampling.antialias ? std::max(1.0, step) : 1.0;
   squeeze_ = 1 / stretch;
   reach_ = area ? (step + 1) / 2 - kTolerance : radius(interpolation_) * stretch;
@@ -45,6 +47,7 @@ Axis::Axis(const Resampling& resampling, double step, bool exact, int64_t size)
 
 Axis::Taps Axis::at(double position) {
   if (size_ == 0) return {0, nullptr, nullptr};
+  position = std::min(std::max(position, -kFarthest), kFarthest);
   if (cut_) {
     const double end = interpolation_ == Interpolation::nearest ? size_ - 2 * kTolerance : size_;
     position = std::min(std::max(position, 0.0), end);

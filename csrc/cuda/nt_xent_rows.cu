@@ -32,6 +32,8 @@ struct InputRows {
   bool normalize, wide;  // wide: every row begins at a multiple of 16 bytes, and is one
 
   __device__ InputRow<T> operator[](int64_t r) const;
+  // A row that is here: indices are data, which nothing looks at before they are used.
+  __device__ int64_t inside(int64_t r) const { return r < 0 ? 0 : r < count ? r : count - 1; }
 };
 
 // x = u / (inverse factor). Numbers are scaled by a power of two before they are squared, and that is exact.
@@ -44,7 +46,8 @@ struct InputRow {
   int columns;
   bool wide;
   Real inverse = 1, factor = 1;
-  bool radial = false;  // the gradient along u is lost: not where rows are shorter than kLeastLength
+  bool radial = false;  // the gradient along u is lost
+  bool flat = false;    // shorter than kLeastLength: no direction, and no gradient
 
   // visit(c) for the first column of each chunk of this lane.
   template <typename Visit>
@@ -78,7 +81,8 @@ struct InputRow {
       for (Real value : values) squares += value * value;
     });
     const Real length = sqrt(warp_sum(squares)), least = static_cast<Real>(kLeastLength) * inverse;
-    radial = !(length < least);
+    flat = length < least;
+    radial = !flat;
     factor = 1 / (radial ? length : least);
   }
 };
@@ -115,7 +119,7 @@ struct Pairs {
   __device__ bool take(int64_t r) const { return r < queries.count && table[padded + r] != 0; }
   __device__ InputRow<T> positive(int64_t r) const {
     if (views) return keys[r < queries.split ? r + queries.split : r - queries.split];
-    return keys[of[r]];
+    return keys[keys.inside(of[r])];
   }
 };
 
@@ -261,6 +265,7 @@ struct UnitGradient {
       Real values[N];
       row.load_unit(c, values);
       for (int i = 0; i < N; ++i) {
+        if (row.flat) g[c + i] = 0;
         values[i] = (row.radial ? g[c + i] - values[i] * along : g[c + i]) * row.factor * row.inverse;
       }
       store(to + c, values, row.columns - c, wide);
@@ -297,9 +302,13 @@ __global__ void __launch_bounds__(kWarps * 32, 6)
     g.add(unit, static_cast<const Real*>(of.accumulated) + (split * padded + r) * of.dim, x.columns);
   }
   if (of.side == Side::key) {
-    for (int64_t k = of.first[r]; k < of.first[r + 1]; ++k) g.add(positive_gradient[of.order[k]], y[of.order[k]]);
+    const int64_t begin = max(of.first[r], int64_t{0}), end = min(of.first[r + 1], y.count);
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t t = y.inside(of.order[k]);
+      g.add(positive_gradient[t], y[t]);
+    }
   } else if (of.side == Side::query) {
-    g.add(positive_gradient[r], y[of.positive[r]]);
+    g.add(positive_gradient[r], y[y.inside(of.positive[r])]);
   } else {
     const int64_t p = r < x.split ? r + x.split : r - x.split;
     g.add(positive_gradient[r] + positive_gradient[p], y[p]);

@@ -78,12 +78,13 @@ struct Plan {
   // `pool_at`: where the pool begins. tile, width: tokens that the transpose writes, and sums of each.
   __device__ void set(const Action<Real>& a, int64_t sample, int pool_at, int tile, int width, bool transpose) {
     double step[2];
-    for (int i = 0; i < 4; ++i) linear[i] = a.linear[4 * sample + i];
-    const bool exact = centres(a, sample);
+    const bool all = usable(a, sample), exact = centres(a, sample);
+    for (int i = 0; i < 4; ++i) linear[i] = all ? a.linear[4 * sample + i] : 0;
     for (int axis = 0; axis < 2; ++axis) {
-      centre[axis] = a.offset[2 * sample + axis] + a.size_in[axis] / 2.0;
+      centre[axis] = (all ? a.offset[2 * sample + axis] : 0) + a.size_in[axis] / 2.0;
       step[axis] = sqrt(linear[2 * axis] * linear[2 * axis] + linear[2 * axis + 1] * linear[2 * axis + 1]);
       axes[axis].set(a, step[axis], exact, a.size_in[axis]);
+      if (!all) axes[axis].take_nothing();
     }
     const int most[2] = {axes[0].most, axes[1].most}, outputs = a.size_out[0] * a.size_out[1];
     turned = linear[0] == 0 && linear[3] == 0;
@@ -122,6 +123,14 @@ struct Plan {
     transposed[0] = pool.template rows<Real>(tile, chunk * min(int64_t{most[0]} * most[1], int64_t{tile}));
     cursors_at = pool.take(kWarps * tile * static_cast<int64_t>(sizeof(uint16_t)));
     sums_at = pool.at;
+  }
+
+  // Every number of the map is finite, and no larger than kLargest.
+  __device__ static bool usable(const Action<Real>& a, int64_t sample) {
+    bool all = true;
+    for (int i = 0; i < 4; ++i) all = all && fabs(a.linear[4 * sample + i]) <= kLargest;
+    for (int i = 0; i < 2; ++i) all = all && fabs(a.offset[2 * sample + i]) <= kLargest;
+    return all;
   }
 
   // Every entry is 0 or +-1, and one in each row is not 0.

@@ -74,6 +74,7 @@ struct Axis {
 
   __device__ void set(const Action<Real>& a, double step, bool centres, int tokens) {
     const bool area = a.interpolation == Interpolation::area, nearest = a.interpolation == Interpolation::nearest;
+    step = fmin(step, static_cast<double>(kMostStretch) * tokens);
     const double stretch = a.antialias ? fmax(1.0, step) : 1.0;
     exact = centres;
     size = tokens;
@@ -86,9 +87,16 @@ struct Axis {
     most = min(plain && a.interpolation == Interpolation::bilinear ? 2 : taps, size);
   }
 
+  // No position has a tap.
+  __device__ void take_nothing() {
+    one = exact = false;
+    taps = 0;
+  }
+
   // Writes the taps of a position, each of another token, and returns their number.
   __device__ int at(const Action<Real>& a, double position, Tap<Real>* to) const {
     if (a.padding == Padding::reflection) {
+      position = fmin(fmax(position, -kFarthest), kFarthest);
       position -= floor(position / (2.0 * size)) * (2.0 * size);
     } else if (cut) {
       // On the far edge "nearest" would want the token past it, and be left with none.

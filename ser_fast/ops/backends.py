@@ -84,9 +84,14 @@ def implementations() -> dict[str, Backend]:
 
 
 def implementation(name: str) -> Backend:
-    """The backend of that name, which `choose` has found to be here."""
-    found = _FOUND[name]
-    assert not isinstance(found, str)
+    """The backend of that name, which `choose` has found to be here.
+
+    Raises:
+        RuntimeError: there is none, where an operator is called by its name.
+    """
+    found = _FOUND.get(name, "there is no backend of that name")
+    if isinstance(found, str):
+        raise RuntimeError(f"backend: {name!r} can't run here: {found}")
     return found
 
 

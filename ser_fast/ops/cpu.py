@@ -43,7 +43,8 @@ class _SortedRows:
         count = rows.shape[0]
         self.image, order = image[rows].sort(stable=True)  # (n,)
         self.index = rows[order]  # (n,), of image
-        self.place = torch.empty_like(image).index_put_((self.index,), torch.arange(count))  # (N,), where valid
+        # (N,), -1 where not valid, which no kernel takes for a row
+        self.place = torch.full_like(image, -1).index_put_((self.index,), torch.arange(count))
         self.u = torch.empty(count, first.shape[1], dtype=torch.promote_types(first.dtype, torch.float32))  # (n, D)
         self.scales = self.u.new_empty(count, 2)
         _native.normalize_rows(first.contiguous(), second.contiguous(), self.index, normalize, self.u, self.scales)
@@ -88,7 +89,7 @@ class _Pairs:
             self.queries = _SortedRows(query, query[:0], inputs.image, inputs.valid, inputs.normalize)
             self.keys = _SortedRows(key, key[:0], inputs.key_image, inputs.key_valid, inputs.normalize)
             positive = inputs.positive[self.queries.index]
-        self.positive = self.keys.place[positive]  # (n,), rows of keys
+        self.positive = self.keys.place.index_select(0, positive)  # (n,), rows of keys
 
     def similarities(self) -> Tensor:
         """(n,) float64, s of the queries with their positives."""

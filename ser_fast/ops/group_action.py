@@ -2,31 +2,32 @@
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap
 from ser_fast.ops.backends import choose, implementation
-from ser_fast.ops.contract import GroupAction
+from ser_fast.ops.contract import FLOATS, GroupAction, check_group_action
 from ser_fast.ops.operator import Operator, save_arguments, saved_arguments
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _group_action(x: Tensor, action: GroupAction, backend: str) -> Tensor:
+    check_group_action(x, action, transpose=False)
     return implementation(backend).group_action(x, action)
 
 
 def _group_action_transpose(x: Tensor, action: GroupAction, backend: str) -> Tensor:
+    check_group_action(x, action, transpose=True)
     return implementation(backend).group_action_transpose(x, action)
 
 
 def _like_output(x: Tensor, action: GroupAction, backend: str) -> Tensor:
+    check_group_action(x, action, transpose=False)
     return x.new_empty(x.shape[0], action.size_out[0] * action.size_out[1], x.shape[2])
 
 
 def _like_input(x: Tensor, action: GroupAction, backend: str) -> Tensor:
+    check_group_action(x, action, transpose=True)
     return x.new_empty(x.shape[0], action.size_in[0] * action.size_in[1], x.shape[2])
 
 
@@ -50,8 +51,8 @@ def _gradient_of_transpose(ctx: Any, d_out: Tensor) -> tuple[Tensor]:
     return (_act(d_out, action, ctx.backend),)
 
 
-_act.differentiable(_save_action, _gradient)
-_act_transposed.differentiable(_save_action, _gradient_of_transpose)
+_act.differentiable(_save_action, _gradient, linear=True)
+_act_transposed.differentiable(_save_action, _gradient_of_transpose, linear=True)
 
 
 @overload
@@ -118,7 +119,8 @@ def group_action(
     Returns:
         Tokens in the layout and dtype of x on the lattice g.size_out: (B, h*w, C) or (B, h, w, C); with return_valid
         also (B, h*w) bool. The elements of D4, and every token with a single tap, are copied bit for bit. Elsewhere a
-        token that isn't finite may spread over its sample.
+        token that isn't finite may spread over its sample. Linear in x, and differentiable any number of times in
+        reverse and forward mode (torch.func.jvp).
 
     Raises:
         TypeError: x is no tensor of those dtypes, or g no LatticeMap.
@@ -151,8 +153,8 @@ def group_action(
 
 
 def _check(x: Tensor, g: LatticeMap, interpolation: str, padding: str) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
-        raise TypeError(f"x: got {getattr(x, 'dtype', type(x))}, takes a tensor of {_DTYPES}")
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"x: got {getattr(x, 'dtype', type(x))}, takes a tensor of {FLOATS}")
     if not isinstance(g, LatticeMap):
         raise TypeError(f"g: got {type(g)}, takes a LatticeMap")
     lattice = (g.size_in[0] * g.size_in[1],) if x.ndim == 3 else g.size_in
@@ -162,6 +164,8 @@ def _check(x: Tensor, g: LatticeMap, interpolation: str, padding: str) -> None:
         raise ValueError(f"g: got {len(g)} maps for x with {x.shape[0]} samples, takes one for each or one for all")
     if g.device != x.device:
         raise ValueError(f"g: got a map on {g.device} for x on {x.device}; move it with g.to(x.device)")
+    if g.linear.requires_grad or g.offset.requires_grad:
+        raise ValueError("g: got a map that requires a gradient, takes one without: the action has none in its map")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation: got {interpolation!r}, takes one of {INTERPOLATIONS}")
     if padding not in PADDINGS:

@@ -5,16 +5,24 @@ reductions are plain PyTorch around them. Optional arguments are made explicit b
 follows one rule: key b is a negative of anchor t where both take part and their images differ.
 """
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ser_fast.ops.backends import choose, implementation
-from ser_fast.ops.contract import InfoNCE, LossGradient, NTXent
-from ser_fast.ops.operator import Operator, save_arguments, saved_arguments
+from ser_fast.ops.contract import (
+    FLOATS,
+    InfoNCE,
+    LossGradient,
+    NTXent,
+    check_info_nce,
+    check_loss_gradient,
+    check_nt_xent,
+)
+from ser_fast.ops.operator import Operator, differentiable_once, save_arguments, saved_arguments
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -24,6 +32,8 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 def _nt_xent(inputs: NTXent, kept: int, backend: str) -> tuple[Tensor, Tensor]:
     """The losses, and `kept` bytes of similarities for the backward pass: a backend's own layout, or none."""
+    check_nt_xent(inputs)
+    _check_kept(inputs, kept, backend)
     similarities = torch.empty(kept, dtype=torch.uint8, device=inputs.z0.device)
     return implementation(backend).nt_xent(inputs, similarities), similarities
 
@@ -31,22 +41,48 @@ def _nt_xent(inputs: NTXent, kept: int, backend: str) -> tuple[Tensor, Tensor]:
 def _nt_xent_backward(
     inputs: NTXent, gradient: LossGradient, similarities: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
+    _check_nt_xent_backward(inputs, gradient, similarities)
+    _check_kept(inputs, similarities.numel(), backend)
     return implementation(backend).nt_xent_backward(inputs, gradient, similarities)
 
 
 def _info_nce(inputs: InfoNCE, backend: str) -> Tensor:
+    check_info_nce(inputs)
     return implementation(backend).info_nce(inputs)
 
 
 def _info_nce_backward(
     inputs: InfoNCE, gradient: LossGradient, need_query: bool, need_key: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
+    _check_info_nce_backward(inputs, gradient)
     return implementation(backend).info_nce_backward(inputs, gradient, need_query, need_key)
 
 
 def _info_nce_detached(inputs: InfoNCE, backend: str) -> tuple[Tensor, Tensor]:
     """The losses (T,), and (T, D) the gradient of each in its own query, the only one it has."""
+    check_info_nce(inputs)
     return implementation(backend).info_nce_detached(inputs)
+
+
+def _check_nt_xent_backward(inputs: NTXent, gradient: LossGradient, similarities: Tensor) -> None:
+    check_nt_xent(inputs)
+    check_loss_gradient(gradient, 2 * inputs.z0.shape[0], inputs.z0)
+    if similarities.dtype != torch.uint8 or similarities.ndim != 1 or similarities.device != inputs.z0.device:
+        raise TypeError(f"similarities: got {similarities.dtype}, takes the uint8 that the forward pass wrote")
+
+
+def _check_info_nce_backward(inputs: InfoNCE, gradient: LossGradient) -> None:
+    check_info_nce(inputs)
+    check_loss_gradient(gradient, inputs.query.shape[0], inputs.query)
+
+
+def _check_kept(inputs: NTXent, kept: int, backend: str) -> None:
+    if kept == 0:
+        return
+    z0 = inputs.z0
+    wanted = implementation(backend).kept_bytes(z0.shape[0], z0.dtype, inputs.temperature, inputs.normalize)
+    if kept != wanted:
+        raise ValueError(f"kept: got {kept} bytes, takes 0 or {wanted}")
 
 
 def _like_losses(x: Tensor, anchors: int) -> Tensor:
@@ -54,26 +90,33 @@ def _like_losses(x: Tensor, anchors: int) -> Tensor:
 
 
 def _like_nt_xent(inputs: NTXent, kept: int, backend: str) -> tuple[Tensor, Tensor]:
+    check_nt_xent(inputs)
     z0 = inputs.z0
     return _like_losses(z0, 2 * z0.shape[0]), z0.new_empty(kept, dtype=torch.uint8)
 
 
-def _like_nt_xent_backward(inputs: NTXent, *rest: Any) -> tuple[Tensor, Tensor]:
+def _like_nt_xent_backward(
+    inputs: NTXent, gradient: LossGradient, similarities: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    _check_nt_xent_backward(inputs, gradient, similarities)
     return inputs.z0.new_empty(inputs.z0.shape), inputs.z1.new_empty(inputs.z1.shape)
 
 
 def _like_info_nce(inputs: InfoNCE, backend: str) -> Tensor:
+    check_info_nce(inputs)
     return _like_losses(inputs.query, inputs.query.shape[0])
 
 
 def _like_info_nce_backward(
     inputs: InfoNCE, gradient: LossGradient, need_query: bool, need_key: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
+    _check_info_nce_backward(inputs, gradient)
     query, key = inputs.query, inputs.key
     return query.new_empty(query.shape if need_query else 0), key.new_empty(key.shape if need_key else 0)
 
 
 def _like_info_nce_detached(inputs: InfoNCE, backend: str) -> tuple[Tensor, Tensor]:
+    check_info_nce(inputs)
     loss = _like_losses(inputs.query, inputs.query.shape[0])
     return loss, loss.new_empty(inputs.query.shape)
 
@@ -118,7 +161,7 @@ def _save_detached_gradient(ctx: Any, output: tuple[Tensor, Tensor], inputs: Inf
 
 def _detached_gradient(ctx: Any, weight: Tensor, _: None) -> tuple[Tensor]:
     (gradient,) = ctx.saved_tensors
-    return ((weight[:, None] * gradient).to(ctx.dtype),)
+    return (differentiable_once("info_nce", (weight[:, None] * gradient).to(ctx.dtype)),)
 
 
 _nt_xent_op.differentiable(_save_nt_xent, _nt_xent_gradient)
@@ -147,12 +190,14 @@ def nt_xent(
 
         loss(a) = -log e^s(a,p(a)) / ( e^s(a,p(a)) + sum over rows b of both views, image(b) != image(a), of e^s(a,b) )
 
-    A row without negatives has loss 0 and no gradient. NaN or Inf in a row that takes part gives NaN.
-    Differentiable once, in z0 and z1. Never synchronises with the device.
+    A row without negatives has loss 0 and no gradient. A row shorter than 1e-12 has no direction: it is
+    as unlike every row as one at right angles, and has no gradient. NaN or Inf in a row that takes part makes NaN of
+    its own loss and of that of every anchor whose positive or negative it is, and may of any row's gradient.
+    Differentiable once, in z0 and z1, in reverse mode. Never synchronises with the device.
 
     Args:
         z0, z1: (T, D) float32, bfloat16, float16 or float64, both alike; row t of each is a positive pair.
-        temperature: finite and positive.
+        temperature: finite and positive, a number; no gradient is taken in it.
         image: (T,) integers, the source image of each row, in any order. None: every row is its own image, which
             makes all other rows negatives (classic SimCLR).
         valid: (T,) bool; a False row takes no part in either view, as anchor, positive or negative, whatever it holds:
@@ -224,14 +269,16 @@ def info_nce(
 
         loss(t) = -log e^s(q_t,k+) / ( e^s(q_t,k+) + sum over keys b, key_image(b) != image(t), of e^s(q_t,k_b) )
 
-    A query without negatives has loss 0 and no gradient. NaN or Inf in a row that takes part gives NaN.
-    Differentiable once, in query and key; where either needs no gradient, none is computed. Never synchronises with the
-    device.
+    A query without negatives has loss 0 and no gradient. A row shorter than 1e-12 has no direction: it is
+    as unlike every row as one at right angles, and has no gradient. NaN or Inf in a row that takes part makes NaN of
+    its own loss and of that of every query whose positive or negative it is, and may of any row's gradient.
+    Differentiable once, in query and key, in reverse mode; where either needs no gradient, none is computed. Never
+    synchronises with the device.
 
     Args:
         query: (T, D) float32, bfloat16, float16 or float64.
         key: (M, D), dtype and device of query.
-        temperature: finite and positive.
+        temperature: finite and positive, a number; no gradient is taken in it.
         image: (T,) integers, the source image of each query. None: every query is its own image, whose one key is its
             positive; all other keys are negatives.
         key_image: (M,) integers, the source image of each key. None: that of the queries, which then needs M = T.
@@ -317,7 +364,7 @@ def info_nce(
 def _check_rows(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got {x.dtype}, takes float32, bfloat16, float16 or float64")
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes rows and at least one column")
@@ -331,8 +378,9 @@ def _check_alike(name: str, x: Tensor, other: str, y: Tensor) -> None:
 
 
 def _check_options(temperature: float, reduction: str) -> None:
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature: got {type(temperature).__name__}, takes a number")
+    if not isinstance(temperature, (int, float)) and not isinstance(temperature, Real):  # numpy's scalars are Real
+        learned = ", which has no gradient here" if isinstance(temperature, Tensor) else ""
+        raise TypeError(f"temperature: got {type(temperature).__name__}, takes a number{learned}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: got {temperature}, takes a finite positive number")
     if reduction not in _REDUCTIONS:

@@ -11,6 +11,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +29,7 @@ class Operator(Generic[P, R]):
     """
 
     def __init__(self, function: Callable[P, R], fake: Callable[P, R]) -> None:
-        name = function.__name__.lstrip("_")
+        name = self._name = function.__name__.lstrip("_")
         run, shape = cast(Callable[..., R], function), cast(Callable[..., R], fake)
         signature = inspect.signature(function)
         self._arguments = [parameter.annotation for parameter in signature.parameters.values()]
@@ -37,21 +38,31 @@ class Operator(Generic[P, R]):
         self._op = getattr(torch.ops.ser_fast, name).default
         _library.impl(name, self._implementation(run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"ser_fast::{name}", lambda *flat: shape(*self._structured(flat)), lib=_library)
+        self._linear = False
         self._function = self._autograd_function(name, None, None)
         _library.impl(name, self._autograd_kernel, "Autograd")
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._op(*_flat(args))
 
-    def differentiable(self, save: Callable[..., None], gradient: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    def differentiable(
+        self,
+        save: Callable[..., None],
+        gradient: Callable[..., tuple[Tensor | None, ...]],
+        *,
+        linear: bool = False,
+    ) -> None:
         """Make the operator differentiable.
 
         Args:
             save: (ctx, output, *arguments), as setup_context of torch.library.register_autograd.
             gradient: (ctx, *gradients of the outputs) to the gradients of the first flat arguments; the others have
-                none. The first output's gradient is a tensor; those of others are None where they are not used.
+                none. The first output's gradient is a tensor, the only one: other outputs are for the backward pass.
+            linear: the operator is linear in its first argument, and so is its own derivative in forward mode; others
+                refuse that mode.
         """
-        self._function = self._autograd_function(self._op._schema.name, save, gradient)
+        self._linear = linear
+        self._function = self._autograd_function(self._name, save, gradient)
 
     def _parameters(self, signature: inspect.Signature) -> list[inspect.Parameter]:
         """One for each field of each tuple, and for each other argument."""
@@ -92,10 +103,21 @@ class Operator(Generic[P, R]):
         return kernel
 
     def _autograd_kernel(self, *flat: Any) -> Any:
+        if forward_ad._current_level >= 0:  # forward-mode differentiation is going on: torch.func.jvp, dual_level
+            tangents = [forward_ad.unpack_dual(x).tangent if isinstance(x, Tensor) else None for x in flat]
+            if any(tangent is not None for tangent in tangents):
+                return self._forward_mode(flat, tangents)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
             return self._function.apply(*flat)
         with torch._C._AutoDispatchBelowAutograd():
             return self._op(*flat)
+
+    def _forward_mode(self, flat: tuple[Any, ...], tangents: list[Tensor | None]) -> Any:
+        first, *others = tangents
+        if not self._linear or first is None or any(tangent is not None for tangent in others):
+            raise RuntimeError(f"{self._name} has no derivative in forward mode (jvp): take it in reverse mode (vjp)")
+        rest = flat[1:]
+        return forward_ad.make_dual(self._op(forward_ad.unpack_dual(flat[0]).primal, *rest), self._op(first, *rest))
 
     def _autograd_function(
         self, name: str, save: Callable[..., None] | None, gradient: Callable[..., tuple[Tensor | None, ...]] | None
@@ -117,6 +139,17 @@ class Operator(Generic[P, R]):
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(f"{name}_autograd", (torch.autograd.Function,), methods)
+
+
+def differentiable_once(name: str, gradient: Tensor) -> Tensor:
+    """`gradient`, whose own derivative raises: kernels made it, and to autograd it would be a constant.
+
+    It comes from an output of the operator, so that autograd finds the way from it to the inputs, and raises on it.
+    """
+    if not gradient.requires_grad:
+        return gradient
+    refuse = torch._C._functions.DelayedError(f"{name} has no second derivative: it can be differentiated once", 1)
+    return refuse(gradient)
 
 
 def save_arguments(ctx: Any, arguments: tuple[Any, ...], *more: Tensor) -> None:

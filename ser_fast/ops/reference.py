@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ser_fast.interpolation import axis_weights
-from ser_fast.lattice import positions
+from ser_fast.lattice import positions, usable
 from ser_fast.ops.contract import GroupAction, InfoNCE, LossGradient, NTXent
 
 # ---------------------------------------------------------------- group_action
@@ -19,8 +19,10 @@ def resampling_matrix(action: GroupAction) -> Tensor:
     On each axis the kernel's step is the length of that row of `linear`: how far the preimage of a token reaches along
     the axis.
     """
-    linear = action.linear
-    y, x = positions(linear, action.offset, action.size_in, action.size_out)  # (B, h*w)
+    linear, offset = action.linear, action.offset
+    taken = usable(linear, offset)  # (B,); the others take nothing
+    linear, offset = linear.where(taken[:, None, None], 0), offset.where(taken[:, None], 0)
+    y, x = positions(linear, offset, action.size_in, action.size_out)  # (B, h*w)
     step = linear.norm(dim=-1)  # (B, 2)
     exact = ((linear == 0) | (linear.abs() == 1)).flatten(1).all(-1) & (step == 1).all(-1)
     rows, columns = (
@@ -35,7 +37,7 @@ def resampling_matrix(action: GroupAction) -> Tensor:
         )
         for axis, position in enumerate((y, x))
     )
-    return (rows[:, :, :, None] * columns[:, :, None, :]).flatten(2)
+    return (rows[:, :, :, None] * columns[:, :, None, :]).flatten(2).where(taken[:, None, None], 0)
 
 
 def _apply(weights: Tensor, x: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def info_nce(inputs: InfoNCE) -> Tensor:  # (T,)
     q = _normalized(_participants(inputs.query, inputs.valid), inputs.normalize)
     k = _normalized(_participants(inputs.key, inputs.key_valid), inputs.normalize)
     s = q @ k.T / inputs.temperature  # (T, M)
-    s_positive = (q * k[inputs.positive]).sum(1) / inputs.temperature  # (T,)
+    s_positive = (q * k.index_select(0, inputs.positive)).sum(1) / inputs.temperature  # (T,)
     s_negative = s.masked_fill(~_negatives(inputs), -torch.inf).logsumexp(1)  # (T,)
     return torch.logaddexp(s_negative - s_positive, torch.zeros_like(s_positive))
 
@@ -97,7 +99,7 @@ def info_nce_backward(
     x, y = _participants(query, valid), _participants(key, key_valid)
     q, k = _normalized(x, normalize), _normalized(y, normalize)
     s = q @ k.T / temperature  # (T, M)
-    s_positive = (q * k[positive]).sum(1) / temperature  # (T,)
+    s_positive = (q * k.index_select(0, positive)).sum(1) / temperature  # (T,)
 
     weight, loss, s_positive = gradient.weight[:, None], gradient.loss[:, None], s_positive[:, None]  # (T, 1)
     is_positive = positive[:, None] == torch.arange(len(key), device=key.device)  # (T, M)
@@ -175,9 +177,9 @@ def _normalized(x: Tensor, normalize: bool) -> Tensor:  # (T, D)
 
 
 def _normalized_backward(d_u: Tensor, u: Tensor, x: Tensor, normalize: bool) -> Tensor:  # (T, D)
-    """dx = (du - u <u, du>) / |x|, and du / EPS where |x| < EPS."""
+    """dx = (du - u <u, du>) / |x|, and 0 where |x| < EPS: a row without a direction has no gradient."""
     if normalize:
         scale, length = _lengths(x)
-        radial = torch.where(length < 1, 0, (u * d_u).sum(1, keepdim=True))  # (T, 1)
-        d_u = (d_u - u * radial) / scale / length.clamp(min=1)
+        radial = (u * d_u).sum(1, keepdim=True)  # (T, 1)
+        d_u = torch.where(length < 1, 0, (d_u - u * radial) / scale / length.clamp(min=1))
     return d_u

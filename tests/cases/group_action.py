@@ -387,6 +387,83 @@ def test_nan_stays_in_its_sample(backend, interpolation):
     assert torch.equal(out[[0, 2]], expected[[0, 2]])
 
 
+# ---------------------------------------------------------------- maps at their limits
+
+
+def by_hand(linear: list[float], offset: list[float], size: tuple[int, int], size_out: tuple[int, int]) -> LatticeMap:
+    """One map, past the checks of the constructors."""
+    return LatticeMap(torch.tensor(linear, dtype=f64).view(1, 2, 2), torch.tensor([offset], dtype=f64), size, size_out)
+
+
+NO_MAP = [
+    ([math.nan, 0, 0, 1], [0, 0]),
+    ([1, 0, 0, math.inf], [0, 0]),
+    ([1, 0.5, 0.5, 1], [0, -math.inf]),
+    ([1, 0, 0, 1], [math.nan, 0]),
+    ([1e200, 0, 0, 1], [0, 0]),
+]
+
+
+def test_a_map_with_a_number_that_is_none_takes_nothing(backend):
+    for linear, offset in NO_MAP:
+        g = by_hand(linear, offset, (3, 5), (4, 2))
+        for interpolation, padding, antialias in GRADIENT_OPTIONS:
+            x = torch.randn(2, 3, 5, 2, requires_grad=True)
+            out, valid = group_action(
+                *(x, g),
+                interpolation=interpolation,
+                padding=padding,
+                antialias=antialias,
+                return_valid=True,
+                backend=backend,
+            )
+            assert_same_bits(out, torch.zeros_like(out))
+            assert not valid.any()
+            assert not torch.autograd.grad(out, x, torch.ones_like(out))[0].any()
+
+
+def test_a_map_that_cannot_be_inverted_is_its_formula(backend):
+    x = torch.randn(1, 5, 4, 2, requires_grad=True)
+    for linear in ([0, 0, 0, 0], [1, 2, 0.5, 1], [0, 0, 0, 1.3]):
+        g = by_hand(linear, [0.3, -0.4], (5, 4), (3, 9))
+        out = group_action(x, g, backend=backend)
+        assert_within(out.detach(), by_the_formula(x.detach(), g, "bicubic", "border", False), 1e-5)
+        (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        (expected,) = torch.autograd.grad(group_action(x, g, backend="reference"), x, torch.ones_like(out))
+        assert_within(gradient, expected, 1e-5)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_far_outside_the_lattice(backend, padding):
+    """Positions of 4e6 to 4e9 tokens are as exact as near ones; farther out nothing changes."""
+    x = torch.randn(1, 4, 6, 2, dtype=f64)
+    for far in (4_000_000, 1 << 32):
+        offset = [far - 8.0 * (padding == "reflection") + 0.3125, -0.25]
+        near = [{"zeros": 40.0, "border": 40.0, "reflection": far % 8 + 0.3125}[padding], -0.25]
+        if far < 1 << 32:
+            found, expected = (
+                group_action(x, by_hand([1, 0, 0, 1], place, (4, 6), (4, 6)), padding=padding, backend=backend)
+                for place in (offset, near)
+            )
+            assert_within(found, expected, 1e-9)
+        beyond = [
+            group_action(x, by_hand([1, 0, 0, 1], [place, 0], (4, 6), (1, 6)), padding=padding, backend=backend)
+            for place in (1e10, 1e30)
+        ]
+        assert_same_bits(*beyond)
+
+
+@pytest.mark.parametrize(("interpolation", "padding"), list(product(INTERPOLATIONS, PADDINGS)))
+def test_a_step_is_no_longer_than_sixteen_lattices(backend, interpolation, padding):
+    """One output token, in the middle: its row depends on the step alone, and takes no time in proportion to it."""
+    x = torch.randn(1, 3, 4, 2)
+    options = {"interpolation": interpolation, "padding": padding, "antialias": True, "backend": backend}
+    longest = group_action(x, by_hand([48, 0, 0, 64], [0, 0], (3, 4), (1, 1)), **options)
+    for scale in (1e3, 1e9, 1e60):
+        g = by_hand([scale, 0, 0, scale], [0, 0], (3, 4), (1, 1))
+        assert_same_bits(group_action(x, g, **options), longest)
+
+
 # ---------------------------------------------------------------- gradients
 
 GRADIENT_OPTIONS = [

@@ -352,7 +352,29 @@ def test_short_rows_as_normalize(loss_function: Callable[..., Tensor], backend: 
     image = torch.arange(6)
     actual = with_gradients(loss_function, x, y, temperature=0.2, backend=backend)
     expected = with_gradients(partial(dense, loss_function), x, y, temperature=0.2, image=image)
+    expected[1][:2], expected[2][2] = 0, 0  # they have no direction to change
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("dtype", [f64, f32, bf16, f16], ids=str)
+def test_a_row_without_a_direction_has_no_gradient(dtype: torch.dtype, detached: bool, backend: str) -> None:
+    """A row of zeros, or one that is too short: exactly 0 in its own row, and what it would be elsewhere."""
+    x, y = rows(6, dtype=dtype), rows(6, seed=1, dtype=dtype)
+    x[0], x[3], y[2] = 0, x[3] * 1e-20, 0
+    weight = torch.linspace(-1, 2, 6)
+    options = {"temperature": 0.2, "reduction": "none"}
+
+    def gradients(z0: Tensor, z1: Tensor, backend: str) -> tuple[Tensor, ...]:
+        z0, z1 = z0.clone().requires_grad_(), z1.clone().requires_grad_(not detached)
+        loss = info_nce(z0, z1, backend=backend, **options)
+        return torch.autograd.grad((loss * weight).sum(), (z0,) if detached else (z0, z1))
+
+    found, exact = gradients(x, y, backend), gradients(x.to(f64), y.to(f64), "reference")
+    assert not found[0][[0, 3]].any()
+    assert detached or not found[1][2].any()
+    for actual, expected in zip(found, exact, strict=True):
+        assert worst(actual, expected) <= {f64: 1e-12, f32: 1e-5, bf16: 1e-1, f16: 1e-1}[dtype]
 
 
 def test_unnormalized_is_normalized_before(loss_function: Callable[..., Tensor], backend: str) -> None:

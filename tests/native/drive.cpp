@@ -337,7 +337,8 @@ void check_rows(const std::string& what, Type type, bool normalize, int64_t dim,
     }
     if (std::isfinite(dot)) compare(row + ", dot", {dots[i]}, {dot}, 1e-12);
     if (!std::isfinite(dv[0])) continue;
-    for (int64_t d = 0; d < dim; ++d) dv[d] = (dv[d] - (normalize && length > 1e-12 ? radial * v[d] : 0)) / length;
+    const bool flat = normalize && length <= 1e-12;  // no direction, and no gradient
+    for (int64_t d = 0; d < dim; ++d) dv[d] = flat ? 0 : (dv[d] - (normalize ? radial * v[d] : 0)) / length;
     compare(row + ", dx", out, dv, std::max(budget, sizeof(T) == 2 ? 1.0 / 128 : 0));
   }
   for (int64_t d = 0; d < dim; ++d) {
