@@ -452,7 +452,7 @@ def main() -> None:
 
         if not isinstance(error, NonFiniteLossError):
             raise
-        sys.exit(f"ser-fast: {error}")
+        sys.exit(f"ser-fast: {printable(error)}")
     except KeyboardInterrupt:
         sys.exit("ser-fast: stopped")
 

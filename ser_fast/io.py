@@ -1,10 +1,18 @@
-"""Files that are whole or absent: written beside their place, then moved there."""
+"""Files that are whole or absent, written beside their place and then moved there; and how their names are shown."""
 
 import os
+import re
 import secrets
+import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+_IDLE = 24 * 3600.0  # seconds after which nobody writes a partial file any more
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -12,18 +20,28 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
     The other name can't be foreseen, so that no two processes share it and nobody has put a link there; the file gets
     the mode that the umask says, whatever `write` gave it.
+
+    Raises:
+        OSError: it can't be written; one line with its name, which torch and safetensors do not give.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partial_files(path.parent, idle=_IDLE)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         write(partial)
         os.chmod(partial, 0o666 & ~_umask())
-        _flush(partial)
+        flush_to_disk(partial)
         partial.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        of_torch = isinstance(error, RuntimeError) and re.search("inline_container|iostream", str(error))
+        ours = isinstance(error, OSError) and error.filename in (None, str(partial))
+        if not (of_torch or ours or isinstance(error, SafetensorError)):
+            raise  # what `write` computes went wrong
+        reason, free = " ".join(str(error).split()), shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(f"{path} can't be written: {reason} ({free:.0f} MiB are free there)") from error
     finally:
         partial.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        _flush(path.parent)
+    flush_to_disk(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,10 +58,17 @@ def printable(name: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Delete what `write_atomically` left behind where the process was killed; only while no other process writes."""
+def remove_partial_files(folder: Path, *, idle: float = 0) -> None:
+    """Delete what `write_atomically` left behind in a folder where the process was killed.
+
+    Args:
+        folder: not what lies below it.
+        idle: seconds that nothing was written to them; 0 only while no other process writes there.
+    """
     for partial in folder.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if partial.lstat().st_mtime <= time.time() - idle:
+                partial.unlink()
 
 
 def _umask() -> int:
@@ -52,7 +77,10 @@ def _umask() -> int:
     return mask
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on the disk itself."""
+    if path.is_dir() and os.name != "posix":  # where a folder can't be opened
+        return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -135,6 +135,25 @@ def test_commands_have_the_options_and_results_are_shown_before_they_are_written
     assert "checkpoint" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_links_to_nothing_and_hidden_folders_are_no_pictures(
+    name: str, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / "train" / "ant" / "lost.png").symlink_to(pictures / "nowhere")
+    (pictures / "val" / "ant" / ".thumbnails").mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "val" / "ant" / ".thumbnails" / "0.png")
+    module, options = EVALUATIONS[name]
+    if name == "linear":
+        options = {**options, "cache": tmp_path / "cache"}
+    for _ in range(2):
+        caplog.clear()
+        result = module.evaluate(encoder(), f"folder:{pictures}", **options)
+        assert {graded.images for _, graded in result.rows} == {15}
+        (line,) = [line for line in caplog.messages if line.startswith("data: ")]
+        assert line.startswith("data: 2 images could not be read")
+        assert "lost.png (FileNotFoundError" in line
+
+
 # ---------------------------------------------------------------- labels, known before the work
 
 

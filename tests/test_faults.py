@@ -1,12 +1,15 @@
 """What goes wrong around a run: damaged checkpoints, changed data, two runs in one folder, ranks that differ."""
 
+import errno
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,17 @@ import numpy as np
 import pytest
 import torch
 from cases.runs import CPU, ENVIRONMENT, patterns, read_log, tiny_config
+from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import dataloader, get_worker_info
 
+from ser_fast.data import pictures, sources
 from ser_fast.io import write_atomically
+from ser_fast.training import run_folder
 from ser_fast.training.config import TrainConfig, to_json, with_options
 from ser_fast.training.processes import stop_signals
 from ser_fast.training.run_folder import CHECKPOINT_FORMAT, RunFolder, load_checkpoint
-from ser_fast.training.trainer import Trainer, train
+from ser_fast.training.trainer import NonFiniteLossError, Trainer, train
 
 
 @pytest.fixture
@@ -91,6 +98,50 @@ def test_a_checkpoint_without_a_newer_option_has_its_default(config: TrainConfig
     torch.save(state, path)
     with pytest.raises(ValueError, match="SERConfig has no unheard_of"):
         Trainer(replace(config, resume=str(path)), CPU)
+
+
+@pytest.mark.parametrize("change", ["a shape", "a name", "the optimizer", "a step as text", "a later step"])
+def test_a_checkpoint_that_does_not_fit_is_named(config: TrainConfig, done: RunFolder, change: str) -> None:
+    path = done.list_checkpoints()[0]
+    state, expected = torch.load(path), "does not hold the state of this model"
+    weights = state["model"]
+    if change == "a shape":
+        weights["encoder.patch_embed.proj.bias"] = torch.zeros(3)
+    elif change == "a name":
+        del weights["encoder.patch_embed.proj.bias"]
+    elif change == "the optimizer":
+        state["optimizer"]["param_groups"][0]["params"].pop()
+    elif change == "a step as text":
+        state["step"], expected = "2", "is no checkpoint of this trainer"
+    else:
+        state["step"], expected = 10**6, "is of step 1000000, and the run has 6"
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=rf"^resume: {path} {expected}") as error:
+        train(replace(config, resume=str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_that_failed_goes_on_at_a_lower_rate(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says how, and it is so."""
+    step, failing = Trainer.step, {"images": True}
+
+    def not_finite(self: Trainer, number: int, epoch: int, images: torch.Tensor, *others: Any) -> Any:
+        if number == 3 and failing["images"]:
+            for parameter in self.model.objective.parameters():
+                parameter.data.fill_(float("nan"))
+        return step(self, number, epoch, images, *others)
+
+    monkeypatch.setattr(Trainer, "step", not_finite)
+    with pytest.raises(NonFiniteLossError, match=r"step_00000002\.pt; to go on, lower optim\.lr .* --resume-changed"):
+        train(config)
+    failing["images"] = False
+    lower = with_options(config, {"resume": "auto", "optim.lr": 1e-3, "optim.clip_grad": 1.0})
+    with pytest.raises(ValueError, match=r"another optim\.lr, optim\.clip_grad; --resume-changed"):
+        train(lower)
+    train(replace(lower, resume_changed=True))
+    log = read_log(config.out)
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert log[2]["lr"] < 1e-3 < 20 * log[1]["lr"]
 
 
 def test_going_back_keeps_the_new_branch_and_sets_the_old_one_aside(config: TrainConfig, done: RunFolder) -> None:
@@ -188,6 +239,53 @@ def test_names_are_printed_as_they_are(config: TrainConfig, capsys: pytest.Captu
     assert "run[red]" in shown
 
 
+def test_names_of_images_need_not_be_text(config: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"im\xffages")
+    patterns(folder, 24)
+    (folder / os.fsdecode(b"a\xff.png")).write_bytes(b"damaged")
+    changed = with_options(config, {"data": f"folder:{folder}", "optim.steps": 1, "optim.batch_size": 25})
+    program = "import json, sys; from ser_fast.training.config import from_json; from ser_fast.training import trainer"
+    program += "; trainer.train(from_json(json.loads(sys.argv[1])))"
+    command = [sys.executable, "-c", program, json.dumps(to_json(changed))]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr.decode(errors="replace")
+    assert rb"a\udcff.png" in b"".join(ended.stdout.split())
+    with pytest.raises(ValueError, match=r"^out: .* is no text, which the names of TensorBoard's files are"):
+        train(replace(config, out=tmp_path / os.fsdecode(b"run\xff")))
+
+
+def test_files_that_mean_harm_are_skipped_and_named(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, programs = tmp_path / "mixed/ant", tmp_path / "programs"
+    patterns(folder, 12)
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "itself.png").symlink_to(folder / "itself.png")
+    (folder / "again").symlink_to(folder.parent)
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n")
+    (folder / "cut.png").write_bytes((folder / "01.png").read_bytes()[:200])
+    (folder / "a\x1b[31m[bold]b\x07.png").write_bytes(b"nothing")
+    Image.new("L", (1, 65000)).save(folder / "long.png")
+    Image.new("1", (50_000, 50_000)).save(folder / "large.png")
+    harmful = ["pipe.jpg", "itself.png", "zero.png", "script.jpg", "cut.png", "[bold]b", "large.png"]
+    train(
+        with_options(
+            config, {"data": f"folder:{folder.parent}", "workers": 1, "max_skipped": 0.5, "loader_timeout": 60.0}
+        )
+    )
+    shown = capfd.readouterr().out
+    assert [name for name in harmful if name not in "".join(shown.split())] == []
+    assert f"({len(harmful)} in all)" in shown
+    assert not {"\x1b", "\x07"} & set(shown)
+    assert not (tmp_path / "ran").exists()
+    assert len(read_log(config.out)) == 6
+
+
 # ---------------------------------------------------------------- one run a folder
 
 
@@ -234,6 +332,99 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("there", ["a file", "a link to nothing", "a file above", "a folder that is read-only"])
+def test_an_output_folder_that_can_not_be_one_is_named(
+    config: TrainConfig, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = config.out
+    if there == "a link to nothing":
+        out.symlink_to("nowhere")
+    elif there == "a folder that is read-only":
+
+        def denied(path: Path, **_: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "mkdir", denied)
+    else:
+        out.write_text("mine")
+        out = out if there == "a file" else out / "below"
+    reason = {"a file": "is no folder", "a link to nothing": "is a link to nothing"}.get(there, "can't be written to: ")
+    with pytest.raises(ValueError, match=f"^out: {out} {reason}"):
+        train(replace(config, out=out))
+    assert there != "a file" or out.read_text() == "mine"
+
+
+def test_a_log_that_can_not_be_written_is_named(done: RunFolder) -> None:
+    log = done.open_log(6)
+    log.lines = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match=f"No space left on device: '{done.log}'"):
+        log.write(7, 0, {"loss": 1.0})
+
+
+def test_what_is_missing_in_the_log_is_named(
+    config: TrainConfig, done: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = done.log.read_text().splitlines(True)
+    done.log.write_text("".join([lines[0], *lines[3:]]))
+    train(with_options(config, {"resume": "auto", "optim.steps": 7}))
+    assert f"steps2to3aremissingfrom{done.log}" in "".join(capsys.readouterr().out.split())
+    assert [line["step"] for line in read_log(done.path)] == [1, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 3, "epoch": 1, "loss": \xff\xfe}\n', b'{"step": "x"}\n', b"3\n", b"\0" * 64 + b"\n"], ids=str
+)
+def test_a_damaged_line_of_the_log_is_dropped(config: TrainConfig, done: RunFolder, damage: bytes) -> None:
+    lines = done.log.read_bytes().splitlines(True)
+    done.log.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
+    assert [line["step"] for line in done.read_log()] == [1, 2, 4, 5, 6]
+    log = done.open_log(6)
+    assert log.note == f"log: steps 3 to 3 are missing from {done.log}; the run itself is whole"
+    log.close()
+    assert [line["step"] for line in read_log(done.path)] == [1, 2, 4, 5, 6]
+
+
+def test_a_checkpoint_never_goes_beyond_the_log_on_the_disk(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a checkpoint gets its name, the log of its steps was flushed to the disk, and so was the folder."""
+    flushed: dict[Path, int] = {}
+
+    def flush(path: Path) -> None:
+        flushed[path] = len(path.read_text().splitlines()) if path.is_file() else len(list(path.iterdir()))
+
+    replaced, seen = Path.replace, []
+
+    def replace_file(path: Path, target: Path) -> Path:
+        if target.suffix == ".pt":
+            seen.append((int(target.stem.removeprefix("step_")), flushed[config.out / "log.jsonl"]))
+            assert config.out in flushed
+        return replaced(path, target)
+
+    monkeypatch.setattr(run_folder, "flush_to_disk", flush)
+    monkeypatch.setattr(Path, "replace", replace_file)
+    train(config)
+    assert seen == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_partial_files_that_nobody_writes_any_more_are_removed(tmp_path: Path) -> None:
+    """In folders that several processes may write to, as that of cached features."""
+    old, new = tmp_path / ".a.0123.partial", tmp_path / ".b.4567.partial"
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    write_atomically(tmp_path / "file", lambda partial: partial.write_text("content"))
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, "file"}
+
+
+def test_what_fails_while_a_file_is_written_keeps_its_words(tmp_path: Path) -> None:
+    def compute(_: Path) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        write_atomically(tmp_path / "file", compute)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -285,6 +476,104 @@ def test_handlers_are_put_back() -> None:
     with stop_signals():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---------------------------------------------------------------- hangs
+
+
+@pytest.mark.parametrize("fault", ["reads for ever", "stopped", "killed"])
+def test_a_worker_that_gives_nothing_is_named_with_its_file(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The run ends within its limit, and goes on from its last checkpoint to the bits of one without the fault."""
+    held = Path(config.data.removeprefix("folder:")) / f"{np.random.default_rng((0, 0)).permutation(24)[20]:02}.png"
+    read = pictures.read_image
+
+    def slow(path: str, **options: Any) -> torch.Tensor:
+        if path == str(held) and get_worker_info() is not None:  # of the third batch
+            if fault == "reads for ever":
+                time.sleep(600)
+            os.kill(os.getpid(), signal.SIGSTOP if fault == "stopped" else signal.SIGKILL)
+        return read(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "read_image", slow)
+        patch.setattr(dataloader._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how often it looks for dead workers
+        with pytest.raises(OSError, match=r"^data: .*worker 0 was reading (.*)$") as error:
+            train(with_options(config, {"workers": 1, "loader_timeout": 2.0}))
+    assert str(held) in str(error.value)
+    late = r"data: worker 0 \(process \d+\) gave no batch in 2 s \(loader_timeout\)"
+    assert bool(re.match(late, str(error.value))) == (fault != "killed")
+    if fault == "reads for ever":  # the others may hold back the batch before
+        assert RunFolder(config.out).list_checkpoints()[-1].name == "step_00000002.pt"
+    train(replace(config, resume="auto"))
+    straight = RunFolder(train(with_options(config, {"out": config.out.with_name("straight")})))
+    for name, value in load_file(straight.encoder).items():
+        assert torch.equal(load_file(RunFolder(config.out).encoder)[name], value)
+
+
+def test_what_a_worker_raises_is_one_line(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: str, **_: Any) -> torch.Tensor:
+        if get_worker_info() is not None:
+            raise ValueError("data: got nothing, takes: something")
+        return torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(sources, "read_image", failing)
+    with pytest.raises(ValueError, match=r"^data: got nothing, takes: something$"):
+        train(with_options(config, {"workers": 1}))
+
+
+INTERRUPTED = """
+import json, sys
+
+if __name__ == "__main__":
+    import torch
+    from ser_fast.training.config import from_json
+    from ser_fast.training.trainer import train
+
+    torch.set_num_threads(1)
+    torch.multiprocessing.set_start_method(sys.argv[1])
+    train(from_json(json.loads(sys.argv[2])))
+"""
+
+PICTURES = """
+import os, signal, time
+from pathlib import Path
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+class Pictures:
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        once = Path(__file__).with_name("once")
+        if get_worker_info() is not None and not once.exists():
+            once.touch()
+            os.killpg(0, signal.SIGINT)  # as Ctrl-C in a terminal: to all processes of the group
+            time.sleep(1)
+        return Image.new("RGB", (32, 32), (index, 0, 0)), 0
+
+def pictures(train):
+    return Pictures()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_ctrl_c_reaches_the_training_and_not_its_workers(config: TrainConfig, tmp_path: Path, method: str) -> None:
+    """While the first batch is made, which then has its step and a checkpoint."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    (tmp_path / "its_data.py").write_text(PICTURES)
+    long = {"data": "python:its_data:pictures", "workers": 1, "optim.steps": 30, "save_every": 30}
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "interrupted.py", method, json.dumps(to_json(with_options(config, long)))],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=100, start_new_session=True,
+    )  # fmt: skip
+    assert ended.returncode == 128 + signal.SIGINT, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "stopped after step 1" in ended.stdout
+    assert [path.name for path in RunFolder(config.out).list_checkpoints()] == ["step_00000001.pt"]
 
 
 # ---------------------------------------------------------------- ranks
@@ -349,3 +638,45 @@ def test_files_that_one_rank_alone_can_not_read_are_named(config: TrainConfig, t
     ended = two_ranks(tmp_path, with_options(config, {"optim.steps": 1}), {})
     assert ended.returncode == 0, ended.stderr
     assert damaged in "".join(ended.stdout.split())
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_checkpoint(config: TrainConfig, tmp_path: Path) -> None:
+    """A rank that is killed takes the others along; all begin again, with the same arguments, and end as if not."""
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED)
+    environment = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for options in (["--max-restarts", "2"], []):
+        run = replace(config, resume="auto", out=config.out if options else config.out.with_name("straight"))
+        ended = subprocess.run(
+            [*launch, *options, script, "killed" if options else "straight", json.dumps(to_json(run))],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "killed").exists()
+    assert [line["step"] for line in read_log(config.out)] == [1, 2, 3, 4, 5, 6]
+    expected = load_file(RunFolder(config.out.with_name("straight")).encoder)
+    for name, value in load_file(RunFolder(config.out).encoder).items():
+        assert torch.equal(value, expected[name])
+
+
+RESTARTED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from ser_fast.training.config import from_json
+from ser_fast.training.trainer import Trainer, train
+
+torch.set_num_threads(1)
+step, once = Trainer.step, Path(__file__).with_name("killed")
+
+def killed(self, number, *batch):
+    if sys.argv[1] == "killed" and number == 3 and os.environ["RANK"] == "1" and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, *batch)
+
+Trainer.step = killed
+train(from_json(json.loads(sys.argv[2])))
+"""

@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 from ser_fast.csv_files import format_csv, read_csv, unquote, write_csv
+from ser_fast.evaluation import detection, robustness, transformations
 from ser_fast.evaluation.classification import grade
+from ser_fast.evaluation.coco import CategoryRecord
 from ser_fast.evaluation.figures import plot_confusion
 from ser_fast.evaluation.protocol import make_folder
 from ser_fast.evaluation.tables import print_rows, write_confusion
@@ -19,6 +21,8 @@ from ser_fast.export import export
 from ser_fast.io import printable, write_text
 from ser_fast.report.runs import read_runs, write_report
 from ser_fast.sensitivity.table import COLUMNS, read_rows
+from ser_fast.training.config import ModelConfig, TrainConfig, with_options
+from ser_fast.training.trainer import train
 from ser_fast.vit import SplitViT, save_split_vit
 
 FORMULAS = ["=HYPERLINK(1)", "@SUM(1)", "+1+1", "-2+3", "\t=1", "\r=1", "'=1", "''@", "-"]
@@ -108,6 +112,19 @@ def test_names_that_are_no_utf_8_are_written_and_shown(tmp_path: Path) -> None:
     assert "caf\\udce9[red]" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+def test_names_of_models_are_no_markup_in_any_table() -> None:
+    name = f"[/red]{ODD}\x1b[0m"
+    console = Console(record=True, width=400)
+    error = robustness.ErrorRate("fog", 1, 0.5, 0.4, 0.6, 10)
+    robustness.print_errors({name: [error]}, console=console)
+    robustness.print_flips({name: [robustness.FlipRate("tilt", 0.1, 3)]}, console)
+    detection.print_table({name: [CategoryRecord("all", *[0.5] * 7, 3)]}, console)
+    transformations.print_predictions({name: []}, console)
+    shown = console.export_text()
+    assert shown.count("[/red]caf\\udce9\\x1b[0m") >= 4
+    assert "\x1b" not in shown
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["$x^$", "$\\frac{$", ODD, "a\x1bb", "{", "%s", "\u732b"])
 def test_a_figure_shows_any_name(name: str, tmp_path: Path) -> None:
@@ -149,3 +166,32 @@ def test_an_out_that_is_a_folder_is_no_file(tmp_path: Path) -> None:
     save_split_vit(tmp_path / "encoder.safetensors", SplitViT("vit_tiny_patch16_224", 0, img_size=32, depth=1))
     with pytest.raises(ValueError, match=rf"^out: got the folder {tmp_path}, takes a file$"):
         export(tmp_path, "timm", tmp_path)
+
+
+# ---------------------------------------------------------------- options that can't work, before the run's folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim.batch_size": 1}, r"^optim.batch_size: got 1, takes 2 images or more a part: one alone has no other"),
+        (
+            {"optim.batch_size": 4, "optim.accumulate": 4, "optim.accumulate_mode": "plain"},
+            r"^optim.batch_size: got 4 in 4 parts, takes 2 images or more a part",
+        ),
+        ({"out": Path(ODD)}, r"^out: got .*, takes a name in UTF-8, as TensorBoard and torch.save do$"),
+        ({"model.image_size": 30}, r"^model.image_size: got 30, takes a multiple of the patch size"),
+    ],
+    ids=str,
+)
+def test_a_training_that_can_not_work_makes_no_folder(
+    options: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = ModelConfig(
+        "vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, split=1
+    )
+    config = with_options(TrainConfig(out=Path("run"), model=model, addons={}, device="cpu", workers=0), options)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not list(tmp_path.iterdir())

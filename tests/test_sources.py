@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from ser_fast.data import shard_index
+from ser_fast.data import shards as shard_module
 from ser_fast.data.hugging_face import HuggingFace
 from ser_fast.data.listing import expand_pattern, list_files, split_options
 from ser_fast.data.loader import make_loader
 from ser_fast.data.pictures import UnreadableImageError
 from ser_fast.data.python_function import PythonFunction
-from ser_fast.data.shards import TarShards
+from ser_fast.data.shards import Sample, TarShards
 from ser_fast.data.sources import open_dataset, open_source
 
 
@@ -165,6 +167,36 @@ def test_shards(shards, location):
     assert train.read(4).pixels.shape == (3, 6, 9)
     assert open_dataset(source, train=True, image_size=8)[4][0].shape == (3, 8, 8)
     assert train.digest() == open_source(source, train=True, image_size=8).digest() != held_out.digest()
+
+
+def test_a_shards_index_is_used_while_it_fits(tmp_path, monkeypatch):
+    monkeypatch.setenv("SER_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_index, "_LEAST", 1)
+    scanned, scan = [], shard_module._scan
+    monkeypatch.setattr(shard_module, "_scan", lambda path: scanned.append(path) or scan(path))
+
+    def listed(path):
+        shard_module._list.cache_clear()  # as in another process
+        return shard_module._list(*shard_module._check(str(path)))
+
+    shard = tmp_path / "a.tar"
+    write_tar(shard, {"0.png": png(1), "0.cls": b"ant", "1.png": png(2)})
+    first = listed(shard)
+    assert listed(shard) == first == [Sample("0.png", 512, len(png(1)), "ant"), first[1]]
+    assert len(scanned) == 1
+    (index,) = (tmp_path / "cache" / "shards").iterdir()
+    whole = index.read_text()
+    for damaged in ("", "[1]", whole[:-9], whole.replace("512", "513"), whole.replace('"samples"', '"sample"')):
+        index.write_text(damaged)
+        before = len(scanned)
+        assert listed(shard) == first
+        assert len(scanned) == before + 1
+        assert index.read_text() == whole, "made anew"
+    write_tar(shard, {"1.png": png(3), "1.cls": b"bee"})
+    assert [sample.label for sample in listed(shard)] == ["bee"]
+    (tmp_path / "cache2").write_text("no folder")
+    monkeypatch.setenv("SER_FAST_CACHE", str(tmp_path / "cache2"))
+    assert [sample.label for sample in listed(shard)] == ["bee"], "where nothing can be kept"
 
 
 def test_shards_in_folders_of_their_part(shards):
@@ -515,3 +547,57 @@ def test_what_cannot_be_read_is_skipped_counted_and_named(broken_source, workers
     for name, reason in dataset.skipped:
         assert any(mark in name for mark in ("[2]", "[3]", "2.png", "3.png")), name
         assert reason
+
+
+# What changes with the pictures
+
+
+def bmp(value: int) -> bytes:
+    """Every picture has as many bytes."""
+    data = io.BytesIO()
+    Image.new("RGB", (9, 6), (value, value, value)).save(data, "bmp")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["hf", "tar", "folder", "python"])
+def test_fingerprints_change_with_any_picture(kind, tmp_path, request, monkeypatch):
+    """Also where digests, of names and sizes, do not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    make = request.getfixturevalue("hugging_face") if kind == "hf" else None
+
+    def opened(value):
+        if kind == "hf":
+            shutil.rmtree(tmp_path / "set", ignore_errors=True)
+            make([0, 1], pictures=[{"bytes": bmp(v), "path": None} for v in (7, value)]).save_to_disk(tmp_path / "set")
+            source = f"hf:{tmp_path}/set"
+        elif kind == "tar":
+            write_tar(tmp_path / "a.tar", {"0.bmp": bmp(7), "0.cls": "0", "1.bmp": bmp(value), "1.cls": "1"})
+            source = f"tar:{tmp_path}/a.tar"
+        else:
+            for number, of in enumerate((7, value)):
+                path = tmp_path / "pictures" / "ant" / f"{number}.bmp"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(bmp(of))
+                os.utime(path, ns=(10**18, 10**18))
+            (tmp_path / "changing.py").write_text(
+                "from torchvision.datasets import ImageFolder\ndef make(train):\n    return ImageFolder('pictures')\n"
+            )
+            source = f"folder:{tmp_path}/pictures" if kind == "folder" else "python:changing:make"
+        dataset = open_dataset(source, train=True, image_size=8)
+        assert len(dataset.labels) == len(dataset) == 2
+        assert dataset.fingerprint() == dataset.fingerprint()
+        return dataset.digest(), dataset.fingerprint()
+
+    (digest, first), (same_digest, second) = opened(8), opened(9)
+    assert digest == same_digest
+    assert first != second
+    sys.modules.pop("changing", None)
+
+
+def test_fingerprints_change_with_what_is_made_of_the_pictures(tmp_path):
+    (tmp_path / "0.bmp").write_bytes(bmp(1))
+    options = ({}, {"crop_pct": 0.5}, {"image_size": 16}, {"max_pixels": 100})
+    source = f"folder:{tmp_path}"
+    found = {open_dataset(source, **{"train": True, "image_size": 8, **other}).fingerprint() for other in options}
+    assert len(found) == 4

@@ -1,7 +1,9 @@
 """What a training prints of itself."""
 
 import io
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from rich.console import Console
 
 from ser_fast.training import summary
 from ser_fast.training.config import ModelConfig, OptimConfig, TrainConfig
-from ser_fast.training.summary import Pace, summarize
+from ser_fast.training.options import parse
+from ser_fast.training.recipes import demo_recipes
+from ser_fast.training.summary import SMALL, Pace, summarize
 
 TINY = ModelConfig(
     name="vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, split=1
@@ -59,5 +63,18 @@ def test_days_on_a_cpu_are_told_before_they_pass() -> None:
     long = replace(config, optim=OptimConfig(steps=10**8))
     note = summarize(long, model, pictures=64, canvas=55, steps=10**8, device="cpu").splitlines()[-1]
     assert note.startswith("note: on this CPU that takes in the order of ")
-    assert "ser-fast demo" in note
+    assert note.endswith(f"; in minutes: {SMALL}, or: ser-fast demo")
     assert "note:" not in summarize(long, model, pictures=64, canvas=55, steps=10**8, device="cuda")
+    short = summarize(long, model, pictures=64, canvas=55, steps=10**5, device="cpu").splitlines()[-1]
+    assert "hours; in minutes: " in short
+
+
+def test_the_small_training_is_one_of_the_demos() -> None:
+    """Whose times are known; every option of the line is one that the command takes."""
+    program, command, *options = shlex.split(SMALL)
+    assert (program, command) == ("ser-fast", "train")
+    config = parse(options)
+    demos = demo_recipes(Path("runs"), data="photos", steps=60, seed=0)["ser"]
+    assert replace(config, out=demos.out, resume=demos.resume) == demos
+    model = config.build()
+    assert "note:" not in summarize(config, model, pictures=3752, canvas=64, steps=60, device="cpu")

@@ -578,7 +578,7 @@ def test_a_run_continues_from_a_checkpoint_by_path(straight: TrainConfig, tmp_pa
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"optim.lr": 1e-3}, "another optim.lr$"),
+        ({"optim.lr": 1e-3}, "another optim.lr; --resume-changed goes on all the same$"),
         ({"ser.weight": 0.5, "seed": 3}, "another seed, ser.weight$"),
         ({"views.crop_area": (0.3, 1.0)}, "another views.crop_area$"),
     ],
@@ -964,10 +964,15 @@ def test_a_config_of_another_program_is_refused(tmp_path: Path) -> None:
         ({"optim.batch_size": 0}, r"optim\.batch_size: got 0, takes a positive number"),
         ({"max_skipped": 2.0}, r"max_skipped: got 2, takes a number in \[0, 1\]"),
         ({"views.crop_area": (0.9, 0.1)}, r"views\.crop_area: got 0\.9 0\.1, takes a range within"),
-        ({"views.locals": 1, "views.local_area": (0.0, 0.0)}, r"views\.local_area: got 0 0"),
+        ({"views.locals": 1, "views.local_area": (0.0, 0.0)}, r"views\.local_area: got 0, takes a number in \(0, 1\]"),
         ({"views.share": 0.0, "equimod.layers": (2,)}, r"views\.share: got 0, which leaves equimod without images"),
         ({"ser.max_tokens": 1}, r"ser\.max_tokens: got 1, takes 2 or more"),
         ({"model.image_size": 30}, r"model\.image_size: got 30, takes a multiple of the patch size 8"),
+        ({"model.drop_path_rate": 2.0}, r"model\.drop_path_rate: got 2, takes a number in \[0, 0\.99\]"),
+        (
+            {"model.name": "vit_small_patch16_dinov3", "model.num_heads": 8},
+            r"model\.num_heads: got 8, takes heads of a multiple of 4 channels of the 48",
+        ),
         ({"model.num_heads": 5}, r"model: vit_tiny_patch16_224 can't be built with .*num_heads"),
         ({"device": "xpu"}, r"device: got 'xpu', takes 'auto', 'cpu' or 'cuda'"),
     ],

@@ -47,7 +47,7 @@ def list_files(folder: Path, extensions: Collection[str], *, known: Collection[P
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
+                    if os.path.isdir(entry):  # a link to itself is none; entry.is_dir would raise
                         (links if entry.is_symlink() else folders).append(entry.path)
                     elif entry.name.lower().endswith(endings):
                         names.append(entry.name)  # also a pipe or a link to nowhere: they are named where they are read

@@ -1,13 +1,19 @@
 """Batches of images in an order that the seed and the epoch decide, and what becomes of files that can't be read."""
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ser_fast.data.pictures import UnreadableImageError
 from ser_fast.data.sources import ImageDataset
@@ -98,21 +104,36 @@ class EpochSampler(Sampler[list[int]]):
             yield indices[self.rank * share : (self.rank + 1) * share].tolist()
 
 
+# What ends a worker, also a stopped one. Of SIGKILL torch's handler in this process would raise at any time.
+_END = [getattr(signal, name) for name in ("SIGTERM", "SIGCONT") if hasattr(signal, name)]
+
+
+class LoaderError(ChildProcessError):
+    """A worker gave no batch in time, or died; the message names it, and the file that it was reading."""
+
+
 class _BatchReader(Dataset[Batch]):
     """Reads whole batches, so that what becomes of an unreadable file is decided in one place.
 
     In training the next readable item takes its place: batches keep their size, on every rank. In evaluation it is
     left out: no item counts twice.
+
+    Attributes:
+        places: (workers,) int64 in shared memory, the index of the image that each is reading; -1 for none.
     """
 
-    def __init__(self, images: ImageDataset, *, train: bool) -> None:
+    def __init__(self, images: ImageDataset, *, train: bool, workers: int = 0) -> None:
         self.images, self.train = images, train
+        self.places = torch.full((workers,), -1).share_memory_()
 
     def __getitem__(self, indices: list[int]) -> Batch:
         items: list[tuple[Any, ...]] = []  # (image, label, index), and the aspect where it isn't 1
         skipped: list[tuple[str, str]] = []
+        worker = get_worker_info()
+        place = torch.empty(()) if worker is None else self.places[worker.id]
         for index in indices:
             for offset in range(len(self.images) if self.train else 1):
+                place.fill_((index + offset) % len(self.images))
                 try:
                     items.append(self.images[(index + offset) % len(self.images)])
                     break
@@ -123,6 +144,7 @@ class _BatchReader(Dataset[Batch]):
                     raise ValueError(
                         f"data: got {len(self.images)} images, none of which can be read any more: {skipped[-1]}"
                     )
+        place.fill_(-1)
         size = self.images.image_size
         return Batch(
             images=torch.stack([item[0] for item in items]) if items else torch.empty(0, 3, size, size).byte(),
@@ -134,17 +156,107 @@ class _BatchReader(Dataset[Batch]):
 
 
 class Loader(DataLoader[Batch]):
-    """The DataLoader of make_loader: iterates over Batch, and enters unreadable files in the dataset's `skipped`."""
+    """The DataLoader of make_loader: iterates over Batch, and enters unreadable files in the dataset's `skipped`.
+
+    Attributes:
+        limit: seconds that the workers may take for a batch within `failures_named`; 0 waits for ever.
+    """
 
     sampler: EpochSampler
     dataset: _BatchReader
+    limit: float = 0
+    _waiting: tuple[float, int] | None = None  # since when, and for which worker
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # Worker processes read copies of the dataset: what they could not read becomes known here, with the batch.
         skipped = self.dataset.images.skipped
-        for batch in super().__iter__():
+        self._waiting = time.monotonic(), 0
+        with _held_back(signal.SIGINT):
+            batches = super().__iter__()
+        for number, batch in enumerate(batches, start=1):
+            self._waiting = None
             skipped += [entry for entry in dict.fromkeys(batch.skipped) if entry not in skipped]
             yield batch
+            self._waiting = time.monotonic(), number % max(1, self.num_workers)  # workers take turns
+        self._waiting = None
+
+    @contextmanager
+    def failures_named(self) -> Iterator[None]:
+        """Iterate in here: what ends the workers, which may be noticed anywhere, becomes an error of one line.
+
+        Raises:
+            LoaderError: a worker gave no batch in time, or died.
+            ValueError: a worker raised it.
+        """
+        done, late = threading.Event(), list[str]()
+        watch = threading.Thread(target=self._watch, args=(done, late), daemon=True)
+        if self.limit and self.num_workers:
+            watch.start()
+        try:
+            yield
+        except (RuntimeError, EOFError, OSError) as error:
+            if late:
+                raise LoaderError(late[0]) from error
+            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):  # which has no type of its own
+                raise LoaderError(f"data: {str(error).strip().rstrip('.')}{self._reading()}") from error
+            raise
+        except ValueError as error:
+            if not str(error).startswith("Caught "):  # the worker's traceback stands in the message
+                raise
+            raise ValueError(str(error).splitlines()[-1].partition(": ")[2]) from error
+        finally:
+            done.set()
+
+    def _watch(self, done: threading.Event, late: list[str]) -> None:
+        """End the workers where a batch is late, and say so.
+
+        DataLoader's own limit does not see a stopped worker whose batch is being fetched, and names nobody.
+        """
+        while not done.wait(min(1.0, self.limit / 4)):
+            waiting = self._waiting
+            if waiting is not None and time.monotonic() - waiting[0] > self.limit:
+                process = self._processes()[waiting[1]]
+                late.append(
+                    f"data: worker {waiting[1]} (process {process}) gave no batch in {self.limit:g} s (loader_timeout)"
+                    f"{self._reading()}"
+                )
+                for process, number in product(self._processes(), _END):
+                    with suppress(ProcessLookupError):
+                        os.kill(process, number)
+                return
+
+    def _processes(self) -> list[int]:
+        """The workers' process numbers."""
+        iterator: Any = self._iterator
+        return [worker.pid for worker in iterator._workers]
+
+    def _reading(self) -> str:
+        """Where each worker is that reads a file."""
+        images = self.dataset.images
+        return "".join(
+            f"; worker {number} was reading "
+            + (images.locate(index) if hasattr(images, "locate") else f"image {index}")
+            for number, index in enumerate(self.dataset.places.tolist())
+            if index >= 0
+        )
+
+
+@contextmanager
+def _held_back(number: int) -> Iterator[None]:
+    """Processes that are started in here never see the signal; this one gets it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(_: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the training ends after its step, and its workers with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # also where a server that forks was started before
 
 
 def make_loader(
@@ -156,6 +268,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    timeout: float = 0,
 ) -> Loader:
     """Load a dataset in batches, in an order that (seed, epoch) decides whatever the number of ranks and workers.
 
@@ -170,10 +283,11 @@ def make_loader(
         seed: of the order.
         rank, world_size: which of how many parts of a batch.
         workers: processes that load, kept between epochs; 0 loads in this process.
+        timeout: seconds that the workers may take for a batch, see `Loader.failures_named`; 0 waits for ever.
 
     Raises:
         ValueError: batch_size is not a positive multiple of world_size or, in training, exceeds the dataset; rank is
-            not in 0 .. world_size - 1; or seed or workers are negative.
+            not in 0 .. world_size - 1; or seed, workers or timeout are negative.
 
     Example:
         >>> loader = make_loader(dataset, batch_size=256, train=True, seed=0, workers=2)
@@ -187,17 +301,20 @@ def make_loader(
         raise ValueError(f"batch_size: got {batch_size}, takes a positive multiple of world_size={world_size}")
     if train and batch_size > len(dataset):
         raise ValueError(f"batch_size: got {batch_size}, takes the {len(dataset)} images of the dataset at most")
-    for name, number in (("seed", seed), ("workers", workers)):
+    for name, number in (("seed", seed), ("workers", workers), ("timeout", timeout)):
         if number < 0:
             raise ValueError(f"{name}: got {number}, takes 0 or more")
-    return Loader(
-        _BatchReader(dataset, train=train),
+    loader = Loader(
+        _BatchReader(dataset, train=train, workers=workers),
         sampler=EpochSampler(
             len(dataset), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, train=train
         ),
         batch_size=None,  # the sampler yields whole batches
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_begin_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # DataLoader draws from it: the global random state stays as it was
     )
+    loader.limit = timeout
+    return loader

@@ -1,7 +1,8 @@
 """Pictures in WebDataset shards, read by index: tar files that are never unpacked.
 
 The webdataset package reads shards as a stream, whose shuffled order can't be had again from a seed and a step. Here
-the headers are walked once, by the standard library's tarfile, and an item is then one read at its offset.
+the headers are walked once, by the standard library's tarfile, and an item is then one read at its offset. What a shard
+holds is kept in an index (`shard_index`), from which the next start reads it.
 """
 
 import json
@@ -11,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ser_fast.data import MAX_PIXELS
 from ser_fast.data.listing import HELD_OUT, expand_pattern, hash_entries, list_files, split_options, stamp
 from ser_fast.data.pictures import Picture, UnreadableImageError, decode
+from ser_fast.data.shard_index import list_samples
 
 _FIELDS = ("label", "cls", "class")  # of a .json, the first that is there
 
@@ -67,13 +69,13 @@ class TarShards:
                 f"data: got {source!r} without held-out shards, takes tar:PATTERN?val=PATTERN, or another source"
             )
         self.shards = training if train else held_out
-        scanned = [_scan(*_stamp(path)) for path in self.shards]
+        scanned = [_list(*_check(path)) for path in self.shards]
         self.samples = [(number, sample) for number, samples in enumerate(scanned) for sample in samples]
         if not self.samples:
             accepted = ", ".join(IMG_EXTENSIONS)
             raise ValueError(f"data: got {source!r} without a picture in {len(self.shards)} shards, takes {accepted}")
         given = [sample.label for _, sample in self.samples]
-        numbering = given if train else [sample.label for path in training for sample in _scan(*_stamp(path))]
+        numbering = given if train else [sample.label for path in training for sample in _list(*_check(path))]
         names = Path(training[0]).with_name("classnames.txt")
         self.classes = _class_names(source, numbering, names)
         self.labels = _number(source, given, self.classes)
@@ -81,10 +83,15 @@ class TarShards:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def locate(self, index: int) -> str:
+        """The shard, and the picture's name in it."""
+        number, sample = self.samples[index]
+        return f"{self.shards[number]}:{sample.name}"
+
     def read(self, index: int) -> Picture:
         """Picture number `index`: one read at its offset."""
         number, sample = self.samples[index]
-        name = f"{self.shards[number]}:{sample.name}"
+        name = self.locate(index)
         try:
             with open(self.shards[number], "rb") as file:
                 file.seek(sample.offset)
@@ -124,17 +131,22 @@ def _find_shards(source: str, location: str) -> tuple[list[str], list[str]]:
     return training, held_out
 
 
-def _stamp(path: str) -> tuple[str, int, int]:
-    """What `_scan` is remembered by: a shard that was written anew is scanned anew."""
+def _check(path: str) -> tuple[Any, ...]:
+    """What `_list` is remembered by: a shard that was written anew is listed anew."""
     try:
-        status = Path(path).stat()
+        Path(path).stat()
     except OSError as error:
         raise ValueError(f"data: got the shard {path}, which can't be opened: {error.strerror}") from error
-    return path, status.st_size, status.st_mtime_ns
+    return stamp(path)
 
 
 @cache  # training and held-out pictures are opened one after the other, and both need the labels
-def _scan(path: str, size: int, mtime: int) -> list[Sample]:
+def _list(path: str, *_stamp: int) -> list[Sample]:
+    """The samples of a shard."""
+    return [Sample(*sample) for sample in list_samples(path, _scan)]
+
+
+def _scan(path: str) -> list[Any]:
     """The samples of a shard: its headers are read, and the small members that hold labels.
 
     Raises:

@@ -138,6 +138,11 @@ class Squares:
         made = [self.image_size, self.canvas, self.crop_pct, getattr(self.source, "max_pixels", None)]
         return hash_entries([type(self.source).__name__, self.source.fingerprint()], made)
 
+    def locate(self, index: int) -> str:
+        """Where picture number `index` is read from, where the source can say it."""
+        locate = getattr(self.source, "locate", None)
+        return locate(index) if locate else f"picture {index}"
+
 
 def open_dataset(
     source: str, *, train: bool, image_size: int, crop_pct: float = 1.0, max_pixels: int = MAX_PIXELS
@@ -330,6 +335,10 @@ class ImageFolder:
         path, label = self.files[index]
         return Picture(read_image(path, max_pixels=self.max_pixels), label, index)
 
+    def locate(self, index: int) -> str:
+        """Its path."""
+        return self.files[index][0]
+
     def digest(self) -> str:
         return hash_entries(
             self.classes, ((str(Path(path).relative_to(self.folder)), _size(path)) for path, _ in self.files)
@@ -362,7 +371,7 @@ def _count_images(folder: Path) -> int:
     """The image files in a folder, not below it."""
     with os.scandir(folder) as entries:
         return sum(
-            entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+            entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") and os.path.isfile(entry)
             for entry in entries
         )
 

@@ -22,7 +22,7 @@ from ser_fast.evaluation.detector import build_detector, predict, train_head
 from ser_fast.evaluation.figures import save
 from ser_fast.evaluation.protocol import Models, check_positive, device_of, with_controls
 from ser_fast.evaluation.synthetic_coco import write_shapes
-from ser_fast.evaluation.tables import write_table
+from ser_fast.evaluation.tables import shown, write_table
 from ser_fast.io import write_text
 
 
@@ -33,7 +33,7 @@ def print_table(records: Mapping[str, Sequence[CategoryRecord]], console: Consol
     for measure in measures:
         table.add_column(measure, justify="right")
     for name, (mean, *_) in records.items():
-        table.add_row(name, *(f"{getattr(mean, measure):.3f}" for measure in measures))
+        table.add_row(shown(name), *(f"{getattr(mean, measure):.3f}" for measure in measures))
     (console or Console()).print(table)
 
 

@@ -33,7 +33,7 @@ from ser_fast.evaluation.protocol import (
     tell_skipped,
     with_controls,
 )
-from ser_fast.evaluation.tables import write_csv, write_table
+from ser_fast.evaluation.tables import shown, write_csv, write_table
 from ser_fast.evaluation.token_errors import (
     EmbeddingRecord,
     LayerRecord,
@@ -47,6 +47,7 @@ from ser_fast.evaluation.transformations import (
     predict_transformations,
     print_predictions,
 )
+from ser_fast.io import printable
 from ser_fast.lattice import LatticeMap, Size
 
 BUDGET = "patch means"
@@ -109,7 +110,7 @@ def print_table(records: Mapping[str, Sequence[LayerRecord]], console: Console |
                 for record in model_records:
                     rows.setdefault(record.element, {})[record.layer] = getattr(record, metric)
                 table.add_section()
-                table.add_row(name, style="bold")
+                table.add_row(shown(name), style="bold")
                 for element, values in rows.items():
                     if values:
                         table.add_row(
@@ -189,7 +190,7 @@ class EquivarianceResult:
         print_predictions(self.predictions, console)
         for name, (accuracy, errors) in self.softness().items():
             said = ", ".join(f"{group} {error:.3f}" for group, error in errors.items())
-            console.print(f"{name}: kNN top-1 {accuracy:.3f}, error at the split: {said}", markup=False)
+            console.print(f"{printable(name)}: kNN top-1 {accuracy:.3f}, error at the split: {said}", markup=False)
 
     def _print_embeddings(self, console: Console) -> None:
         console.print("Embeddings: e(g x) against e(x), means (error 0, cosine and retrieval 1: invariant)")
@@ -204,7 +205,7 @@ class EquivarianceResult:
                     if chosen:
                         measures = ("relative_error", "aligned_cosine", "retrieval", "chance")
                         values = (fmean(getattr(record, measure) for record in chosen) for measure in measures)
-                        table.add_row(name, kind, group, *(f"{value:.2f}" for value in values))
+                        table.add_row(shown(name), kind, group, *(f"{value:.2f}" for value in values))
         console.print(table)
 
 

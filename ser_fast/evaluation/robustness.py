@@ -44,7 +44,7 @@ from ser_fast.evaluation.protocol import (
     tell_skipped,
     with_controls,
 )
-from ser_fast.evaluation.tables import print_rows, write_rows, write_table
+from ser_fast.evaluation.tables import print_rows, shown, write_rows, write_table
 from ser_fast.progress import track
 from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
@@ -259,7 +259,7 @@ def print_errors(
     table.add_column("kind")
     columns: dict[str, dict[str, str]] = {}
     for name, model_rates in rates.items():
-        table.add_column(name, justify="right")
+        table.add_column(shown(name), justify="right")
         cells = {rate.kind: f"{rate.error:.3f}" for rate in model_rates if rate.kind == CLEAN}
         cells |= {kind: f"{fmean(errors.values()):.3f}" for kind, errors in _by_kind(model_rates).items()}
         cells["mean corruption error"] = f"{mean_corruption_error(model_rates):.3f}"
@@ -276,7 +276,7 @@ def print_flips(rates: Mapping[str, Sequence[FlipRate]], console: Console | None
     table = Table(title="Flip probability, between frames of a sequence (of noise: against the first)")
     table.add_column("kind")
     for name in rates:
-        table.add_column(name, justify="right")
+        table.add_column(shown(name), justify="right")
     for kind_rates in zip(*rates.values(), strict=True):
         table.add_row(kind_rates[0].kind, *(f"{rate.flip_probability:.4f}" for rate in kind_rates))
     means = (fmean(rate.flip_probability for rate in model_rates) for model_rates in rates.values())

@@ -14,6 +14,11 @@ from ser_fast.evaluation.classification import Rows
 from ser_fast.io import printable
 
 
+def shown(name: str) -> str:
+    """A name that users or files gave, as a cell or a title: none of it is markup, or steers the terminal."""
+    return escape(printable(name))
+
+
 def write_table(records: Mapping[str, Sequence[Any]], path: Path) -> Path:
     """Write the records of each model, by name, to a CSV file: a column "model", then the fields of their dataclass.
 
@@ -52,12 +57,12 @@ def write_confusion(rows: Rows, classes: Sequence[str], path: Path) -> Path:
 
 def print_rows(rows: Rows, title: str, console: Console | None = None) -> None:
     """Print top-1 and top-5 with their intervals, a line a classifier."""
-    table = Table(title=escape(printable(title)))
+    table = Table(title=shown(title))
     for heading in rows[0][0]:
         table.add_column(heading)
     for heading in ("top-1 (95 % interval)", "top-5 (95 % interval)"):
         table.add_column(heading, justify="right")
     for labels, result in rows:
         cells = (f"{value:g}" if isinstance(value, float) else str(value) for value in labels.values())
-        table.add_row(*(escape(printable(cell)) for cell in cells), str(result.top1), str(result.top5))
+        table.add_row(*map(shown, cells), str(result.top1), str(result.top5))
     (console or Console()).print(table)

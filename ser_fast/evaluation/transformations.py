@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from ser_fast.evaluation.features import evaluating
 from ser_fast.evaluation.protocol import check_images, check_positive
+from ser_fast.evaluation.tables import shown
 from ser_fast.lattice import LatticeMap
 from ser_fast.progress import track
 from ser_fast.views.pixels import normalize, transform_images
@@ -162,7 +163,9 @@ def print_predictions(predictions: Mapping[str, Sequence[Prediction]], console: 
         for name in predictions:
             for regressor in REGRESSORS:
                 found = (scores.get((name, regressor, layer)) for layer in layers)
-                table.add_row(f"{name} {regressor}", *("" if score is None else f"{score:.2f}" for score in found))
+                table.add_row(
+                    f"{shown(name)} {regressor}", *("" if score is None else f"{score:.2f}" for score in found)
+                )
         console.print(table)
 
 

@@ -1,6 +1,5 @@
 """A sweep: trainings, their scores in one tidy table, and a page."""
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as PrintedTable
 
+from ser_fast.csv_files import read_csv, write_csv
 from ser_fast.device import choose_device
 from ser_fast.evaluation.knn import SampledImages
 from ser_fast.evaluation.protocol import check_positive, make_folder, open_encoder
 from ser_fast.evaluation.scores import MEASURES, OF_A_LAYER, ScoreRecord, score_encoder
-from ser_fast.evaluation.tables import write_csv
 from ser_fast.io import write_atomically
 from ser_fast.sweep.analysis import Interval, Table, cell_means, judged, shared_seeds
 from ser_fast.sweep.cells import Cell
@@ -90,8 +89,7 @@ class SweepResult:
         """
         try:
             protocol = SweepProtocol(**json.loads((folder / PROTOCOL).read_text(encoding="utf-8")))
-            with (folder / TABLE).open(newline="", encoding="utf-8") as file:
-                rows = [_read_row(row) for row in csv.DictReader(file)]
+            rows = [_read_row(row) for row in read_csv(folder / TABLE)]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"out: {folder} can't be read as a sweep's folder: {error!r}") from error
         return cls(rows, protocol)

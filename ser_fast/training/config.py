@@ -86,6 +86,12 @@ class ModelConfig:
             raise ValueError(
                 f"model.image_size: got {self.image_size}, takes a multiple of the patch size {model.patch_size[0]}"
             )
+        blocks: Any = model.blocks
+        if getattr(model, "rope", None) is not None and model.embed_dim // (heads := blocks[0].attn.num_heads) % 4:
+            raise ValueError(
+                f"model.num_heads: got {heads}, takes heads of a multiple of 4 channels of the {model.embed_dim}: this "
+                "model's positions are rotary"
+            )
         for name in self.freeze:
             part = getattr(model, name, None)
             if part is None:
@@ -241,7 +247,7 @@ class TrainConfig:
     resume: str = "none"
     """"auto" continues from the newest checkpoint in `out`, if there is one; a path, from that one."""
     resume_changed: bool = False
-    """Continue although the images or the number of ranks are not those of the checkpoint."""
+    """Continue although the images, the number of ranks, the learning rate or the clipping are not the checkpoint's."""
     max_skipped: float = 0.1
     """Share of the images that may be unreadable; with more, the run stops."""
     save_every: int = 500
@@ -258,6 +264,10 @@ class TrainConfig:
     """"auto", "cpu" or "cuda"."""
     workers: int = 2
     """Processes that load images, on each rank."""
+    loader_timeout: float = 600.0
+    """Seconds that they may take for a batch; then the run ends and names the file. 0 waits for ever."""
+    rank_timeout: float = 1800.0
+    """Seconds that ranks wait for one another; then the run ends and names those that are missing."""
     seed: int = 0
     """Of the weights, the order of the images and every draw."""
 
@@ -288,7 +298,10 @@ class TrainConfig:
 
 
 # What may differ between a run and its continuation, since it changes no number.
-_FREE = ("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints", "device", "workers")
+_FREE = (
+    *("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints"),
+    *("device", "workers", "loader_timeout", "rank_timeout"),
+)
 _PARTS: dict[str, type[Any]] = {"model": ModelConfig, "views": ViewsConfig, "optim": OptimConfig}
 _RENAMED = {"colour_strength": "color_strength"}  # in configs of version 0.1
 _DROPPED = ("color_group", "colour_group")  # there neighbors could share one draw of colors

@@ -2,9 +2,13 @@
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +18,43 @@ from ser_fast.device import choose_device
 from ser_fast.distributed import rank, world_size
 
 T = TypeVar("T")
+_ANSWER_WITHIN = 5.0  # seconds that ranks have when they are called
+
+
+class LostRankError(ConnectionError):
+    """A rank does not answer, or none goes on; the message names them."""
+
+
+@dataclass
+class _Activity:
+    """What this process is doing, and since when."""
+
+    what: str = "starting"
+    since: float = field(default_factory=time.monotonic)
+
+
+_activity = _Activity()
+
+
+def report_activity(what: str) -> None:
+    """Say what this rank begins to do; in `process_group`, one that takes longer than the limit ends the run."""
+    _activity.what, _activity.since = what, time.monotonic()
 
 
 @contextmanager
-def process_group(name: str) -> Iterator[torch.device]:
-    """The device of this process, in torchrun's process group if there is one."""
+def process_group(name: str, limit: float = 1800.0) -> Iterator[torch.device]:
+    """The device of this process, in torchrun's process group if there is one.
+
+    Args:
+        name: of the device, as `choose_device` takes it.
+        limit: seconds that one activity of a rank may take (see `report_activity`). Then, as where a connection breaks,
+            the ranks are called, and the run ends with a line that names those that do not answer. Nothing but the
+            process's end gets out of a collective that hangs.
+
+    Raises:
+        ValueError: a device that can't be had, or several tasks without torchrun.
+        LostRankError: a connection broke.
+    """
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
             raise ValueError(
@@ -31,11 +67,56 @@ def process_group(name: str) -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # With gloo beside NCCL, counts and objects are exchanged without the device, and nothing waits for it.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=limit + 60))  # ours comes first, and names ranks
+    done = threading.Event()
+    report_activity("starting")
+    threading.Thread(target=_watch, args=(limit, done), daemon=True).start()
     try:
         yield device
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's have no type of their own
+            raise
+        raise LostRankError(f"ranks: {_roll_call()}, in the middle of {_activity.what}") from error
     finally:
+        done.set()
         dist.destroy_process_group()
+
+
+def _watch(limit: float, done: threading.Event) -> None:
+    """End the process when an activity takes longer than the limit."""
+    while not done.wait(min(1.0, limit / 4)):
+        if time.monotonic() - _activity.since > limit:
+            message = f"ranks: {_roll_call()}; nothing went on for {limit:g} s (rank_timeout)"
+            if not done.is_set():  # the others did not end it meanwhile
+                sys.stderr.write(f"ser-fast: {message}\n")
+                sys.stderr.flush()
+                os._exit(1)
+
+
+def _roll_call() -> str:
+    """Which ranks do not answer, or what each of them is doing."""
+    answers: dict[int, str] = {}
+
+    def ask() -> None:  # the store itself may hang with rank 0
+        store: Any = dist.distributed_c10d._get_default_store()
+        store = store.clone()  # a connection of its own, which no other thread waits on
+        store.set(f"activity/{rank()}", _activity.what)
+        while len(answers) < world_size():
+            for number in range(world_size()):
+                if number not in answers and store.check([f"activity/{number}"]):
+                    answers[number] = store.get(f"activity/{number}").decode()
+            time.sleep(0.1)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_WITHIN)
+    missing = [str(number) for number in range(world_size()) if number not in answers]
+    if not answers:
+        return "rank 0, or the machine that the ranks met on, does not answer"
+    if missing:
+        return f"rank {', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not answer"
+    return ", ".join(f"rank {number} is {what}" for number, what in sorted(answers.items()))
 
 
 def on_rank_0(function: Callable[[], T]) -> T:

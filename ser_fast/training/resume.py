@@ -1,13 +1,21 @@
 """Where a run begins: whether its ranks agree, and the checkpoint that it continues from."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from ser_fast.io import printable
 from ser_fast.training.config import TrainConfig, differences, from_json, to_json
 from ser_fast.training.processes import of_all_ranks, on_rank_0
 from ser_fast.training.run_folder import DamagedCheckpointError, RunFolder, load_checkpoint
+
+# What a run that failed may go on with, where it is told to: no shape and no order depends on it.
+_CHANGEABLE = ("optim.lr", "optim.lr_end", "optim.clip_grad", "optim.clip")
 
 
 class Identity(NamedTuple):
@@ -53,6 +61,27 @@ def require_agreement(identity: Identity) -> None:
             raise ValueError(f"ranks: rank {number} was started with another {', '.join(changed)} than rank 0")
 
 
+def restore(beginning: Beginning, model: nn.Module, load_optimizer: Callable[[dict[str, Any]], Any]) -> None:
+    """Give a model and its optimizer the state of the checkpoint, if there is one.
+
+    Args:
+        beginning: with the state.
+        model: of the run.
+        load_optimizer: takes the optimizer's part.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if beginning.state is None:
+        return
+    try:
+        model.load_state_dict(beginning.state["model"])
+        load_optimizer(beginning.state["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = shorten(str(error), 400)
+        raise ValueError(f"resume: {beginning.path} does not hold the state of this model: {reason}") from error
+
+
 def find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
     """The checkpoint that config.resume names, found and read by rank 0 for all of them.
 
@@ -64,6 +93,10 @@ def find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
 
 def _find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
     folder = RunFolder(config.out)
+    if any("\ud800" <= sign <= "\udfff" for sign in str(config.out)):  # bytes that are no UTF-8
+        raise ValueError(f"out: {printable(str(config.out))} is no text, which the names of TensorBoard's files are")
+    if os.path.lexists(config.out) and not config.out.is_dir():
+        raise ValueError(f"out: {config.out} is {'a link to nothing' if config.out.is_symlink() else 'no folder'}")
     if config.resume == "auto":
         notes = []
         for path in reversed(folder.list_checkpoints()):
@@ -99,12 +132,14 @@ def _require_same_run(config: TrainConfig, identity: Identity, path: Path, state
     changed = [name for name in differences(identity.config, theirs) if name != "data"]  # its files are compared
     if _is_longer(config, theirs):
         changed = [name for name in changed if name not in ("optim.steps", "optim.epochs")]
-    around = ["data's files"] if state.get("data", identity.data) != identity.data else []
+    own = [name for name in changed if name not in _CHANGEABLE]
+    around = [name for name in changed if name in _CHANGEABLE]
+    around += ["data's files"] if state.get("data", identity.data) != identity.data else []
     before = state.get("world_size", identity.world_size)
     around += [f"number of ranks ({before})"] if before != identity.world_size else []
-    if changed or (around and not config.resume_changed):
-        hint = "" if changed else "; --resume-changed goes on all the same"
-        raise ValueError(f"resume: {path} was trained with another {', '.join(changed + around)}{hint}")
+    if own or (around and not config.resume_changed):
+        hint = "" if own else "; --resume-changed goes on all the same"
+        raise ValueError(f"resume: {path} was trained with another {', '.join(own + around)}{hint}")
 
 
 def _is_longer(config: TrainConfig, theirs: dict[str, Any]) -> bool:

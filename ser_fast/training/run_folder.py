@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from ser_fast.io import remove_partial_files, write_atomically
+from ser_fast.io import flush_to_disk, remove_partial_files, write_atomically
 from ser_fast.training.config import TrainConfig, from_json, to_json
 from ser_fast.vit import SplitViT, save_split_vit
 
@@ -56,10 +56,14 @@ class RunFolder:
         """Keep other processes from training into this folder; the lock ends with the process, however it ends.
 
         Raises:
-            ValueError: one trains into it already.
+            ValueError: one trains into it already, or it can't be written to.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            opened = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise ValueError(f"out: {self.path} can't be written to: {error.strerror}") from error
+        with opened as file:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,6 +102,9 @@ class RunFolder:
         """The log, to go on after step `start`: what was logged after it, or cut short by a crash, is dropped.
 
         Checkpoints of later steps, of a branch that is abandoned, are set aside in a folder of their own.
+
+        Returns:
+            It, with what lines of it are missing: after a crash of the machine, those that were not on the disk yet.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if later := [path for path in self.list_checkpoints() if int(path.stem.removeprefix("step_")) > start]:
@@ -109,11 +116,15 @@ class RunFolder:
             aside.mkdir()
             for path in later:
                 path.rename(aside / path.name)
+        gap = ""
         if self.log.exists():
             lines = self.log.read_text(errors="replace").splitlines(True)
             kept = [line for line in lines if _step_of(line) <= start]
             write_atomically(self.log, partial(Path.write_text, data="".join(kept)))
-        return RunLog(self.log.open("a", buffering=1), SummaryWriter(str(self.tensorboard), purge_step=start + 1))
+            gap = _gap({int(_step_of(line)) for line in kept}, start)
+        note = f"log: steps {gap} are missing from {self.log}; the run itself is whole" if gap else ""
+        board = SummaryWriter(str(self.tensorboard), purge_step=start + 1)
+        return RunLog(self.log, self.log.open("a", buffering=1), board, note)
 
     def read_log(self) -> list[dict[str, Any]]:
         """What each step logged, as far as it is whole."""
@@ -139,16 +150,33 @@ class RunFolder:
 
 
 class RunLog:
-    """The run's log: a line of JSON a step, and TensorBoard's scalars."""
+    """The run's log: a line of JSON a step, and TensorBoard's scalars.
 
-    def __init__(self, lines: IO[str], board: SummaryWriter) -> None:
-        self.lines, self.board = lines, board
+    Attributes:
+        note: what the user should know of the lines before; empty if they are whole.
+    """
+
+    def __init__(self, path: Path, lines: IO[str], board: SummaryWriter, note: str = "") -> None:
+        self.path, self.lines, self.board, self.note = path, lines, board, note
 
     def write(self, step: int, epoch: int, record: dict[str, float]) -> None:
-        """Add what a step has to tell."""
-        self.lines.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
+        """Add what a step has to tell.
+
+        Raises:
+            OSError: it can't be written, as on a full disk.
+        """
+        try:
+            self.lines.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
+        except OSError as error:  # which does not know its file's name
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         for name, value in record.items():
             self.board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Return when what was written is on the disk itself, so that no checkpoint goes beyond it."""
+        self.lines.flush()
+        flush_to_disk(self.path)
+        flush_to_disk(self.path.parent)
 
     def close(self) -> None:
         """Flush and close both."""
@@ -171,7 +199,8 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         raise DamagedCheckpointError(f"resume: {path} can't be read as a checkpoint: {error}") from error
     if broken is not None:
         raise DamagedCheckpointError(f"resume: {path} is damaged: the checksum of {broken} does not fit")
-    if not isinstance(state, dict) or not {"step", "config", "model", "optimizer"} <= state.keys():
+    parts = {"step": int, "config": dict, "model": dict, "optimizer": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in parts.items()):
         raise ValueError(f"resume: {path} is no checkpoint of this trainer")
     if state.get("format", 1) != CHECKPOINT_FORMAT:
         raise ValueError(
@@ -196,7 +225,14 @@ def find_encoder(path: Path) -> Path:
 
 
 def _step_of(line: str) -> float:
+    """Infinite for a line that is none of a log, cut short or damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")
+
+
+def _gap(steps: set[int], last: int) -> str:
+    """The first and the last step that are missing between the first of `steps` and `last`."""
+    missing = sorted(set(range(min(steps), last + 1)) - steps) if steps else []
+    return f"{missing[0]} to {missing[-1]}" if missing else ""

@@ -6,11 +6,19 @@ from datetime import datetime, timedelta
 import torch
 from rich.console import Console
 
+from ser_fast.io import printable
 from ser_fast.training.config import TrainConfig, objective_name
 from ser_fast.training.environment import peak_memory
 from ser_fast.training.pretraining import Pretraining
 
-_DAY = 24 * 3600
+SMALL = (
+    "ser-fast train --out runs/small --model.name vit_tiny_patch16_224 --model.image-size 64 --model.patch-size 8 "
+    "--model.embed-dim 192 --model.depth 6 --model.num-heads 3 --model.split 2 --views.share 0.5 --views.frame whole "
+    "--moco.mlp-dim 512 --ser.hidden-dim 256 --ser.out-dim 128 --ser.max-tokens 1024 --optim.batch-size 32 "
+    "--optim.lr 12e-3 --optim.steps 60 --workers 0"
+)
+"""A training of minutes on two cores: one of the demo's three."""
+_HOUR, _DAY = 3600, 24 * 3600
 _CORE_SPEED = 2e10  # operations a second of a CPU's core in a training; for a warning about days, not for a promise
 _LINES_APART = 30  # seconds
 _TIMED = 4  # steps whose speed is told; the first one, which also allocates, is not counted
@@ -35,7 +43,7 @@ def summarize(config: TrainConfig, model: Pretraining, *, pictures: int, canvas:
     lines = [
         f"model: {config.model.name} at {side} pixels, {encoder / 1e6:.1f} million parameters, with heads "
         f"{trained / 1e6:.1f} million trained; {terms}",
-        f"data: {pictures} pictures of {config.data}, canvas {canvas} pixels",
+        f"data: {pictures} pictures of {printable(config.data)}, canvas {canvas} pixels",
         f"steps: {steps} of {optim.batch_size} pictures, {share} of them for equivariance "
         f"({steps * optim.batch_size / pictures:.3g} epochs)",
         f"learning rate: {rate:.3g} at its peak, optim.lr {optim.lr:g} x batch size {optim.batch_size} / 256",
@@ -44,12 +52,9 @@ def summarize(config: TrainConfig, model: Pretraining, *, pictures: int, canvas:
     # A forward and a backward pass of two views, and a teacher's forward pass, of every token through every weight.
     tokens = (side / model.encoder.patch_size[0]) ** 2
     seconds = 16 * encoder * tokens * steps * optim.batch_size / (_CORE_SPEED * torch.get_num_threads())
-    if device == "cpu" and seconds > _DAY:
-        lines.append(
-            f"note: on this CPU that takes in the order of {seconds / _DAY:.2g} days. A smaller training: "
-            "--model.name vit_tiny_patch16_224 --model.image-size 64 --model.patch-size 8 --optim.batch-size 32 "
-            "--optim.steps 1000; in minutes: ser-fast demo"
-        )
+    if device == "cpu" and seconds > _HOUR:
+        told = f"{seconds / _DAY:.2g} days" if seconds > _DAY else f"{seconds / _HOUR:.2g} hours"
+        lines.append(f"note: on this CPU that takes in the order of {told}; in minutes: {SMALL}, or: ser-fast demo")
     return "\n".join(lines)
 
 

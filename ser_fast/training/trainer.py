@@ -4,9 +4,11 @@ The host queues a step and goes on to the next one. What a step computed, it loo
 (`StepRecord.read`); what must not happen to a step that is not finite, the device sees to (`training/skipping.py`).
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -22,14 +24,15 @@ from ser_fast.data.prefetch import prefetch
 from ser_fast.data.sources import open_canvases
 from ser_fast.device import send
 from ser_fast.distributed import gather_counts, rank, world_size
+from ser_fast.io import printable
 from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
 from ser_fast.training.optim import build_optimizer, clip_gradients, load_optimizer, set_schedules
-from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, stop_signals
+from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, report_activity, stop_signals
 from ser_fast.training.records import LateReports, StepRecord
-from ser_fast.training.resume import Identity, find_beginning, require_agreement
+from ser_fast.training.resume import Identity, find_beginning, require_agreement, restore
 from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.skipping import SavedBuffers, not_finite, step_unless
 from ser_fast.training.summary import Pace, summarize
@@ -53,7 +56,8 @@ def train(config: TrainConfig) -> Path:
         NonFiniteLossError: the loss or its gradient is not finite; that step was not taken. Under --amp fp16, where
             that lowers the scale of the loss, it takes 20 such steps in a row.
     """
-    with process_group(config.device) as device:
+    check_options(config, int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks meet
+    with process_group(config.device, config.rank_timeout) as device:
         return Trainer(config, device).train()
 
 
@@ -97,6 +101,7 @@ class Trainer:
             rank=rank(),
             world_size=world_size(),
             workers=config.workers,
+            timeout=config.loader_timeout,
         )
         self.steps = optim.steps if optim.steps is not None else optim.epochs * self.loader.sampler.batches
         if self.steps < 1:
@@ -119,14 +124,14 @@ class Trainer:
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.overflows = torch.zeros(2, device=device)  # of float16: in all, and in a row up to the last step
-        if self.beginning.state is not None:
-            self.model.load_state_dict(self.beginning.state["model"])
-            load_optimizer(self.optimizer, self.beginning.state["optimizer"])
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(self.beginning.state["scaler"])
-                self.overflows.copy_(torch.tensor(self.beginning.state["overflows"]))
+        restore(self.beginning, self.model, partial(load_optimizer, self.optimizer))
+        if self.beginning.state is not None and self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.beginning.state["scaler"])
+            self.overflows.copy_(torch.tensor(self.beginning.state["overflows"]))
         self.start, self.last_checkpoint = self.beginning.step, self.beginning.path
         self.beginning = self.beginning._replace(state=None)
+        if self.start > self.steps:
+            raise ValueError(f"resume: {self.last_checkpoint} is of step {self.start}, and the run has {self.steps}")
 
     def save(self, step: int) -> None:
         """Write the encoder and a checkpoint after a step."""
@@ -157,7 +162,7 @@ class Trainer:
         config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None
         if log is not None:
             self.folder.write_description(config, describe_environment(self.device))
-        for note in self.beginning.notes:
+        for note in [*self.beginning.notes, *([log.note] if log is not None and log.note else [])]:
             self.console.print(note, markup=False)
         images = self.loader.dataset.images
         summary = summarize(
@@ -172,20 +177,22 @@ class Trainer:
         batch_size, device = config.optim.batch_size, self.device
         pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
+        name = escape(printable(config.out.name))
         progress = progress_bar(console=self.console)
-        task = progress.add_task(escape(config.out.name), total=self.steps, completed=self.start)
+        task = progress.add_task(name, total=self.steps, completed=self.start)
 
         def report(step: int, epoch: int, record: StepRecord, measured: dict[str, float], now: float) -> None:
             values = record.read()
             if log is not None:
                 log.write(step, epoch, values | measured)
-            losses = "  ".join(f"{name} {values[name]:.3f}" for name in ("invariance", *self.model.weights))
-            progress.update(task, completed=step, description=f"{escape(config.out.name)}  {losses}")
+            losses = "  ".join(f"{term} {values[term]:.3f}" for term in ("invariance", *self.model.weights))
+            progress.update(task, completed=step, description=f"{name}  {losses}")
             pace.after(step, losses, now)
 
-        with stop_signals() as stop, progress, LateReports(report) as reports:
+        with stop_signals() as stop, self.loader.failures_named(), progress, LateReports(report) as reports:
             step, begin = self.start, time.perf_counter()
-            for epoch, batch in prefetch(islice(self.batches(), max(0, self.steps - self.start)), device):
+            for epoch, batch in prefetch(islice(self.batches(), self.steps - self.start), device):
+                report_activity(f"in step {step + 1}")
                 record = self.step(step, epoch, batch.images, batch.indices, batch.aspects)
                 step += 1
                 now = time.perf_counter()
@@ -203,10 +210,11 @@ class Trainer:
                 for path, reason in chain(*of_all_ranks(new)) if max(codes) >= 256 else ():
                     skipped.add(path)
                     message = f"skipped unreadable file {path}: {reason} ({len(skipped)} in all)"
-                    progress.console.print(message, markup=False)
+                    progress.console.print(printable(message), markup=False)
                 if step % config.save_every == 0 or step == self.steps or stopped:
                     reports.drain()  # no checkpoint of a step that was not looked at
                     if log is not None:
+                        log.flush()
                         self.save(step)
                 if len(skipped) > config.max_skipped * len(images):
                     raise ValueError(
@@ -215,6 +223,7 @@ class Trainer:
                     )
                 if stopped:
                     break
+                report_activity(f"loading images of step {step + 1}")
         if log is not None:
             log.close()
         if step < self.steps:
@@ -293,8 +302,9 @@ class Trainer:
                 )
                 raise NonFiniteLossError(
                     f"loss is {values['loss']} ({told}), the norm of its gradient {values['grad_norm']}, at step "
-                    f"{step + 1} (epoch {epoch}){overflows}, on images with the indices {indices.tolist()}; last good "
-                    f"checkpoint: {last or 'none'}"
+                    f"{step + 1} (epoch {epoch}){overflows}, on images with the indices {indices.tolist()}; the "
+                    f"last checkpoint is {last or 'none'}; to go on, lower optim.lr or optim.clip_grad and give "
+                    "--resume auto --resume-changed"
                 )
 
         return StepRecord(values | hidden, self.device, check, frozenset(hidden))

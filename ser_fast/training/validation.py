@@ -1,25 +1,32 @@
 """The options of a training, checked by name before anything is opened or made."""
 
 import math
+import os
+import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 from ser_fast.training.config import TrainConfig, to_json
 
-# Of options whose values are an interval or a bound by their nature; dotted names, or endings of them.
-_SHARES = ("optim.warmup", "max_skipped", "views.share", ".momentum", "views.color_gray", "views.local_gray")
-_FROM_0 = (
-    "optim.lr",
-    "optim.lr_end",
-    "optim.weight_decay",
-    "optim.clip_grad",
-    "views.locals",
-    ".weight",
-    "seed",
-    "workers",
+_ANY, _ABOVE_0 = math.inf, math.ulp(0)
+# What an option takes, from and to, by the end of its dotted name: the first that fits, and the last fits all. An
+# upper end bounds what would only end in memory, where no larger one has a use.
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    (r"max_skipped|views\.share|\.warmup|momentum|_warmup|freeze_last_layer", 0, 1),
+    (r"views\.(color|local)_(gray|blur|solarize)", 0, 1),
+    (r"views\.color_(strength|jitter)", 0, 10),
+    (r"model\.drop_path_rate", 0, 0.99),
+    (r"_area", _ABOVE_0, 1),
+    (r"temperature", _ABOVE_0, _ANY),
+    (r"rank_timeout", _ABOVE_0, 10**7),
+    (r"max_pixels|batch_size|accumulate|save_every|keep_checkpoints|epochs", 1, _ANY),
+    (r"canvas|(image|patch|local|turn)_size", 1, 2**14),
+    (r"dims?", 1, 2**20),
+    (r"model\.(depth|num_heads)", 1, 1024),
+    (r"model\.split|layers|views\.locals|workers", 0, 1024),
+    (r"seed", 0, 2**63 - 1),
+    (r"", 0, _ANY),
 )
-_FROM_1 = ("optim.batch_size", "optim.accumulate", "save_every", "keep_checkpoints")
-_ABOVE_0 = (".temperature", "_temperature")
 
 
 def check_options(config: TrainConfig, world_size: int) -> int:
@@ -38,10 +45,11 @@ def check_options(config: TrainConfig, world_size: int) -> int:
     for name, value in _numbers(to_json(config)):
         _check_number(name, value)
     for name, (low, high) in (
-        ("views.crop_area", config.views.crop_area),
-        ("views.local_area", config.views.local_area),
+        ("crop_area", config.views.crop_area),
+        ("local_area", config.views.local_area),
+        ("turn_area", config.views.turn_area),
     ):
-        if not 0 < low <= high <= 1:
+        if low > high:
             raise ValueError(f"views.{name}: got {low:g} {high:g}, takes a range within (0, 1]")
     if config.amp not in (takes := get_args(get_type_hints(TrainConfig)["amp"])):
         raise ValueError(f"amp: got {config.amp!r}, takes one of {', '.join(map(repr, takes))}")
@@ -54,6 +62,16 @@ def check_options(config: TrainConfig, world_size: int) -> int:
             f"optim.accumulate {optim.accumulate}"
         )
     parts = optim.accumulate if optim.accumulate_mode == "plain" else 1
+    if optim.batch_size // parts < 2:
+        among = f" in {parts} parts" if parts > 1 else ""
+        raise ValueError(
+            f"optim.batch_size: got {optim.batch_size}{among}, takes 2 images or more a part: one alone has no other "
+            "to be contrasted with or normalized over"
+        )
+    try:
+        os.fspath(config.out).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"out: got {config.out}, takes a name in UTF-8, as TensorBoard and torch.save do") from error
     part = optim.batch_size // (world_size * parts)
     on = {name: addon for name, addon in config.addons.items() if addon.layers not in ("off", ())}
     if config.views.share == 0 and (others := sorted(on.keys() - {"ser"})):
@@ -82,14 +100,14 @@ def _numbers(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, f
 
 
 def _check_number(name: str, value: float) -> None:
-    section, _, option = name.rpartition(".")
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, takes a finite number")
-    if name.endswith(_SHARES) and not 0 <= value <= 1:
-        raise ValueError(f"{name}: got {value:g}, takes a number in [0, 1]")
-    if name.endswith(_ABOVE_0) and value <= 0:
-        raise ValueError(f"{name}: got {value:g}, takes a number above 0")
-    if (name in _FROM_0 or (section and name.endswith(".weight"))) and value < 0:
-        raise ValueError(f"{name}: got {value:g}, takes a number from 0")
-    if (name in _FROM_1 or "dim" in option.split("_") or option.endswith("dims")) and value < 1:
-        raise ValueError(f"{name}: got {value:g}, takes a positive number")
+    low, high = next((low, high) for names, low, high in _RANGES if re.search(f"({names})$", name))
+    if not low <= value <= high:
+        if low == 1:
+            takes = "a positive number" + (f", {high:.9g} at most" if high < _ANY else "")
+        elif high < _ANY:
+            takes = f"a number in {'(0' if low == _ABOVE_0 else f'[{low:g}'}, {high:.9g}]"
+        else:
+            takes = "a number above 0" if low == _ABOVE_0 else f"a number from {low:g}"
+        raise ValueError(f"{name}: got {value:g}, takes {takes}")
