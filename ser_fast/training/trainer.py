@@ -177,21 +177,21 @@ class Trainer:
         batch_size, device = config.optim.batch_size, self.device
         pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
-        progress = progress_bar(console=self.console)
         name = escape(printable(config.out.name))
+        progress = progress_bar(console=self.console)
         task = progress.add_task(name, total=self.steps, completed=self.start)
 
         def report(step: int, epoch: int, record: StepRecord, measured: dict[str, float], now: float) -> None:
             values = record.read()
             if log is not None:
                 log.write(step, epoch, values | measured)
-            losses = "  ".join(f"{name} {values[name]:.3f}" for name in ("invariance", *self.model.weights))
+            losses = "  ".join(f"{term} {values[term]:.3f}" for term in ("invariance", *self.model.weights))
             progress.update(task, completed=step, description=f"{name}  {losses}")
             pace.after(step, losses, now)
 
         with stop_signals() as stop, self.loader.failures_named(), progress, LateReports(report) as reports:
             step, begin = self.start, time.perf_counter()
-            for epoch, batch in prefetch(islice(self.batches(), max(0, self.steps - self.start)), device):
+            for epoch, batch in prefetch(islice(self.batches(), self.steps - self.start), device):
                 report_activity(f"in step {step + 1}")
                 record = self.step(step, epoch, batch.images, batch.indices, batch.aspects)
                 step += 1
@@ -302,9 +302,9 @@ class Trainer:
                 )
                 raise NonFiniteLossError(
                     f"loss is {values['loss']} ({told}), the norm of its gradient {values['grad_norm']}, at step "
-                    f"{step + 1} (epoch {epoch}){overflows}, on images with the indices {indices.tolist()}; the last "
-                    f"checkpoint is {last or 'none'}; to go on, lower optim.lr or optim.clip_grad and give --resume "
-                    "auto --resume-changed"
+                    f"{step + 1} (epoch {epoch}){overflows}, on images with the indices {indices.tolist()}; the "
+                    f"last checkpoint is {last or 'none'}; to go on, lower optim.lr or optim.clip_grad and give "
+                    "--resume auto --resume-changed"
                 )
 
         return StepRecord(values | hidden, self.device, check, frozenset(hidden))
