@@ -372,6 +372,93 @@ def detection(
     _show(evaluate(models, data, workers=workers, progress=True, **head), out)
 
 
+def segmentation(
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
+    data: Path | None = None,
+    layers: tuple[int, ...] = (),
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03),
+    epochs: int = 10,
+    held_out: float = 0.1,
+    k: int = 30,
+    temperature: float = 0.02,
+    bank: int = 20_000,
+    images: int | None = None,
+    image_size: int | None = None,
+    out: Path | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """The mean IoU of a linear head and of the nearest training tokens, on frozen tokens of checkpoints.
+
+    Beside them stand random initialisations, the mean colors of patches, and a guess.
+
+    Args:
+        checkpoints: runs' folders, .safetensors files or timm:NAME; several are compared.
+        data: a folder as Pascal VOC has it (JPEGImages, SegmentationClass, ImageSets/Segmentation/train.txt and
+            val.txt) or in COCO's layout (annotations/instances_train*.json and instances_val*.json with polygons or
+            run lengths); default shapes on photographs, written to out/segmentation.
+        layers: blocks before the tokens; default the last.
+        rates: learning rates of the linear head, trained side by side; one is chosen on held-out training images.
+        epochs: passes over the training images.
+        held_out: share of the training images that the rate is chosen on.
+        k: number of nearest training tokens.
+        temperature: of their weights.
+        bank: training tokens that are kept for it, at most.
+        images: of the training images and of the held-out ones, at most, spread evenly; default all.
+        image_size: side of the square that pictures are stretched to, in pixels; default twice the model's.
+        out: folder for segmentation.csv, segmentation_classes.csv and segmentation.png; default the checkpoint's, or
+            runs/comparison.
+        batch_size: images a step of the linear head.
+        seed: of the held-out share, the order, the kept tokens, the intervals and the generated set.
+        device: "auto", "cpu" or "cuda".
+    """
+    from ser_fast.evaluation.protocol import DEFAULT_DATA, make_folder, open_encoders
+    from ser_fast.evaluation.segmentation import evaluate
+
+    models, _, folder = open_encoders(checkpoints, DEFAULT_DATA, device=device)
+    out = make_folder(out or folder)
+    head: dict[str, Any] = {"rates": rates, "epochs": epochs, "held_out": held_out, "batch_size": batch_size}
+    vote: dict[str, Any] = {"k": k, "temperature": temperature, "bank": bank}
+    sets: dict[str, Any] = {"images": images, "image_size": image_size, "seed": seed, "folder": out / "segmentation"}
+    _show(evaluate(models, data, layers=layers or None, progress=True, **head, **vote, **sets), out)
+
+
+def show(
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
+    data: str | None = None,
+    images: int = 3,
+    elements: tuple[str, ...] = ("rot90", "angle:30"),
+    layers: tuple[int, ...] = (),
+    image_size: int | None = None,
+    tokens: int = 6,
+    out: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Draw token maps: principal components as colours for x, g x and rho(g) f(x), and where tokens are found in g x.
+
+    Several checkpoints, such as one with and one without SER, stand side by side, beside random initialisations.
+
+    Args:
+        checkpoints: runs' folders, .safetensors files or timm:NAME.
+        data: whose held-out images are drawn; default the run's own, else "photos".
+        images: how many of them, spread evenly.
+        elements: maps g, such as rot90, hflip, angle:30, scale:0.7 or crop:0,0,0.5,0.5.
+        layers: blocks before the tokens; default at most four, from the split to the last.
+        image_size: side of the images in pixels; default the model's, at least 128.
+        tokens: how many tokens of each image are looked for in g x.
+        out: folder for show.html, show.csv and show/ (PNG files); default the checkpoint's, or runs/comparison.
+        device: "auto", "cpu" or "cuda".
+    """
+    from ser_fast.evaluation.pictures import evaluate
+    from ser_fast.evaluation.protocol import make_folder, open_encoders
+
+    models, data, folder = open_encoders(checkpoints, data, device=device)
+    out = make_folder(out or folder)
+    drawn: dict[str, Any] = {"images": images, "elements": elements, "image_size": image_size, "tokens": tokens}
+    _show(evaluate(models, data, layers=layers or None, **drawn), out)
+
+
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report.html")) -> None:
     """Compare runs in one HTML file: their curves, options, figures and every CSV file in their folders.
 
@@ -431,8 +518,8 @@ def _say(line: str) -> None:
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(train, sweep, plan, demo, equivariance, sensitivity, knn, linear, corruptions, detection, report),
-    *(export, doctor),
+    *(train, sweep, plan, demo, equivariance, sensitivity, knn, linear, corruptions, detection),
+    *(segmentation, show, report, export, doctor),
 )
 
 
