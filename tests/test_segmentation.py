@@ -78,9 +78,7 @@ def test_intervals_are_those_of_images_drawn_again() -> None:
     assert graded.accuracy.value == 0.5
     assert graded.accuracy.low == pytest.approx(0.4, abs=0.025)  # .5 +- 1.96 * .05
     assert graded.accuracy.high == pytest.approx(0.6, abs=0.025)
-    assert overlap(counts, seed=3) == graded or torch.equal(overlap(counts, seed=3).pixels, graded.pixels)
     assert overlap(counts, seed=3).miou == graded.miou
-    assert overlap(counts, seed=4).miou != graded.miou
 
 
 # ---------------------------------------------------------------- heads
@@ -201,9 +199,9 @@ def test_voc_folders_that_lack_something_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data: got .*takes a folder with ImageSets/Segmentation"):
         open_segmentation(tmp_path, train=True)
     (folder / "classes.txt").write_text("ground\nblob\n")
+    number = next(number for number, mask in enumerate(blobs(3, 0).values()) if 2 in mask)
     with pytest.raises(ValueError, match=r"class 2 in .*2007_.*, takes 0 to 1"):
-        [VocFolder(folder, train=True)[index] for index in range(2)]
-        VocFolder(folder, train=False)[0]
+        VocFolder(folder, train=number < 2)[number % 2]
     (folder / "classes.txt").unlink()
     mask_file = folder / "SegmentationClass" / "2007_000000.png"
     Image.new("RGB", (48, 40)).save(mask_file)
@@ -288,21 +286,8 @@ def test_the_command_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     data = write_voc(tmp_path / "voc", blobs(8, 0), train=6)
     (data / "classes.txt").write_text("ground\nblob\nother\n")
     save_split_vit(tmp_path / "encoder.safetensors", make_encoder())
-    options = [
-        "--data",
-        data,
-        "--image-size",
-        SIZE,
-        "--epochs",
-        2,
-        "--layers",
-        1,
-        2,
-        "--device",
-        "cpu",
-        "--rates",
-        0.01,
-    ]
+    options: list[object] = ["--data", data, "--image-size", 2 * SIZE, "--epochs", 2, "--layers", 1, 2]
+    options += ["--device", "cpu", "--rates", 0.01]
     run_cli("segmentation", tmp_path / "encoder.safetensors", *options, "--out", tmp_path / "a")
     assert "mean IoU" in capsys.readouterr().out
     table = rows(tmp_path / "a" / "segmentation.csv")
@@ -314,9 +299,9 @@ def test_the_command_on_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for row in table:
         assert 0 <= float(row["miou_low"]) <= float(row["miou"]) <= float(row["miou_high"]) <= 1
         assert int(row["images"]) == 2
-    # The pictures' grey is their class: two of 24 bright pixels wide, on black.
+    # The pictures' grey is their class.
     by_name = {(row["model"], row["method"]): float(row["accuracy"]) for row in table}
-    assert by_name[segmentation.COLORS, "retrieval"] > by_name[segmentation.GUESS, "largest class"]
+    assert by_name[segmentation.COLORS, "retrieval"] > 0.1 + by_name[segmentation.GUESS, "largest class"]
     masks = [mask for mask in list(blobs(8, 0).values())[6:]]
     pixels = torch.cat([mask[mask != IGNORED] for mask in masks])
     assert by_name[segmentation.GUESS, "largest class"] == pytest.approx((pixels == 0).double().mean().item())

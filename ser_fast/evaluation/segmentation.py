@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype
 
-from ser_fast.evaluation.controls import PatchMeans
 from ser_fast.evaluation.features import evaluating
 from ser_fast.evaluation.figures import save
 from ser_fast.evaluation.linear_probe import check_probe
@@ -180,6 +180,23 @@ def plot(shown: Sequence[Shown], classes: int, path: Path) -> Path:
 # ---------------------------------------------------------------- tokens
 
 
+class PatchColors(nn.Module):
+    """The mean color of each patch as points on three circles: the farther two colors, the smaller their cosine.
+
+    Args:
+        patch_size: sides of a patch, in pixels.
+    """
+
+    def __init__(self, patch_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 6) of pixels (B, 3, Hp, Wp) in [0, 1]."""
+        angles = math.pi * F.avg_pool2d(pixels, self.patch_size).permute(0, 2, 3, 1)
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+
 class _Tokens(NamedTuple):
     """Tokens of one layer of one encoder.
 
@@ -188,16 +205,15 @@ class _Tokens(NamedTuple):
         layer: blocks before the tokens; the last one's go through the final norm.
     """
 
-    model: SplitViT | PatchMeans
+    model: SplitViT | PatchColors
     layer: int
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, H, W, C) of images (B, 3, S, S) uint8 on the model's device."""
-        pixels = normalize(to_dtype(images, torch.float32, scale=True))
-        if isinstance(self.model, PatchMeans):
-            (tokens,) = self.model.layer_maps(pixels)
-            return tokens
-        tokens = self.model.encode(pixels, (self.layer,), until=self.layer).tokens[self.layer]
+        pixels = to_dtype(images, torch.float32, scale=True)
+        if isinstance(self.model, PatchColors):
+            return self.model(pixels)
+        tokens = self.model.encode(normalize(pixels), (self.layer,), until=self.layer).tokens[self.layer]
         return (self.model.norm_final(tokens) if self.layer == self.model.depth else tokens).float()
 
 
@@ -309,7 +325,7 @@ def evaluate(
         readers = {
             name: [_Tokens(model, layer) for layer in layers or (model.depth,)] for name, model in compared.items()
         }
-        readers[COLORS] = [_Tokens(PatchMeans(first.patch_size), 0)]
+        readers[COLORS] = [_Tokens(PatchColors(first.patch_size), 0)]
         sizes[COLORS] = sizes[next(iter(compared))]
         device = device_of(first)
         pixels = torch.zeros(len(train_set.classes), dtype=torch.int64)

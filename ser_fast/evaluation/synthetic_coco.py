@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as run_lengths
 from torch import Tensor
 from torchvision.io import write_png
 
@@ -74,7 +75,7 @@ def paste_shapes(
 
     Returns:
         (3, S, S) uint8 and, for each object, COCO's category_id (from 1, in the order of SHAPES), bbox (left, top,
-        width, height) and area, in pixels and exact.
+        width, height) and area, in pixels and exact, and its mask as segmentation, in run lengths.
     """
     image, size = background.clone(), background.shape[-1]
     free = torch.ones(size, size, dtype=torch.bool)
@@ -97,6 +98,10 @@ def paste_shapes(
             image[:, mask], free[mask] = piece[:, mask], False
             rows, columns = (mask.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
             box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
-            objects.append({"category_id": category + 1, "bbox": box, "area": int(mask.sum())})
+            encoded = run_lengths.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+            segmentation = {"size": [size, size], "counts": encoded["counts"].decode()}
+            objects.append(
+                {"category_id": category + 1, "bbox": box, "area": int(mask.sum()), "segmentation": segmentation}
+            )
             break
     return image, objects
