@@ -351,7 +351,8 @@ def detection(
     Args:
         checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
         data: a folder in COCO's layout: annotations/instances_train*.json and instances_val*.json, and the images in
-            folders named like the part behind "instances_"; default shapes on photographs, written to out/detection.
+            folders named like the part behind "instances_"; default materials in shapes on photographs, written to
+            out/detection.
         steps: to train each of the two heads.
         batch_size: images a step.
         lr: the largest learning rate.
@@ -397,7 +398,7 @@ def segmentation(
         checkpoints: runs' folders, .safetensors files or timm:NAME; several are compared.
         data: a folder as Pascal VOC has it (JPEGImages, SegmentationClass, ImageSets/Segmentation/train.txt and
             val.txt) or in COCO's layout (annotations/instances_train*.json and instances_val*.json with polygons or
-            run lengths); default shapes on photographs, written to out/segmentation.
+            run lengths); default materials in shapes on photographs, written to out/segmentation.
         layers: blocks before the tokens; default the last.
         rates: learning rates of the linear head, trained side by side; one is chosen on held-out training images.
         epochs: passes over the training images.

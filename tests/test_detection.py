@@ -473,7 +473,7 @@ def test_the_command_compares_with_a_random_initialisation(
     assert [(row["model"], row["category"]) for row in table] == [
         (model, category) for model in ("checkpoint", "random") for category in ("all", *synthetic_coco.MATERIALS)
     ]
-    held_out = CocoFolder(tmp_path / "detection" / "shapes_0", train=False)
+    held_out = CocoFolder(tmp_path / "detection" / "materials_0", train=False)
     for model in ("checkpoint", "random"):
         results = json.loads((tmp_path / "detection" / f"{model}.json").read_text())
         expected = score(held_out.coco, results)

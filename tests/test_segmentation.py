@@ -321,7 +321,7 @@ def test_the_generated_set_has_masks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert list(result.records) == ["a", "random", segmentation.COLORS, segmentation.GUESS]
     assert result.names[0] == "background"
-    dataset = CocoMasks(tmp_path / "shapes_0", train=True)
+    dataset = CocoMasks(tmp_path / "materials_0", train=True)
     for index in range(len(dataset)):
         boxes, labels = dataset.boxes[index][1].values()
         mask = dataset[index].mask

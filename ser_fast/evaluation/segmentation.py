@@ -273,8 +273,8 @@ def evaluate(
 
     Args:
         models: on their device; one, or several by name.
-        data: a folder as Pascal VOC has it, or in COCO's layout with masks; default shapes on photographs
-            (`write_shapes`).
+        data: a folder as Pascal VOC has it, or in COCO's layout with masks; default materials in
+            shapes (`write_shapes`).
         layers: blocks before the tokens, 1 to the depth; default each model's last.
         rates: learning rates of the linear head, trained side by side; one is chosen on held-out training images.
         epochs: passes over the training images.
@@ -307,7 +307,7 @@ def evaluate(
     sizes = {name: check_image_size(model, image_size or _default_size(model)) for name, model in compared.items()}
     with TemporaryDirectory() if folder is None else nullcontext(folder) as kept:
         if data is None:
-            data, source = Path(kept) / f"shapes_{seed}", "the generated set"
+            data, source = Path(kept) / f"materials_{seed}", "the generated set"
             if not (data / "annotations" / "instances_val.json").is_file():  # what is written last
                 write_shapes(data, seed=seed)
         else:
