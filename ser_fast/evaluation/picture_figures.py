@@ -82,11 +82,11 @@ def draw_matches(panels: Mapping[str, "Panel"], element: str, path: Path) -> Pat
                 axes.set_ylabel(f"layer {layer}" + (" (split)" if layer == panel.split else ""), fontsize=10)
         grid[0, column].set_title(name, fontsize=13, fontweight="bold")
     figure.supxlabel(
-        f"Left x, right g x ({element}). Squares: tokens of x. Circles: where they are in g x. "
+        f"Left x, right g x ({element}). Squares: tokens of x. Circles: where they are in g x.\n"
         "Lines: to where they are found, dotted and crossed if elsewhere.",
         fontsize=9,
     )
-    return save(figure, path, dpi=130)
+    return save(figure, path, dpi=100)  # photographs, which PNG doesn't make small
 
 
 def _draw_pair(axes: Axes, panel: "Panel", layer: "Layer") -> None:
