@@ -385,6 +385,7 @@ def segmentation(
     bank: int = 20_000,
     images: int | None = None,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     out: Path | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -407,21 +408,22 @@ def segmentation(
         temperature: of their weights.
         bank: training tokens that are kept for it, at most.
         images: of the training images and of the held-out ones, at most, spread evenly; default all.
-        image_size: side of the square that pictures are stretched to, in pixels; default twice the model's.
+        image_size: side of the square that pictures are stretched to, in pixels; default twice the model's, at most
+            512 unless the model's is more.
+        max_pixels: of one picture; more is an error, since all of them are scored.
         out: folder for segmentation.csv, segmentation_classes.csv and segmentation.png; default the checkpoint's, or
             runs/comparison.
         batch_size: images a step of the linear head.
         seed: of the held-out share, the order, the kept tokens, the intervals and the generated set.
         device: "auto", "cpu" or "cuda".
     """
-    from ser_fast.evaluation.protocol import DEFAULT_DATA, make_folder, open_encoders
     from ser_fast.evaluation.segmentation import evaluate
 
-    models, _, folder = open_encoders(checkpoints, DEFAULT_DATA, device=device)
-    out = make_folder(out or folder)
+    models, _, out = _open(checkpoints, "photos", out, device)  # what they were trained on doesn't matter
     head: dict[str, Any] = {"rates": rates, "epochs": epochs, "held_out": held_out, "batch_size": batch_size}
     vote: dict[str, Any] = {"k": k, "temperature": temperature, "bank": bank}
     sets: dict[str, Any] = {"images": images, "image_size": image_size, "seed": seed, "folder": out / "segmentation"}
+    sets["max_pixels"] = max_pixels
     _show(evaluate(models, data, layers=layers or None, progress=True, **head, **vote, **sets), out)
 
 
@@ -432,6 +434,8 @@ def show(
     elements: tuple[str, ...] = ("rot90", "angle:30"),
     layers: tuple[int, ...] = (),
     image_size: int | None = None,
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     tokens: int = 6,
     out: Path | None = None,
     device: str = "auto",
@@ -447,16 +451,17 @@ def show(
         elements: maps g, such as rot90, hflip, angle:30, scale:0.7 or crop:0,0,0.5,0.5.
         layers: blocks before the tokens; default at most four, from the split to the last.
         image_size: side of the images in pixels; default the model's, at least 128.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         tokens: how many tokens of each image are looked for in g x.
         out: folder for show.html, show.csv and show/ (PNG files); default the checkpoint's, or runs/comparison.
         device: "auto", "cpu" or "cuda".
     """
     from ser_fast.evaluation.pictures import evaluate
-    from ser_fast.evaluation.protocol import make_folder, open_encoders
 
-    models, data, folder = open_encoders(checkpoints, data, device=device)
-    out = make_folder(out or folder)
+    models, data, out = _open(checkpoints, data, out, device)
     drawn: dict[str, Any] = {"images": images, "elements": elements, "image_size": image_size, "tokens": tokens}
+    drawn |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
     _show(evaluate(models, data, layers=layers or None, **drawn), out)
 
 

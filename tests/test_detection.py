@@ -261,7 +261,7 @@ def test_an_image_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1\.png can't be read, .* 32 x 32 pixels, more than max_pixels = 100"):
         CocoFolder(folder, train=False, max_pixels=100)[0]
     (folder / "val2017" / "1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"data: .*1\.png can't be read, and a detector takes all images: Unid"):
+    with pytest.raises(ValueError, match=r"data: .*1\.png can't be read, and all images are taken: Unid"):
         CocoFolder(folder, train=False)[0]
 
 

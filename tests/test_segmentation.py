@@ -183,7 +183,7 @@ def blobs(count: int, seed: int) -> dict[str, Tensor]:
 def test_voc_folders_are_read(tmp_path: Path) -> None:
     masks = blobs(3, 0)
     folder = write_voc(tmp_path / "voc", masks, train=2)
-    train, val = (open_segmentation(folder, train=part) for part in (True, False))
+    train, val = open_segmentation(folder)
     assert isinstance(train, VocFolder)
     assert (len(train), len(val)) == (2, 1)
     assert (train.classes[0], train.classes[15], len(train.classes)) == ("background", "person", 21)
@@ -197,7 +197,7 @@ def test_voc_folders_are_read(tmp_path: Path) -> None:
 def test_voc_folders_that_lack_something_are_refused(tmp_path: Path) -> None:
     folder = write_voc(tmp_path / "voc", blobs(3, 0), train=2)
     with pytest.raises(ValueError, match=r"data: got .*takes a folder with ImageSets/Segmentation"):
-        open_segmentation(tmp_path, train=True)
+        open_segmentation(tmp_path)
     (folder / "classes.txt").write_text("ground\nblob\n")
     number = next(number for number, mask in enumerate(blobs(3, 0).values()) if 2 in mask)
     with pytest.raises(ValueError, match=r"class 2 in .*2007_.*, takes 0 to 1"):
@@ -260,7 +260,8 @@ def test_coco_masks_are_painted_and_overlaps_ignored(tmp_path: Path) -> None:
             },
         ],
     )
-    dataset = open_segmentation(folder, train=True)
+    dataset, held_out = open_segmentation(folder)
+    assert held_out.classes == dataset.classes
     assert isinstance(dataset, CocoMasks)
     assert dataset.classes == ["background", "early", "late"]
     image, mask = dataset[0]

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ser_fast.evaluation.figures import save
@@ -111,6 +113,6 @@ def _draw_pair(axes: Axes, panel: "Panel", layer: "Layer") -> None:
     axes.set_xlabel(f"{layer.hit:.0%} of all tokens found (a guess: {layer.chance:.1%})", fontsize=9)
 
 
-def _masked(colors: Tensor, valid: Tensor | None) -> "Tensor":
+def _masked(colors: Tensor, valid: Tensor | None) -> NDArray[np.float32]:
     """Colors (H, W, 3), white where they aren't valid."""
     return (colors if valid is None else torch.where(valid[..., None], colors, 1.0)).numpy()

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype
 
+from ser_fast.csv_files import write_csv
+from ser_fast.data import MAX_PIXELS
 from ser_fast.data.sources import open_dataset
 from ser_fast.evaluation.elements import parse_elements
 from ser_fast.evaluation.features import evaluating, spread_images
@@ -29,9 +32,11 @@ from ser_fast.evaluation.protocol import (
     check_images,
     check_positive,
     device_of,
+    tell_skipped,
     with_controls,
 )
-from ser_fast.evaluation.tables import write_csv
+from ser_fast.evaluation.token_errors import check_elements
+from ser_fast.io import printable
 from ser_fast.lattice import LatticeMap, positions
 from ser_fast.ops.group_action import group_action
 from ser_fast.report.engine import data_uri, render, write_page
@@ -156,7 +161,8 @@ class PicturesResult:
 
     def print(self, console: Console | None = None) -> None:
         """Print the error and the share of tokens found, a row a model and layer: means over the images."""
-        table = Table("", box=SIMPLE_HEAD, padding=0, title=f"Token maps of {self.data}: error, tokens found (a guess)")
+        title = f"Token maps of {escape(printable(self.data))}: error, tokens found (a guess)"
+        table = Table("", title=title, box=SIMPLE_HEAD, padding=0)
         table.add_column("layer", justify="right")
         elements = list(dict.fromkeys(element for _, element in self.panels))
         for element in elements:
@@ -168,7 +174,7 @@ class PicturesResult:
                 of = [r for r in rows if (r["model"], r["layer"], r["element"]) == (model, layer, element)]
                 error, hit, chance = (fmean(r[column] for r in of) for column in ("relative_error", "hit1", "chance"))
                 cells.append(f"{error:.2f}, {hit:.2f} ({chance:.2f})")
-            table.add_row(model, str(layer), *cells)
+            table.add_row(escape(printable(model)), str(layer), *cells)
         (console or Console()).print(table)
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -204,6 +210,8 @@ def evaluate(
     elements: Sequence[str] = ELEMENTS,
     layers: Sequence[int] | None = None,
     image_size: int | None = None,
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     tokens: int = 6,
 ) -> PicturesResult:
     """Draw the token maps of encoders side by side, beside random initializations.
@@ -221,6 +229,8 @@ def evaluate(
         layers: blocks before the tokens, 1 to the depth; default at most four, evenly from each model's split to its
             last.
         image_size: side of the images in pixels; default the model's, at least 128.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
         tokens: how many tokens of each image are looked for in the other view.
 
     Raises:
@@ -235,18 +245,18 @@ def evaluate(
     compared = with_controls(models)
     held_out: dict[str, Tensor] = {}
     opened: dict[int, Tensor] = {}
-    maps: dict[str, dict[str, LatticeMap]] = {}
+    maps: dict[str, Mapping[str, LatticeMap]] = {}
     for name, model in compared.items():
         if wrong := [layer for layer in layers or () if layer not in range(1, model.depth + 1)]:
             raise ValueError(f"layers: got {wrong[0]}, {name} takes 1 to {model.depth}")
         size = check_image_size(model, image_size or _default_size(model))
         if size not in opened:
-            opened[size] = spread_images(open_dataset(data, train=False, image_size=size), images)
+            dataset = open_dataset(data, train=False, image_size=size, crop_pct=crop_pct, max_pixels=max_pixels)
+            opened[size] = spread_images(dataset, images)
+            tell_skipped(dataset)
         held_out[name] = opened[size].to(device_of(model))
-        maps[name] = parse_elements(elements, check_images(model, held_out[name]))
-        for element, g in maps[name].items():
-            if not bool(g.valid().any()):
-                raise ValueError(f"elements: {element!r} leaves no valid token")
+        lattice = check_images(model, held_out[name])
+        maps[name] = check_elements(parse_elements(elements, lattice), lattice)
     drawn: dict[tuple[int, str], dict[str, Panel]] = {}
     for name, model in compared.items():
         chosen = sorted(set(layers)) if layers else _default_layers(model)

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype
 
+from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation.features import evaluating
 from ser_fast.evaluation.figures import save
 from ser_fast.evaluation.linear_probe import check_probe
@@ -36,6 +38,7 @@ from ser_fast.evaluation.segmentation_heads import (
 from ser_fast.evaluation.segmentation_sets import IGNORED, SegmentationSet, open_segmentation
 from ser_fast.evaluation.synthetic_coco import write_shapes
 from ser_fast.evaluation.tables import write_table
+from ser_fast.io import printable
 from ser_fast.lattice import Size
 from ser_fast.progress import track
 from ser_fast.views.pixels import normalize
@@ -136,7 +139,8 @@ class SegmentationResult:
 
     def print(self, console: Console | None = None) -> None:
         """Print mean IoU and pixel accuracy with their intervals, a row a model, method and layer."""
-        table = Table("", "method", title=f"Segmentation of held-out images of {self.data}", box=SIMPLE_HEAD, padding=0)
+        title = f"Segmentation of held-out images of {escape(printable(self.data))}"
+        table = Table("", "method", title=title, box=SIMPLE_HEAD, padding=0)
         for heading in ("layer", "mean IoU (95 % interval)", "pixel accuracy"):
             table.add_column(heading, justify="right")
         for name, records in self.records.items():
@@ -148,7 +152,7 @@ class SegmentationResult:
                         (r.accuracy, r.accuracy_low, r.accuracy_high),
                     )
                 )
-                table.add_row(name, r.method, str(r.layer or ""), *cells)
+                table.add_row(escape(printable(name)), r.method, str(r.layer or ""), *cells)
         (console or Console()).print(table)
 
 
@@ -262,6 +266,7 @@ def evaluate(
     bank: int = 20_000,
     images: int | None = None,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     seed: int = 0,
     folder: Path | None = None,
     progress: bool = False,
@@ -285,6 +290,7 @@ def evaluate(
         bank: training tokens that are neighbors, at most.
         images: of the training images and of the held-out ones, spread evenly; default all.
         image_size: side of the square in pixels; default twice the model's, at most 512 unless the model's is more.
+        max_pixels: of one picture; more is an error, since all of them are scored.
         seed: of the held-out share, the order, the bank, the bootstrap and the generated set.
         folder: of the generated set; None keeps none.
         progress: show bars on the terminal.
@@ -312,9 +318,7 @@ def evaluate(
                 write_shapes(data, seed=seed)
         else:
             source = str(data)
-        train_set, test_set = (open_segmentation(Path(data), train=part) for part in (True, False))
-        if train_set.classes != test_set.classes:
-            raise ValueError(f"data: got other classes in the training than in the held-out part of {data}")
+        train_set, test_set = open_segmentation(Path(data), max_pixels=max_pixels)
         train_rows, test_rows = (_spread(len(part), images) for part in (train_set, test_set))
         check_probe(rates, epochs, batch_size, None, held_out, len(train_rows))
 
@@ -369,7 +373,8 @@ def evaluate(
                     if read is model_readers[-1]:
                         for picture, shown in zip(pictures, result.shown, strict=True):
                             found = read(resize(picture.image[None], list(size), antialias=True).to(device))
-                            shown.masks[name] = classes_of(linear.head(found), picture.mask.shape).byte()
+                            height, width = picture.mask.shape
+                            shown.masks[name] = classes_of(linear.head(found), (height, width)).byte()
                 chosen = {"linear": (linear.rate, linear.held_out[linear.rate]), "retrieval": (math.nan, math.nan)}
                 for method, of in counts.items():
                     graded = overlap(torch.stack(of), seed=seed)

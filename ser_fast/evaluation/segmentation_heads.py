@@ -169,7 +169,7 @@ def train_head(
         nn.init.zeros_(parameter)
 
     def fit(rows: Tensor, head_rates: Sequence[float], title: str) -> list[nn.Module]:
-        heads = [deepcopy(start) for _ in head_rates]
+        heads: list[nn.Module] = [deepcopy(start) for _ in head_rates]
         groups = [{"params": head.parameters(), "lr": rate} for head, rate in zip(heads, head_rates, strict=True)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0)
         schedule = CosineAnnealingLR(optimizer, epochs * -(-len(rows) // batch_size))
@@ -220,7 +220,9 @@ def _standardization(tokens: Tensor) -> _Standardize:
 
 def _cross_entropy(scores: Tensor, truth: Tensor) -> Tensor:
     """The mean over the pixels of truth (B, S, S) that count; 0 where none does."""
-    losses = F.cross_entropy(upsample(scores, tuple(truth.shape[1:])), truth, ignore_index=IGNORED, reduction="sum")
+    losses = F.cross_entropy(
+        upsample(scores, (truth.shape[1], truth.shape[2])), truth, ignore_index=IGNORED, reduction="sum"
+    )
     return losses / (truth != IGNORED).sum().clamp(min=1)
 
 
@@ -299,7 +301,7 @@ def class_shares(mask: Tensor, size: Size, classes: int) -> Tensor:
 def predict(head: Head, tokens: Tensor, mask: Tensor) -> Tensor:
     """`count_pixels` of one picture's tokens (1, H, W, C) against its mask (h, w) of any size."""
     scores = head(tokens)
-    return count_pixels(classes_of(scores, tuple(mask.shape)), mask, scores.shape[-1])
+    return count_pixels(classes_of(scores, (mask.shape[0], mask.shape[1])), mask, scores.shape[-1])
 
 
 def classes_of(scores: Tensor, size: Size) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ser_fast.data.pictures import UnreadableImageError, read_image, to_rgb
+from ser_fast.data import MAX_PIXELS
+from ser_fast.data.pictures import UnreadableImageError, read_image
 from ser_fast.evaluation.coco import CocoFolder
 
 IGNORED = 255
@@ -60,12 +61,14 @@ class VocFolder:
     Args:
         folder: of these.
         train: which of the two lists.
+        max_pixels: of one picture; one of more can't be read.
 
     Raises:
         ValueError: there is no such list, it is empty, or a file that it names is missing.
     """
 
-    def __init__(self, folder: Path, *, train: bool) -> None:
+    def __init__(self, folder: Path, *, train: bool, max_pixels: int = MAX_PIXELS) -> None:
+        self.max_pixels = max_pixels
         listing = folder / "ImageSets" / "Segmentation" / f"{'train' if train else 'val'}.txt"
         if not listing.is_file():
             raise ValueError(f"data: got {folder}, which has no {listing.relative_to(folder)}")
@@ -90,18 +93,19 @@ class VocFolder:
     def __getitem__(self, index: int) -> Segmented:
         image_file, mask_file = self.files[index]
         try:
-            image = read_image(image_file)
+            image = read_image(image_file, max_pixels=self.max_pixels, upright=False)  # as the mask is
         except UnreadableImageError as error:
             raise ValueError(f"data: got {error.path}, which can't be read: {error.reason}") from error
         try:
             with Image.open(mask_file, formats=["PNG"]) as opened:
-                mode, mask = opened.mode, torch.from_numpy(np.array(opened))
+                mode, shape = opened.mode, (opened.height, opened.width)
+                if shape != image.shape[1:]:  # before it is decoded
+                    raise ValueError(f"data: got {mask_file} of {shape} pixels, takes {tuple(image.shape[1:])}")
+                mask = torch.from_numpy(np.array(opened))
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"data: got {mask_file}, which can't be read: {error}") from error
         if mode not in ("P", "L"):
             raise ValueError(f"data: got {mask_file} of mode {mode}, takes a palette or 8-bit grey levels")
-        if mask.shape != image.shape[1:]:
-            raise ValueError(f"data: got {mask_file} of {tuple(mask.shape)} pixels, takes {tuple(image.shape[1:])}")
         known = mask[mask != IGNORED]
         if known.numel() and int(known.max()) >= len(self.classes):
             raise ValueError(f"data: got class {int(known.max())} in {mask_file}, takes 0 to {len(self.classes) - 1}")
@@ -117,17 +121,23 @@ class CocoMasks:
     Args:
         folder: as `CocoFolder` takes it.
         train: which part.
+        labels_of: the part whose categories the classes are; default this one's.
+        max_pixels: of one picture; one of more can't be read.
 
     Raises:
         ValueError: what `CocoFolder` refuses, or an annotation without a mask.
     """
 
-    def __init__(self, folder: Path, *, train: bool) -> None:
-        self.boxes = CocoFolder(folder, train=train)
+    def __init__(
+        self, folder: Path, *, train: bool, labels_of: "CocoMasks | None" = None, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        others: CocoFolder | None = None if labels_of is None else labels_of.boxes
+        self.boxes: CocoFolder = CocoFolder(folder, train=train, labels_of=others, max_pixels=max_pixels)
         coco = self.boxes.coco
         if not all(annotation.get("segmentation") for annotation in coco.anns.values()):
             raise ValueError(f"data: got {folder}, takes a segmentation in each annotation")
-        self.classes = ["background", *(coco.cats[number]["name"] for number in self.boxes.categories)]
+        names = (others or self.boxes).names
+        self.classes = ["background", *(names[number] for number in self.boxes.categories)]
         if len(self.classes) > IGNORED:
             raise ValueError(f"data: got {len(self.classes) - 1} categories, takes at most {IGNORED - 1}")
 
@@ -135,19 +145,15 @@ class CocoMasks:
         return len(self.boxes)
 
     def __getitem__(self, index: int) -> Segmented:
-        number = self.boxes.examples.ids[index]
-        try:
-            decoded, annotations = self.boxes.examples[index]
-        except OSError as error:
-            raise ValueError(f"data: got image {number}, which can't be read: {error}") from error
-        image = to_rgb(decoded)
+        image, annotations = self.boxes.read(index)
         mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
         crowded = torch.zeros_like(mask, dtype=torch.bool)
         for annotation in annotations:
             inside = torch.from_numpy(self.boxes.coco.annToMask(annotation)).bool()
             if inside.shape != mask.shape:
                 raise ValueError(
-                    f"data: got a mask of {tuple(inside.shape)} pixels in image {number}, takes {tuple(mask.shape)}"
+                    f"data: got a mask of {tuple(inside.shape)} pixels in image {self.boxes.examples.ids[index]}, "
+                    f"takes {tuple(mask.shape)}"
                 )
             if annotation["iscrowd"]:
                 crowded |= inside
@@ -159,16 +165,18 @@ class CocoMasks:
         return Segmented(image, mask)
 
 
-def open_segmentation(data: Path, *, train: bool) -> SegmentationSet:
-    """A folder as Pascal VOC or as COCO has it, whichever its subfolders say.
+def open_segmentation(data: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[SegmentationSet, SegmentationSet]:
+    """The training part and the held-out part of a folder as Pascal VOC or as COCO has it, of the same classes.
 
     Raises:
         ValueError: it is neither, or what the class of its kind refuses.
     """
     if (data / "ImageSets" / "Segmentation").is_dir():
-        return VocFolder(data, train=train)
+        train, held_out = (VocFolder(data, train=part, max_pixels=max_pixels) for part in (True, False))
+        return train, held_out
     if (data / "annotations").is_dir():
-        return CocoMasks(data, train=train)
+        masks = CocoMasks(data, train=True, max_pixels=max_pixels)
+        return masks, CocoMasks(data, train=False, labels_of=masks, max_pixels=max_pixels)
     raise ValueError(
         f"data: got {data}, takes a folder with ImageSets/Segmentation (as Pascal VOC) or annotations (as COCO)"
     )
