@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from ser_fast.data import MAX_PIXELS
-from ser_fast.evaluation import RATES
+from ser_fast.evaluation import RATES, TOKEN_RATES
 from ser_fast.sensitivity import VARIANTS
 
 
@@ -377,7 +377,7 @@ def segmentation(
     checkpoints: tyro.conf.Positional[tuple[str, ...]],
     data: Path | None = None,
     layers: tuple[int, ...] = (),
-    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03),
+    rates: tuple[float, ...] = TOKEN_RATES,
     epochs: int = 10,
     held_out: float = 0.1,
     k: int = 30,

@@ -22,6 +22,7 @@ from ser_fast.evaluation.segmentation_heads import (
     overlap,
     predict,
     train_head,
+    upsample,
 )
 from ser_fast.evaluation.segmentation_sets import IGNORED, CocoMasks, VocFolder, open_segmentation
 from ser_fast.vit import SplitViT, save_split_vit
@@ -147,6 +148,7 @@ def test_shares_of_classes_are_those_of_each_tokens_pixels() -> None:
 
 def test_scores_are_interpolated_between_the_tokens_centers() -> None:
     scores = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])  # (1, 1, 2, 2): two tokens, one class each
+    assert upsample(scores, (1, 4)).tolist() == [[[[1.0, 0.75, 0.25, 0.0]], [[0.0, 0.25, 0.75, 1.0]]]]  # half pixels
     assert classes_of(scores, (1, 4)).tolist() == [[0, 0, 1, 1]]
     assert classes_of(scores, (3, 8)).tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 3
 

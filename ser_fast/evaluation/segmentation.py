@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype
 
 from ser_fast.data import MAX_PIXELS
+from ser_fast.evaluation import TOKEN_RATES
 from ser_fast.evaluation.features import evaluating
 from ser_fast.evaluation.figures import save
 from ser_fast.evaluation.linear_probe import check_probe
@@ -44,8 +45,6 @@ from ser_fast.progress import track
 from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
 
-RATES = (0.001, 0.003, 0.01, 0.03)
-"""Learning rates that the linear head tries."""
 COLORS = "patch colors"
 """In the tables: what the mean color of each patch is worth. An encoder that isn't above it sees no more than color."""
 GUESS = "a guess"
@@ -257,7 +256,7 @@ def evaluate(
     data: Path | str | None = None,
     *,
     layers: Sequence[int] | None = None,
-    rates: Sequence[float] = RATES,
+    rates: Sequence[float] = TOKEN_RATES,
     epochs: int = 10,
     held_out: float = 0.1,
     batch_size: int = 16,
