@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from ser_fast.data import MAX_PIXELS
-from ser_fast.evaluation import RATES
+from ser_fast.evaluation import RATES, TOKEN_RATES
 from ser_fast.sensitivity import VARIANTS
 
 
@@ -351,7 +351,8 @@ def detection(
     Args:
         checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
         data: a folder in COCO's layout: annotations/instances_train*.json and instances_val*.json, and the images in
-            folders named like the part behind "instances_"; default shapes on photographs, written to out/detection.
+            folders named like the part behind "instances_"; default materials in shapes on photographs, written to
+            out/detection.
         steps: to train each of the two heads.
         batch_size: images a step.
         lr: the largest learning rate.
@@ -370,6 +371,98 @@ def detection(
     head: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "save_every": save_every}
     head |= {"image_size": image_size, "max_pixels": max_pixels, "heads": out / "detection"}
     _show(evaluate(models, data, workers=workers, progress=True, **head), out)
+
+
+def segmentation(
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
+    data: Path | None = None,
+    layers: tuple[int, ...] = (),
+    rates: tuple[float, ...] = TOKEN_RATES,
+    epochs: int = 10,
+    held_out: float = 0.1,
+    k: int = 30,
+    temperature: float = 0.02,
+    bank: int = 20_000,
+    images: int | None = None,
+    image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    out: Path | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """The mean IoU of a linear head and of the nearest training tokens, on frozen tokens of checkpoints.
+
+    Beside them stand random initialisations, the mean colors of patches, and a guess.
+
+    Args:
+        checkpoints: runs' folders, .safetensors files or timm:NAME; several are compared.
+        data: a folder as Pascal VOC has it (JPEGImages, SegmentationClass, ImageSets/Segmentation/train.txt and
+            val.txt) or in COCO's layout (annotations/instances_train*.json and instances_val*.json with polygons or
+            run lengths); default materials in shapes on photographs, written to out/segmentation.
+        layers: blocks before the tokens; default the last.
+        rates: learning rates of the linear head, trained side by side; one is chosen on held-out training images.
+        epochs: passes over the training images.
+        held_out: share of the training images that the rate is chosen on.
+        k: number of nearest training tokens.
+        temperature: of their weights.
+        bank: training tokens that are kept for it, at most.
+        images: of the training images and of the held-out ones, at most, spread evenly; default all.
+        image_size: side of the square that pictures are stretched to, in pixels; default twice the model's, at most
+            512 unless the model's is more.
+        max_pixels: of one picture; more is an error, since all of them are scored.
+        out: folder for segmentation.csv, segmentation_classes.csv and segmentation.png; default the checkpoint's, or
+            runs/comparison.
+        batch_size: images a step of the linear head.
+        seed: of the held-out share, the order, the kept tokens, the intervals and the generated set.
+        device: "auto", "cpu" or "cuda".
+    """
+    from ser_fast.evaluation.segmentation import evaluate
+
+    models, _, out = _open(checkpoints, "photos", out, device)  # what they were trained on doesn't matter
+    head: dict[str, Any] = {"rates": rates, "epochs": epochs, "held_out": held_out, "batch_size": batch_size}
+    vote: dict[str, Any] = {"k": k, "temperature": temperature, "bank": bank}
+    sets: dict[str, Any] = {"images": images, "image_size": image_size, "seed": seed, "folder": out / "segmentation"}
+    sets["max_pixels"] = max_pixels
+    _show(evaluate(models, data, layers=layers or None, progress=True, **head, **vote, **sets), out)
+
+
+def show(
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
+    data: str | None = None,
+    images: int = 3,
+    elements: tuple[str, ...] = ("rot90", "angle:30"),
+    layers: tuple[int, ...] = (),
+    image_size: int | None = None,
+    crop_pct: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
+    tokens: int = 6,
+    out: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Draw token maps: principal components as colours for x, g x and rho(g) f(x), and where tokens are found in g x.
+
+    Several checkpoints, such as one with and one without SER, stand side by side, beside random initialisations.
+
+    Args:
+        checkpoints: runs' folders, .safetensors files or timm:NAME.
+        data: whose held-out images are drawn; default the run's own, else "photos".
+        images: how many of them, spread evenly.
+        elements: maps g, such as rot90, hflip, angle:30, scale:0.7 or crop:0,0,0.5,0.5.
+        layers: blocks before the tokens; default at most four, from the split to the last.
+        image_size: side of the images in pixels; default the model's, at least 128.
+        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
+        max_pixels: of one picture; one of more is left out, as one that can't be read.
+        tokens: how many tokens of each image are looked for in g x.
+        out: folder for show.html, show.csv and show/ (PNG files); default the checkpoint's, or runs/comparison.
+        device: "auto", "cpu" or "cuda".
+    """
+    from ser_fast.evaluation.pictures import evaluate
+
+    models, data, out = _open(checkpoints, data, out, device)
+    drawn: dict[str, Any] = {"images": images, "elements": elements, "image_size": image_size, "tokens": tokens}
+    drawn |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
+    _show(evaluate(models, data, layers=layers or None, **drawn), out)
 
 
 def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report.html")) -> None:
@@ -431,8 +524,8 @@ def _say(line: str) -> None:
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(train, sweep, plan, demo, equivariance, sensitivity, knn, linear, corruptions, detection, report),
-    *(export, doctor),
+    *(train, sweep, plan, demo, equivariance, sensitivity, knn, linear, corruptions, detection),
+    *(segmentation, show, report, export, doctor),
 )
 
 

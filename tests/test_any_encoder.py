@@ -7,6 +7,7 @@ import torch
 from cases.command_line import rows, run_cli
 from cases.runs import patterns
 
+from ser_fast.evaluation import synthetic_coco
 from ser_fast.vit import SplitViT, save_split_vit
 
 ARCHITECTURES = {
@@ -21,6 +22,8 @@ COMMANDS = {
     "linear": (["--epochs", "1", "--rates", "0.1", "--batch-size", "4", "--held-out", "0.25"], "linear.csv"),
     "corruptions": (["--images", "2", "--sequences", "1", "--classifier", "knn", "--k", "1"], "corruptions.csv"),
     "detection": (["--steps", "1", "--batch-size", "1", "--image-size", "64"], "detection.csv"),
+    "segmentation": (["--epochs", "1", "--rates", "0.1", "--held-out", "0.25"], "segmentation.csv"),
+    "show": (["--images", "1", "--elements", "rot90", "--tokens", "1"], "show.csv"),
 }
 
 
@@ -46,9 +49,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_takes_any_architecture(command: str, files: list[Path], data: str, tmp_path: Path) -> None:
+def test_every_command_takes_any_architecture(
+    command: str, files: list[Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthetic_coco, "IMAGES", {"train": 4, "val": 2})
     arguments, table = COMMANDS[command]
-    source = [] if command == "detection" else ["--data", data]
+    source = [] if command in ("detection", "segmentation") else ["--data", data]
     size = ["--image-size", "112"] if command == "corruptions" else []  # one for all, of patches of 14 and 16
     run_cli(command, *files, *source, *arguments, *size, "--out", tmp_path, "--device", "cpu")
     found = {row["model"] for row in rows(tmp_path / table)}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases.command_line import PNG, assert_same_files, rows, run_cli
 from PIL import Image
+from pycocotools import mask as run_lengths
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
@@ -32,16 +33,17 @@ def make_encoder(patch_size: int = 8) -> SplitViT:
 
 
 class Flat:
-    """Images of one grey, in place of the photographs."""
-
-    def __init__(self, grey: int) -> None:
-        self.image = torch.full((3, synthetic_coco.IMAGE_SIZE, synthetic_coco.IMAGE_SIZE), grey, dtype=torch.uint8)
+    """Images of one grey, in place of the photographs; those from number 3 on are striped."""
 
     def __len__(self) -> int:
-        return 3
+        return 6
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return self.image, 0, index
+        side = synthetic_coco.IMAGE_SIZE
+        image = torch.full((3, side, side), 100, dtype=torch.uint8)
+        if index >= 3:
+            image[:, ::2] = 0
+        return image, 0, index
 
 
 def write_coco(folder: Path, images: dict[int, tuple[int, int]], annotations: list[dict[str, Any]]) -> Path:
@@ -83,28 +85,65 @@ def hand_made(tmp_path: Path) -> CocoFolder:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_boxes_are_those_of_the_pasted_pixels(seed: int) -> None:
-    image, objects = synthetic_coco.paste_shapes(Flat(0)[0][0], Flat(255), np.random.default_rng(seed))
-    colours = image.flatten(1).unique(dim=1).T  # each object has one, the background is black
+    flat = Flat()
+    image, objects = synthetic_coco.paste_shapes(flat[0][0], flat, [np.arange(3)] * 2, np.random.default_rng(seed))
+    colours = image.flatten(1).unique(dim=1).T  # each object has one, and so has the background
     found = []
-    for colour in colours[colours.sum(1) > 0]:
+    for colour in colours:
         rows, columns = (image == colour[:, None, None]).all(0).nonzero().T.tolist()
         left, top = min(columns), min(rows)
         found.append(([left, top, max(columns) + 1 - left, max(rows) + 1 - top], len(rows)))
-    assert 1 <= len(found) <= 4
-    assert sorted(found) == sorted((pasted["bbox"], pasted["area"]) for pasted in objects)
+    boxes = [(pasted["bbox"], pasted["area"]) for pasted in objects]
+    assert 1 <= len(boxes) <= 4
+    assert len(found) == len(boxes) + 1
+    assert all(pasted in found for pasted in boxes)
+    for pasted in objects:
+        mask = run_lengths.decode(pasted["segmentation"])
+        left, top, width, height = pasted["bbox"]
+        assert mask.sum() == mask[top : top + height, left : left + width].sum() == pasted["area"]
 
 
-def test_each_shape_has_its_category() -> None:
-    rng, shares = np.random.default_rng(0), {}
-    for _ in range(60):
-        for pasted in synthetic_coco.paste_shapes(Flat(0)[0][0], Flat(255), rng)[1]:
-            _, _, width, height = pasted["bbox"]
-            shares.setdefault(pasted["category_id"], []).append(pasted["area"] / (width * height))
-    means = {list(synthetic_coco.SHAPES)[number - 1]: float(np.mean(of)) for number, of in shares.items()}
-    assert set(means) == set(synthetic_coco.SHAPES)
+def test_each_material_has_its_category() -> None:
+    rng, flat = np.random.default_rng(0), Flat()
+    categories = set()
+    for _ in range(10):
+        image, objects = synthetic_coco.paste_shapes(flat[0][0], flat, [np.arange(3), np.arange(3, 6)], rng)
+        for pasted in objects:
+            mask = torch.from_numpy(run_lengths.decode(pasted["segmentation"])).bool()
+            colours = image[:, mask].unique(dim=1).shape[1]
+            assert colours == pasted["category_id"]  # one color, or two stripes
+            categories.add(pasted["category_id"])
+    assert categories == {1, 2}
+
+
+def test_shapes_are_what_they_are_called() -> None:
+    rng = np.random.default_rng(0)
+    shares: dict[str, list[float]] = {name: [] for name in synthetic_coco.SHAPES}
+    for name in 25 * list(shares):
+        mask = synthetic_coco.draw_shape(name, 128, rng)
+        if mask[[0, -1]].any() or mask[:, [0, -1]].any():
+            continue  # cut off by the image's border
+        rows, columns = mask.nonzero().T.tolist()
+        area = (max(rows) + 1 - min(rows)) * (max(columns) + 1 - min(columns))
+        shares[name].append(float(mask.sum()) / area)
+    means = {name: float(np.mean(of)) for name, of in shares.items()}
     assert means["disc"] == pytest.approx(math.pi / 4, abs=0.01)  # at any angle
     assert means["square"] == pytest.approx(0.64, abs=0.1)  # .5 to 1, by the angle
     assert means["triangle"] == pytest.approx(0.49, abs=0.05)  # at most a half
+
+
+def test_mean_colors_do_not_say_what_an_object_is() -> None:
+    """Over many pieces each material has the same mean color, within what chance leaves."""
+    rng, flat = np.random.default_rng(0), Flat()
+    means = torch.stack(
+        [
+            torch.stack([synthetic_coco.recolor(flat[i][0], rng).double().mean((1, 2)) for _ in range(400)])
+            for i in (0, 4)
+        ]
+    )
+    low, high = synthetic_coco._BASE
+    deviation = (high - low) / math.sqrt(12 * 400)
+    assert (means.mean(1) - (low + high) / 2).abs().max() < 4 * deviation
 
 
 def test_the_set_is_seeded_and_its_parts_are_not_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +261,7 @@ def test_an_image_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1\.png can't be read, .* 32 x 32 pixels, more than max_pixels = 100"):
         CocoFolder(folder, train=False, max_pixels=100)[0]
     (folder / "val2017" / "1.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"data: .*1\.png can't be read, and a detector takes all images: Unid"):
+    with pytest.raises(ValueError, match=r"data: .*1\.png can't be read, and all images are taken: Unid"):
         CocoFolder(folder, train=False)[0]
 
 
@@ -432,9 +471,9 @@ def test_the_command_compares_with_a_random_initialisation(
     run_cli("detection", *argv)
     table = rows(tmp_path / "detection.csv")
     assert [(row["model"], row["category"]) for row in table] == [
-        (model, category) for model in ("checkpoint", "random") for category in ("all", *synthetic_coco.SHAPES)
+        (model, category) for model in ("checkpoint", "random") for category in ("all", *synthetic_coco.MATERIALS)
     ]
-    held_out = CocoFolder(tmp_path / "detection" / "shapes_0", train=False)
+    held_out = CocoFolder(tmp_path / "detection" / "materials_0", train=False)
     for model in ("checkpoint", "random"):
         results = json.loads((tmp_path / "detection" / f"{model}.json").read_text())
         expected = score(held_out.coco, results)

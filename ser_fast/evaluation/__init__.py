@@ -1,8 +1,8 @@
 """Evaluations of a frozen encoder, one module a protocol.
 
 Each has `evaluate(model, data, ...) -> Result`: `model` is a SplitViT on its device, `data` names the images ("photos",
-"folder:PATH" or another source, as `open_source` takes it; a folder for detection), a random initialization of the
-model is measured beside it, and the result writes its tables and figures.
+"folder:PATH" or another source, as `open_source` takes it; a folder for detection and segmentation), a random
+initialization of the model is measured beside it, and the result writes its tables and figures.
 
 Example:
     >>> from ser_fast.evaluation import knn
@@ -14,6 +14,8 @@ Example:
     >>> result.write(Path("runs/a"))  # knn.csv, knn.png, knn_confusion.csv, knn_confusion.png
 """
 
-# Here, and not beside the probe: the command line shows it before it loads what a probe takes.
+# Here, and not beside the probes: the command line shows them before it loads what a probe takes.
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Learning rates that a linear probe tries."""
+TOKEN_RATES = (0.001, 0.003, 0.01, 0.03)
+"""Learning rates that the linear head of the segmentation tries."""

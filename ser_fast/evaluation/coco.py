@@ -104,14 +104,22 @@ class CocoFolder(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Example:
+    def read(self, index: int) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Image number `index` (3, H, W) uint8, and its annotations as the file has them.
+
+        Raises:
+            ValueError: the image can't be read.
+        """
         number = self.examples.ids[index]
         path = Path(self.examples.root) / self.coco.imgs[number]["file_name"]
         try:
             image = read_image(path, max_pixels=self.max_pixels, upright=False)  # (3, H, W) uint8
         except UnreadableImageError as error:
-            raise ValueError(f"data: {path} can't be read, and a detector takes all images: {error.reason}") from error
-        annotations = self.coco.imgToAnns[number]
+            raise ValueError(f"data: {path} can't be read, and all images are taken: {error.reason}") from error
+        return image, self.coco.imgToAnns[number]
+
+    def __getitem__(self, index: int) -> Example:
+        image, annotations = self.read(index)
         objects = [annotation for annotation in annotations if not annotation["iscrowd"]]
         boxes = torch.tensor([annotation["bbox"] for annotation in objects], dtype=torch.float32).reshape(-1, 4)
         target = {

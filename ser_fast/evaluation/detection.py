@@ -143,7 +143,7 @@ def evaluate(
     Args:
         models: on their device: one, called "checkpoint", or several by name; they aren't changed. Random
             initializations stand beside them.
-        data: a folder in COCO's layout (`CocoFolder`); default shapes on photographs (`write_shapes`).
+        data: a folder in COCO's layout (`CocoFolder`); default materials in shapes (`write_shapes`).
         steps: to train each of the two heads.
         batch_size: images a step.
         lr: the largest learning rate.
@@ -170,7 +170,7 @@ def evaluate(
     with TemporaryDirectory() if heads is None else nullcontext(heads) as kept:
         folder = Path(kept)
         if data is None:
-            data = folder / f"shapes_{seed}"
+            data = folder / f"materials_{seed}"
             if not (data / "annotations" / "instances_val.json").is_file():  # what is written last
                 write_shapes(data, seed=seed)
         train_set = CocoFolder(Path(data), train=True, max_pixels=max_pixels)
