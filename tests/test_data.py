@@ -6,6 +6,7 @@ from importlib.resources import files
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torchvision.datasets import CIFAR10
 
-from ser_fast.data import pictures
+from ser_fast.data import loader, pictures
 from ser_fast.data.loader import make_loader
 from ser_fast.data.pictures import UnreadableImageError, decode
 from ser_fast.data.sources import open_canvases, open_dataset
@@ -666,3 +667,14 @@ def test_floating_point_tiff_is_read_by_its_range(scale: float, tmp_path: Path) 
     pixels = decode((tmp_path / "a.tiff").read_bytes(), "a.tiff", max_pixels=100)
     expected = torch.from_numpy((values / scale * 255).round()).to(torch.uint8)
     assert torch.equal(pixels, expected.expand(3, 8, 8))
+
+
+def test_a_worker_stacks_its_batch_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset("photos", train=True, image_size=32)
+    reader = make_loader(dataset, batch_size=4, train=True).dataset
+    here = reader[[0, 1, 2, 3]]
+    monkeypatch.setattr(loader, "get_worker_info", lambda: SimpleNamespace(id=0))
+    monkeypatch.setattr(reader, "places", torch.full((1,), -1))
+    there = reader[[0, 1, 2, 3]]
+    assert (here.images.is_shared(), there.images.is_shared()) == (False, True)
+    assert torch.equal(here.images, there.images)

@@ -250,7 +250,7 @@ def test_names_of_images_need_not_be_text(config: TrainConfig, tmp_path: Path) -
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False)
     assert ended.returncode == 0, ended.stderr.decode(errors="replace")
     assert rb"a\udcff.png" in b"".join(ended.stdout.split())
-    with pytest.raises(ValueError, match=r"^out: .* is no text, which the names of TensorBoard's files are"):
+    with pytest.raises(ValueError, match=r"^out: got .*, takes a name in UTF-8, as TensorBoard and torch.save do"):
         train(replace(config, out=tmp_path / os.fsdecode(b"run\xff")))
 
 

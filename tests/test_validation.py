@@ -25,7 +25,7 @@ FROM_0 = {
     *("moco.momentum", "byol.momentum", "dino.momentum", "dino.center_momentum", "dino.temperature_warmup"),
     *("dino.freeze_last_layer", "barlow.off_diagonal", "vicreg.invariance", "vicreg.variance", "vicreg.covariance"),
     *("augself.crop", "augself.color", "augself.flip", "augself.turn", "augself.blur", "augself.solarize"),
-    *("stl.equivariance", "stl.transformation", "ser.noise", "ser.masked"),
+    *("stl.equivariance", "stl.transformation", "ser.noise", "ser.masked", "evaluate.every", "evaluate.share"),
     *(f"{name}.{option}" for name in ADDONS for option in ("weight", "layers")),
 }
 # A rate or a weight may be of any size (what comes of it is not finite, and stops the run), and a number of steps.
@@ -40,6 +40,7 @@ ANY_SIZE = {
         "ser.max_tokens",
         "ser.noise",
     ),
+    *("evaluate.every", "evaluate.train", "evaluate.test", "evaluate.equivariance"),
     *("optim.lr", "optim.lr_end", "optim.weight_decay", "optim.weight_decay_end", "optim.clip_grad"),
     *("barlow.off_diagonal", "vicreg.invariance", "vicreg.variance", "vicreg.covariance"),
     *("moco.temperature", "simclr.temperature", "ser.temperature", "equimod.temperature", "stl.temperature"),

@@ -224,6 +224,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Scores while it trains, on images that stay the same, by the first rank; the others wait."""
+
+    every: int = 0
+    """Steps from one evaluation to the next, and one after the last step; 0 makes none."""
+    share: float = 0.1
+    """Of the run's time, at most: an evaluation that would take more of it is left out."""
+    train: int = 2000
+    """Training images that vote for kNN, where the images have classes."""
+    test: int = 500
+    """Held-out images that are classified, and whose rank is measured."""
+    equivariance: int = 64
+    """Held-out images that the error on D4 and on scales, and token retrieval, are measured on."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Pretrain a vision transformer with an invariance objective and equivariance terms."""
 
@@ -244,6 +260,7 @@ class TrainConfig:
     addons: Mapping[str, AddOnConfig] = field(default_factory=lambda: {"ser": SERConfig()})
     """Equivariance terms, by their names in ADDONS."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     resume: str = "none"
     """"auto" continues from the newest checkpoint in `out`, if there is one; a path, from that one."""
     resume_changed: bool = False
@@ -301,8 +318,14 @@ class TrainConfig:
 _FREE = (
     *("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints"),
     *("device", "workers", "loader_timeout", "rank_timeout"),
+    *(f"evaluate.{option.name}" for option in fields(EvaluateConfig)),
 )
-_PARTS: dict[str, type[Any]] = {"model": ModelConfig, "views": ViewsConfig, "optim": OptimConfig}
+_PARTS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "views": ViewsConfig,
+    "optim": OptimConfig,
+    "evaluate": EvaluateConfig,
+}
 _RENAMED = {"colour_strength": "color_strength"}  # in configs of version 0.1
 _DROPPED = ("color_group", "colour_group")  # there neighbors could share one draw of colors
 

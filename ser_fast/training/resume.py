@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ser_fast.io import printable
 from ser_fast.training.config import TrainConfig, differences, from_json, to_json
 from ser_fast.training.processes import of_all_ranks, on_rank_0
 from ser_fast.training.run_folder import DamagedCheckpointError, RunFolder, load_checkpoint
@@ -93,8 +92,6 @@ def find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
 
 def _find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
     folder = RunFolder(config.out)
-    if any("\ud800" <= sign <= "\udfff" for sign in str(config.out)):  # bytes that are no UTF-8
-        raise ValueError(f"out: {printable(str(config.out))} is no text, which the names of TensorBoard's files are")
     if os.path.lexists(config.out) and not config.out.is_dir():
         raise ValueError(f"out: {config.out} is {'a link to nothing' if config.out.is_symlink() else 'no folder'}")
     if config.resume == "auto":

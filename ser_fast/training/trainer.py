@@ -165,6 +165,11 @@ class Trainer:
         for note in [*self.beginning.notes, *([log.note] if log is not None and log.note else [])]:
             self.console.print(note, markup=False)
         images = self.loader.dataset.images
+        monitor = None
+        if config.evaluate.every and log is not None:
+            from ser_fast.training.monitor import Monitor  # with figures and tables, which training alone takes none of
+
+            monitor = Monitor(config, self.model)
         summary = summarize(
             config,
             self.model,
@@ -200,6 +205,9 @@ class Trainer:
                     "images_per_s": config.optim.batch_size / (now - begin),
                     "peak_memory_mib": peak_memory(self.device),
                 }
+                if monitor is not None:
+                    measured |= monitor.after(step, self.steps)
+                    now = time.perf_counter()
                 begin = now
                 reports.add(step, epoch, record, measured, now)
                 # All ranks leave at the same step, whichever was told to, and know of every file that one can't read.

@@ -12,13 +12,14 @@ _ANY, _ABOVE_0 = math.inf, math.ulp(0)
 # What an option takes, from and to, by the end of its dotted name: the first that fits, and the last fits all. An
 # upper end bounds what would only end in memory, where no larger one has a use.
 _RANGES: tuple[tuple[str, float, float], ...] = (
-    (r"max_skipped|views\.share|\.warmup|momentum|_warmup|freeze_last_layer", 0, 1),
+    (r"max_skipped|(views|evaluate)\.share|\.warmup|momentum|_warmup|freeze_last_layer", 0, 1),
     (r"views\.(color|local)_(gray|blur|solarize)", 0, 1),
     (r"views\.color_(strength|jitter)", 0, 10),
     (r"model\.drop_path_rate", 0, 0.99),
     (r"_area", _ABOVE_0, 1),
     (r"temperature", _ABOVE_0, _ANY),
     (r"rank_timeout", _ABOVE_0, 10**7),
+    (r"evaluate\.(train|test|equivariance)", 1, _ANY),
     (r"max_pixels|batch_size|accumulate|save_every|keep_checkpoints|epochs", 1, _ANY),
     (r"canvas|(image|patch|local|turn)_size", 1, 2**14),
     (r"dims?", 1, 2**20),
