@@ -46,7 +46,7 @@ EVALUATIONS = {
     "sensitivity": ("--images", "2", "--image-size", "32"),
 }
 TABLES = {
-    "equivariance": ("equivariance.csv", "prediction.csv"),
+    "equivariance": ("equivariance.csv", "embedding.csv", "prediction.csv"),
     "knn": ("knn.csv", "knn_confusion.csv"),
     "linear": ("linear.csv", "linear_rates.csv", "linear_confusion.csv"),
     "linear_blocks": ("linear.csv",),
