@@ -186,9 +186,66 @@ class LatticeMap:
         if not bool(torch.isfinite(box).all() & (box[:, 2:] > 0).all()):
             raise ValueError("box: every value must be finite, height and width positive")
         extent = box[:, 2:]  # (B, 2)
+        if bool(((box[:, :2] >= box.new_tensor(size)) | (box[:, :2] + extent <= 0)).any()):
+            raise ValueError(f"box: got one that shows nothing of the {size[0]}x{size[1]} lattice")
         linear = torch.diag_embed(extent / extent.new_tensor(size_out))
         offset = box[:, :2] + extent / 2 - extent.new_tensor(size) / 2
         return cls(linear, offset, size, size_out, axis_aligned=True)
+
+    @classmethod
+    def from_views(
+        cls,
+        image_size: Size | Tensor,
+        view_size: Size,
+        *,
+        box: Tensor | None = None,
+        hflip: Tensor | None = None,
+        vflip: Tensor | None = None,
+        angle: Tensor | None = None,
+    ) -> "LatticeMap":
+        """What a usual pipeline did to a batch of pictures: crop and resize, then flips, then a rotation in the frame.
+
+        The pictures may have different sizes: the maps are of the picture as a unit square, which relates two views of
+        the same pictures (`SERLoss`, `relative`), on pixels or, by `on`, on tokens.
+
+        Args:
+            image_size: (H, W) of all pictures, or (B, 2), in pixels.
+            view_size: (h, w) of the views, in pixels.
+            box: (B, 4) top, left, height, width in pixels, as torchvision's RandomResizedCrop draws them; default the
+                whole picture.
+            hflip, vflip: (B,) bool, mirrored left and right, top and bottom; default none.
+            angle: (B,) degrees, counter-clockwise about the view's center, as torchvision's rotate takes them; default
+                none.
+
+        Raises:
+            ValueError: wrong shapes, or a box that shows nothing of its picture.
+
+        Example:
+            >>> g0 = LatticeMap.from_views((375, 500), (224, 224), box=boxes0, hflip=torch.rand(8) < 0.5)
+            >>> g1 = LatticeMap.from_views((375, 500), (224, 224), box=boxes1)
+            >>> loss = ser(tokens0, tokens1, g0, g1)  # (8, 14, 14, C) each
+        """
+        sizes = torch.as_tensor(image_size, dtype=torch.float64)
+        given = [values for values in (box, hflip, vflip, angle) if values is not None]
+        batch = len(given[0]) if given else sizes.shape[0] if sizes.ndim == 2 else 1
+        if sizes.ndim not in (1, 2) or sizes.shape[-1] != 2 or not bool((sizes > 0).all()):
+            raise ValueError(f"image_size: got shape {tuple(sizes.shape)}, takes (H, W) or (B, 2), positive")
+        sizes = sizes.reshape(-1, 2).expand(batch, 2)
+        whole = torch.cat([torch.zeros_like(sizes), sizes], 1)
+        boxes = whole if box is None else torch.as_tensor(box, dtype=torch.float64)
+        if boxes.shape != (batch, 4):
+            raise ValueError(f"box: got shape {tuple(boxes.shape)}, takes ({batch}, 4): top, left, height, width")
+        g = cls.crop((1, 1), boxes / torch.cat([sizes, sizes], 1), view_size)
+        for name, flags, code in (("hflip", hflip, 4), ("vflip", vflip, 6)):
+            if flags is not None:
+                if flags.dtype != torch.bool or flags.shape != (batch,):
+                    raise ValueError(f"{name}: got {flags.dtype} of shape {tuple(flags.shape)}, takes bool ({batch},)")
+                g = cls.d4(view_size, code * flags.long()).compose(g)
+        if angle is not None:
+            if angle.shape != (batch,):
+                raise ValueError(f"angle: got shape {tuple(angle.shape)}, takes ({batch},)")
+            g = cls.rotate(view_size, angle).compose(g)
+        return g
 
     @classmethod
     def affine(

@@ -12,7 +12,7 @@ LAYERS = (
     ("lattice", "interpolation", "device"),
     ("ops", "kernels", "_C", "_C_cuda"),
     ("io", "csv_files", "progress"),
-    ("loss", "vit", "pretrained", "heads", "export", "distributed", "views", "ser_fast"),
+    ("loss", "capture", "vit", "pretrained", "heads", "export", "distributed", "views", "ser_fast"),
     ("data",),
     ("objectives", "addons"),
     ("training",),
