@@ -4,6 +4,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
@@ -553,7 +554,9 @@ def main() -> None:
 def _run(arguments: Sequence[str]) -> None:
     commands = {command.__name__: command for command in COMMANDS}
     name = next(iter(arguments), "")
-    if name in ("train", "sweep", "plan"):  # options that depend on the objective
+    if name == "--version":
+        print(f"ser-fast {version('ser-fast')}")
+    elif name in ("train", "sweep", "plan"):  # options that depend on the objective
         commands[name]()
     else:
         tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -541,3 +542,8 @@ def test_the_console_script_ends_with_one_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         f"ser-fast: checkpoint: {tmp_path} is neither a run's folder with encoder.safetensors nor a .safetensors file"
     ]
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    run_cli("--version")
+    assert capsys.readouterr().out == f"ser-fast {version('ser-fast')}\n"

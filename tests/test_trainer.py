@@ -26,6 +26,7 @@ from ser_fast.lattice import LatticeMap
 from ser_fast.objectives import OBJECTIVES
 from ser_fast.objectives.base import Objective, ObjectiveConfig
 from ser_fast.objectives.moco_v3 import MoCoV3, MoCoV3Config
+from ser_fast.objectives.vicreg import VICRegConfig
 from ser_fast.training.config import (
     ModelConfig,
     OptimConfig,
@@ -987,3 +988,48 @@ def test_options_are_checked_before_anything_is_made(tiny: TrainConfig, options:
 def test_a_share_for_nobody_is_no_error(tiny: TrainConfig) -> None:
     train(with_options(tiny, {"ser.layers": "off", "views.share": 0.1, "optim.steps": 1}))
     assert "ser" not in read_log(tiny.out)[0]
+
+
+def test_options_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
+    written = parse(
+        [
+            "--objective",
+            "dino",
+            "--dino.dim",
+            "99",
+            "--ser.layers",
+            "off",
+            "--equimod.layers",
+            "3",
+            "--optim.lr",
+            "7e-4",
+        ]
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(written)))
+    assert parse(["--config", str(path)]) == written
+    changed = parse(["--config", str(path), "--optim.lr", "1e-3", "--ser.layers", "2"])
+    assert (changed.optim.lr, changed.objective, changed.addons["ser"].layers) == (1e-3, written.objective, (2,))
+    (tmp_path / "few.yaml").write_text("objective: vicreg\noptim: {batch_size: 64}\nviews:\n  share: 0.5\n")
+    few = parse(["--config", str(tmp_path / "few.yaml")])
+    assert (type(few.objective), few.optim.batch_size, few.views.share) == (VICRegConfig, 64, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (None, [], "config: .*few.yaml can't be read as options of a training: .*No such file"),
+        ("[1, 2]", [], "it holds no options by name"),
+        ("a: [", [], "while parsing"),
+        ("optim: {rate: 3}", [], "OptimConfig has no rate"),
+        ("objective: dino", ["--objective", "byol"], "objective: got byol, and .*few.yaml is of dino"),
+    ],
+)
+def test_a_file_of_options_that_does_not_fit_is_named(
+    text: str | None, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "few.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", str(path), *arguments])

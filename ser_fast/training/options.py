@@ -2,14 +2,16 @@
 
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+import yaml
 
 from ser_fast.addons import ADDONS
 from ser_fast.objectives import OBJECTIVES
-from ser_fast.training.config import TrainConfig, default_config, objective_name
+from ser_fast.training.config import TrainConfig, default_config, from_json, objective_name
 
 
 def parse(arguments: Sequence[str], *, prog: str = "ser-fast train") -> TrainConfig:
@@ -37,9 +39,15 @@ def parse_with(
         sections: dataclasses of options with defaults.
     """
     first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--objective", default=objective_name(TrainConfig()))
+    first.add_argument("--objective")
+    first.add_argument("--config", type=Path)
     known, _ = first.parse_known_args(arguments)
-    defaults = default_config(known.objective)
+    if known.config is None:
+        defaults = default_config(known.objective or objective_name(TrainConfig()))
+    else:
+        defaults = read_options(known.config)
+        if known.objective not in (None, objective_name(defaults)):
+            raise ValueError(f"objective: got {known.objective}, and {known.config} is of {objective_name(defaults)}")
     kind = _options(defaults, sections)
     options = tyro.cli(kind, args=arguments, prog=prog, description=described.__doc__)
     given = {part.name: getattr(options, part.name) for part in fields(TrainConfig)}
@@ -49,6 +57,22 @@ def parse_with(
     return TrainConfig(**given), {name: getattr(options, name) for name in sections}
 
 
+def read_options(path: Path) -> TrainConfig:
+    """The config of a YAML or JSON file of options by section, as a run writes it; what is missing has its default.
+
+    Raises:
+        ValueError: the file can't be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no options by name")
+        return from_json(content)
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config: {path} can't be read as options of a training: {reason}") from error
+
+
 def _options(defaults: TrainConfig, sections: Mapping[str, type[Any]]) -> type[Any]:
     """TrainConfig with `defaults` and more sections; its objective is a name, and a section as each add-on is."""
 
@@ -56,6 +80,7 @@ def _options(defaults: TrainConfig, sections: Mapping[str, type[Any]]) -> type[A
         return field(default_factory=lambda: value)
 
     literal: Any = Literal
+    given = defaults.addons
     changed: list[tuple[str, Any, Any]] = [(name, kind, default(kind())) for name, kind in sections.items()]
     changed += [
         (part.name, part.type, default(getattr(defaults, part.name)))
@@ -64,10 +89,15 @@ def _options(defaults: TrainConfig, sections: Mapping[str, type[Any]]) -> type[A
     ]
     help_text = "What makes the embedding invariant; its options and defaults are those that --help shows with it."
     objective: Any = Annotated[literal[tuple(OBJECTIVES)], tyro.conf.arg(help=help_text)]
+    about = "YAML or JSON file of options, as config.json of a run; options that are given besides override it."
     changed += [
+        ("config", Annotated[Path | None, tyro.conf.arg(help=about)], None),
         ("objective", objective, default(objective_name(defaults))),
         ("addons", tyro.conf.Suppress[Mapping[str, Any]], default({})),
         (defaults.objective.section, type(defaults.objective), default(defaults.objective)),
-        *((name, kind, default(defaults.addons.get(name, kind()))) for name, kind in ADDONS.items()),
+        *(
+            (name, kind, default(defaults.addons.get(name) or replace(kind(), layers="off")))
+            for name, kind in ADDONS.items()
+        ),
     ]
     return make_dataclass("TrainOptions", changed, bases=(TrainConfig,), frozen=True)

@@ -237,6 +237,10 @@ class Trainer:
         if step < self.steps:
             self.console.print(f"stopped after step {step}; continue with --resume auto")
             raise SystemExit(128 + stopped)
+        told = (
+            f"finished: {config.out}; next: ser-fast equivariance, knn or linear {config.out}, then report {config.out}"
+        )
+        self.console.print(printable(told), markup=False, highlight=False, soft_wrap=True)
         return config.out
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
