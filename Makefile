@@ -1,7 +1,11 @@
 # make demo, make check and make test do everything on a fresh machine; each target does what it needs of the ones before it.
 .PHONY: install demo check test bench lint clean
 PYTHON ?= python3
-BIN := .venv/bin
+# PINS=newest: the same with the newest torch that the library is held to, in an environment of its own.
+PINS ?=
+VENV := .venv$(PINS:%=-%)
+CONSTRAINTS := constraints$(PINS:%=-%).txt
+BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses auto --dist worksteal
 # A native extension that does not build is an error here; a plain pip install goes on without it.
