@@ -19,6 +19,7 @@ from ser_fast import extras
 from ser_fast.extras import EXTRAS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PINS = ("constraints.txt", "constraints-newest.txt")
 CORE = {"torch", "numpy", "triton"}
 IMPORTED_AS = {"pillow": "PIL", "scikit-image": "skimage"}  # where a distribution's name is not the module's
 
@@ -47,6 +48,17 @@ def test_the_extras_are_those_that_messages_name() -> None:
         assert distributions(optional[extra]) <= set(modules)
     for extra in {"train", "eval", "export", "hf", "webdataset"}:
         assert re.search(rf"\W{extra}\W", str(optional["all"])), extra
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.+)", text, re.MULTILINE)[0] == PROJECT["version"]
+
+
+def test_both_sets_of_versions_pin_the_same_packages() -> None:
+    pins = [re.findall(r"^[\w-]+", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE) for name in PINS]
+    assert pins[0] == pins[1]
+    assert {"torch", "torchvision", "triton", "numpy", "timm"} <= set(pins[0])
 
 
 def test_every_import_is_of_the_core_or_an_extra() -> None:
