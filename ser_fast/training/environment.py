@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ser_fast import __version__
 from ser_fast.distributed import world_size
 
 try:
@@ -36,7 +37,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "command": sys.argv,
-        "ser_fast": importlib.metadata.version("ser-fast"),
+        "ser_fast": __version__,
         "git": revision,
         "python": platform.python_version(),
         "platform": platform.platform(),
