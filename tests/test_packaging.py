@@ -61,6 +61,14 @@ def test_both_sets_of_versions_pin_the_same_packages() -> None:
     assert {"torch", "torchvision", "triton", "numpy", "timm"} <= set(pins[0])
 
 
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    optional = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"], *(each for extra in EXTRAS for each in optional[extra])]
+    bounds = re.findall(r"^([\w-]+)>=([\w.]+)", "\n".join(requirements), re.MULTILINE)
+    text = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^([\w-]+)==([\w.]+)$", text, re.MULTILINE)) == sorted(bounds)
+
+
 def test_every_import_is_of_the_core_or_an_extra() -> None:
     known = {"ser_fast", "markupsafe", "mpl_toolkits", *CORE, *sys.stdlib_module_names}.union(*EXTRAS.values())
     files = [path for folder in ("ser_fast", "kernels") for path in (ROOT / folder).rglob("*.py")]
