@@ -4,6 +4,7 @@ ser_fast._C has the operators' schemas and the CPU kernels, ser_fast._C_cuda the
 nvcc and the torch at hand are of one major release of CUDA. Environment variables:
 
     SER_FAST_REQUIRE_NATIVE=1   a failed build is an error; otherwise it is a warning, and what works goes in
+    SER_FAST_CUDA               0 leaves the CUDA kernels out, 1 makes it an error if they can't be built
     TORCH_CUDA_ARCH_LIST        the GPUs to compile for; default: 8.0;9.0;10.0+PTX
     MAX_JOBS                    how many sources are compiled at a time; default: one a core
 """
@@ -48,6 +49,10 @@ REQUIRED = os.environ.get("SER_FAST_REQUIRE_NATIVE", "0") not in ("", "0")
 # Code of one major release of CUDA does not link with a torch of another.
 release = re.search(r"release (\d+)", nvcc_output("--version"))
 WITH_CUDA = torch.version.cuda is not None and release is not None and release[1] == torch.version.cuda.split(".")[0]
+asked = os.environ.get("SER_FAST_CUDA", "")
+if asked == "1" and not WITH_CUDA:
+    sys.exit(f"SER_FAST_CUDA: got 1, takes an nvcc of torch's release of CUDA, which is {torch.version.cuda}")
+WITH_CUDA = WITH_CUDA and asked != "0"
 # The stable ABIs of torch and (py_limited_api) Python: one wheel serves torch >= 2.10 and Python >= 3.10.
 FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted(Path("csrc").rglob(pattern))]

@@ -102,7 +102,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (1600, 1200)])
+@pytest.mark.parametrize(("width", "height"), [(500, 375), pytest.param(1600, 1200, marks=pytest.mark.large)])
 def bench_pictures(compare, width: int, height: int) -> None:
     encoded = _files(width, height)
 

@@ -155,13 +155,13 @@ def _compare(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*(pytest.param(way, marks=pytest.mark.large) for way in WAYS[:2]), WAYS[2]])
 @pytest.mark.parametrize(("name", "interpolation"), CASES)
 def bench_maps(compare, backends, device, name, interpolation, way, dtype) -> None:
     _compare(compare, backends, device, name, interpolation, way, dtype)
 
 
-@pytest.mark.parametrize("side", [7, 14, 28, 56])
+@pytest.mark.parametrize("side", [7, 14, 28, pytest.param(56, marks=pytest.mark.large)])
 def bench_lattice(compare, backends, device, side: int) -> None:
     size_out = (side * 6 // 7, side * 8 // 7)
     _compare(

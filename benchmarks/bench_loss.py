@@ -35,6 +35,9 @@ try:
 except ImportError:
     MemoryEfficientCLIPLoss = None
 
+# torch 2.12 and later: logits of a part of the rows at a time.
+torch_linear_cross_entropy = getattr(F, "linear_cross_entropy", None)
+
 Rival = Callable[[Tensor], Tensor]
 TEMPERATURE, TOKENS = 0.3, 64  # tokens of an image
 DENSE, CUBIC = 20_000, 256  # rows up to which an n x n matrix, and pairs of pairs, are affordable
@@ -90,6 +93,52 @@ def _liger(z: Tensor) -> Tensor:
     return liger_fused_linear_cross_entropy(u / TEMPERATURE, u, torch.arange(len(z), device=z.device).roll(len(z) // 2))
 
 
+def _torch_chunked(z: Tensor) -> Tensor:
+    u = F.normalize(z, dim=1)
+    target = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+    options = torch.nn.LinearCrossEntropyOptions()
+    return torch_linear_cross_entropy(u / TEMPERATURE, u, target, options=options)
+
+
+class _Chunked(torch.autograd.Function):
+    """The mean loss and its gradient in the forward pass, a panel of queries at a time: no matrix is kept.
+
+    Two products where the keys get no gradient, three where they do.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, image: Tensor, key_image: Tensor, positive: Tensor) -> Tensor:
+        d_query = torch.empty_like(query)
+        d_key = torch.zeros_like(key) if ctx.needs_input_grad[1] else None
+        total = query.new_zeros((), dtype=torch.float32)
+        for rows in torch.arange(len(query), device=query.device).split(1024):
+            own = torch.arange(len(rows), device=query.device), positive[rows]
+            s = (query[rows] @ key.mT).float().div_(TEMPERATURE)
+            matched = s[own]
+            s.masked_fill_(image[rows, None] == key_image, -math.inf)
+            s[own] = matched
+            largest = torch.logsumexp(s, 1, keepdim=True)
+            total += (largest[:, 0] - matched).sum()
+            g = s.sub_(largest).exp_()
+            g[own] -= 1
+            g = g.div_(TEMPERATURE * len(query)).to(key.dtype)
+            d_query[rows] = g @ key
+            if d_key is not None:
+                d_key.addmm_(g.mT, query[rows])
+        ctx.gradients = d_query, d_key
+        return (total / len(query)).to(query.dtype)
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor):
+        d_query, d_key = ctx.gradients
+        return d_query * cotangent, None if d_key is None else d_key * cotangent, None, None, None
+
+
+def _chunked(z: Tensor, image: Tensor) -> Tensor:
+    u, images = F.normalize(z, dim=1), image.repeat(2)
+    return _Chunked.apply(u, u, images, images, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+
 def _compare_nt_xent(compare, backends, device, rows: int, dim: int, dtype: torch.dtype, **sizes: str) -> None:
     image = torch.arange(rows // 2, device=device) // TOKENS
     single = torch.arange(rows // 2, device=device)  # SimCLR: every row is its own image
@@ -109,6 +158,10 @@ def _compare_nt_xent(compare, backends, device, rows: int, dim: int, dtype: torc
         torch.compiler.reset()  # else it stops compiling after some shapes
         rivals["eager"] = partial(_eager, image=image)
         rivals["torch.compile"] = partial(torch.compile(_eager, dynamic=False), image=image)
+    rivals["chunked"] = partial(_chunked, image=image)
+    if dense and torch_linear_cross_entropy is not None:
+        rivals["torch linear_cross_entropy"] = _torch_chunked
+        other["torch linear_cross_entropy"] = _with_itself
     if dense and LightlyLoss is not None:
         lightly = LightlyLoss(TEMPERATURE)
         rivals["lightly"] = lambda z: lightly(*z.chunk(2))
@@ -141,7 +194,9 @@ def _compare_nt_xent(compare, backends, device, rows: int, dim: int, dtype: torc
     )
 
 
-@pytest.mark.parametrize("rows", [1024, 2048, 4096, 8192, pytest.param(16384, marks=pytest.mark.large)])
+@pytest.mark.parametrize(
+    "rows", [1024, 2048, 4096, *(pytest.param(rows, marks=pytest.mark.large) for rows in (8192, 16384))]
+)
 def bench_nt_xent_rows(compare, backends, device, rows: int) -> None:
     _compare_nt_xent(compare, backends, device, rows, 512, torch.float32, scaling="rows")
 
@@ -150,8 +205,10 @@ def bench_nt_xent_rows(compare, backends, device, rows: int) -> None:
     ("rows", "dim", "dtype"),
     [
         (256, 512, "fp32"),
-        (8192, 128, "fp32"),
-        (8192, 512, "bf16"),
+        (2048, 128, "fp32"),
+        (2048, 512, "bf16"),
+        pytest.param(8192, 128, "fp32", marks=pytest.mark.large),
+        pytest.param(8192, 512, "bf16", marks=pytest.mark.large),
         pytest.param(100_000, 512, "fp32", marks=pytest.mark.large),
     ],
 )
@@ -159,6 +216,7 @@ def bench_nt_xent(compare, backends, device, rows: int, dim: int, dtype: str) ->
     _compare_nt_xent(compare, backends, device, rows, dim, DTYPES[dtype])
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("threads", [n for n in (1, 2, 4, 8, 16) if n <= torch.get_num_threads()])
 def bench_nt_xent_threads(compare, backends, device, threads: int) -> None:
     before = torch.get_num_threads()
@@ -170,7 +228,7 @@ def bench_nt_xent_threads(compare, backends, device, threads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [2048, 4096, 8192])
+@pytest.mark.parametrize("rows", [2048, *(pytest.param(rows, marks=pytest.mark.large) for rows in (4096, 8192))])
 def bench_info_nce_detached_keys(compare, backends, device, rows: int, dtype: str) -> None:
     """The gradient of the queries; the keys get none."""
     dim, image = 512, torch.arange(rows, device=device) // TOKENS
@@ -185,11 +243,15 @@ def bench_info_nce_detached_keys(compare, backends, device, rows: int, dtype: st
     def ours(query: Tensor, backend: str) -> Tensor:
         return info_nce(query, key.to(query.dtype), temperature=TEMPERATURE, image=image, backend=backend)
 
+    def chunked(query: Tensor) -> Tensor:
+        q, k = (F.normalize(x, dim=1) for x in (query, key.to(query.dtype)))
+        return _Chunked.apply(q, k, image, image, torch.arange(rows, device=device))
+
     torch.compiler.reset()
+    peers = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False), "chunked": chunked}
     compare(
         "info_nce",
-        {backend: partial(ours, backend=backend) for backend in backends}
-        | {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False)},
+        {backend: partial(ours, backend=backend) for backend in backends} | peers,
         torch.randn(rows, dim, dtype=DTYPES[dtype], device=device),
         oracle=partial(ours, backend="reference"),
         way="fwd+bwd",
@@ -201,7 +263,7 @@ def bench_info_nce_detached_keys(compare, backends, device, rows: int, dtype: st
     )
 
 
-@pytest.mark.parametrize("percent", [1, 10, pytest.param(50, marks=pytest.mark.large)])
+@pytest.mark.parametrize("percent", [1, *(pytest.param(share, marks=pytest.mark.large) for share in (10, 50))])
 def bench_ser_loss(compare, backends, device, percent: int) -> None:
     """That share of a batch of 256, on 14 x 14 and 12 x 16 tokens; the gradient of both views' tokens."""
     images, size0, size1, channels, dim = round(256 * percent / 100), (14, 14), (12, 16), 384, 512

@@ -34,6 +34,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error, relative to the largest value
 PACKAGES = ("ser-fast", "torch", "torchvision", "pillow", "triton", "numpy", "timm", "pytest-benchmark")
 PACKAGES += ("kornia", "lightly", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "memeff")
+_PEER = (("ms", ".3g"), ("of_default", ".2f"))
 _rows = pytest.StashKey[list[dict[str, Any]]]()
 
 
@@ -44,8 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="write benchmarks/results/NAME.json and NAME.md (default: local, which git ignores)",
     )
-    parser.addoption("--seconds", type=float, default=8, help="time for the rounds of one case (default: 8)")
-    parser.addoption("--large", action="store_true", help="run also what takes many minutes on a CPU (n = 50k, 100k)")
+    parser.addoption("--seconds", type=float, default=2, help="time for the rounds of one case (default: 2)")
+    parser.addoption("--large", action="store_true", help="run every case: on a CPU hours, not minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     config.stash[_rows] = []
+    config.option.benchmark_quiet = True  # its table, twenty numbers a rival in lines of 250 characters; ours is below
     config.addinivalue_line("markers", "large: runs with --large only")
 
 
@@ -69,9 +71,9 @@ def _write_line(config: pytest.Config, line: str) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--large"):
-        for item in items:
-            if item.get_closest_marker("large"):
-                item.add_marker(pytest.mark.skip(reason="takes many minutes: run with --large"))
+        left_out = [item for item in items if item.get_closest_marker("large")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("large")]
 
 
 @pytest.fixture(scope="session")
@@ -307,7 +309,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, capsys: pytest.Captu
         benchmark.extra_info |= row
         request.config.stash[_rows].append(row)
         with capsys.disabled():
-            _write_line(request.config, _progress(row))
+            place = request.session.items.index(request.node) + 1
+            _write_line(request.config, f"[{place}/{len(request.session.items)}] {_progress(row)}")
 
     return compare
 
@@ -342,15 +345,29 @@ def _title(row: dict[str, Any]) -> str:
     )
 
 
+def _best_peer(row: dict[str, Any]) -> str | None:
+    """The fastest rival that is neither the floor nor a backend of this package, in any of its ways."""
+    ours = ("floor", row["default"], *BACKENDS)
+    peers = [name for name in row["rivals"] if name.partition(",")[0] not in ours]
+    return min(peers, key=lambda name: row["rivals"][name]["ms"], default=None)
+
+
 def _progress(row: dict[str, Any]) -> str:
-    """A case in a line: the default backend beside the floor and the fastest of the others."""
-    rivals, ours = row["rivals"], row["default"]
+    """A case in a line: the default backend beside the floor and the fastest of the peers."""
+    rivals, ours, peer = row["rivals"], row["default"], _best_peer(row)
     line = f"{_title(row)}: {ours} {rivals[ours]['ms']:.3g} ms, {rivals[ours]['of_floor']:.2f} x floor"
-    others = [name for name in rivals if name not in ("floor", ours)]
-    if others:
-        fastest = min(others, key=lambda name: rivals[name]["ms"])
-        line += f"; {fastest} {rivals[fastest]['of_default']:.2f} x that"
-    return line
+    return line if peer is None else f"{line}; {peer} {rivals[peer]['of_default']:.2f} x that"
+
+
+def _summary(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A heading, and a line a case: ours, the floor, the fastest peer, and how many times ours it takes."""
+    table = [["case", "ours", "ms", "floor ms", "best peer", "ms", "peer / ours"]]
+    for row in rows:
+        rivals, peer = row["rivals"], _best_peer(row)
+        ours, floor = rivals[row["default"]], rivals["floor"]
+        best = ["", "", ""] if peer is None else [peer, *(format(rivals[peer][key], form) for key, form in _PEER)]
+        table.append([_title(row), row["default"], f"{ours['ms']:.3g}", f"{floor['ms']:.3g}", *best])
+    return table
 
 
 def _number(value: float | None, form: str) -> str:
@@ -359,6 +376,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    summary = _summary(rows)
     rated = any(rival["items_a_second"] for row in rows for rival in row["rivals"].values())
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['capability']}; "
@@ -366,7 +384,13 @@ def _markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         f"`{machine['command']}`",
         "",
-        "Medians of rounds in which every rival runs once; the default backend is in bold.",
+        "Medians of rounds in which every rival runs once.",
+        "",
+        *(f"| {' | '.join(line)} |" for line in summary[:1]),
+        "|---|---|--:|--:|---|--:|--:|",
+        *(f"| {' | '.join(line)} |" for line in summary[1:]),
+        "",
+        "Every rival; the default backend is in bold.",
         "",
         "| case | rival | ms | × floor | × default | error | extra MiB |" + " items a second |" * rated,
         "|---|---|--:|--:|--:|--:|--:|" + "--:|" * rated,
@@ -406,4 +430,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
     if config.stash[_rows]:
+        table = _summary(config.stash[_rows])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for line in table:
+            words = [
+                line[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+            ]
+            _write_line(config, "  ".join(words))
         _write_line(config, f"{len(config.stash[_rows])} cases: {_results(config, 'md')}, and the same as .json")

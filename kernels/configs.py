@@ -79,6 +79,11 @@ _STATIONARY = {
     (100, 512): Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
 }
 
+# triton 3.8 takes more registers for the same kernels; these would spill with the tables' configurations.
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+    _GROUP_ACTION[100, 4] = Config({"CHANNELS": 64}, 4, 1)
+    _STATIONARY[90, 256] = Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3)
+
 # The backward pass: up to so many columns by `stationary_gradient` (5 units of work with the forward pass), beyond by
 # panels of G in two bytes that the library multiplies (4 units). A panel's bytes pay from 263 columns on.
 LARGEST_STATIONARY = {80: 256, 90: 256, 100: 256}

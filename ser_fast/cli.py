@@ -9,12 +9,16 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-from rich.console import Console
-
+from ser_fast import extras
 from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES, TOKEN_RATES
 from ser_fast.sensitivity import VARIANTS
+
+try:
+    import tyro
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    sys.exit(extras.advice(error))
 
 
 def train() -> None:
@@ -539,6 +543,8 @@ def main() -> None:
 
     try:
         _run(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        sys.exit(extras.advice(error))
     except (ValueError, OSError) as error:
         sys.exit(f"ser-fast: {printable(error)}")
     except RuntimeError as error:

@@ -37,6 +37,11 @@ _ROT90 = ((0.0, 1.0), (-1.0, 0.0))
 _HFLIP = ((1.0, 0.0), (0.0, -1.0))
 
 
+def precision(device: torch.device) -> torch.dtype:
+    """What maps are kept in on a device: float64, which MPS doesn't have; there float32, in which D4 is exact, too."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _d4_table() -> Tensor:
     """(8, 2, 2) linear parts of D4 by code: code = k + 4 f is hflip f times, then rot90 k times."""
     rot90, hflip = torch.tensor(_ROT90, dtype=torch.float64), torch.tensor(_HFLIP, dtype=torch.float64)
@@ -59,7 +64,8 @@ def positions(linear: Tensor, offset: Tensor, size_in: Sequence[int], size_out: 
 
 def usable(linear: Tensor, offset: Tensor) -> Tensor:
     """(B,) bool: every number of the map is finite and no larger than LARGEST."""
-    return torch.cat([linear.flatten(1), offset], 1).abs().amax(1) <= LARGEST  # amax gives NaN where there is one
+    largest = min(LARGEST, torch.finfo(linear.dtype).max)
+    return torch.cat([linear.flatten(1), offset], 1).abs().amax(1) <= largest  # amax gives NaN where there is one
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +73,8 @@ class LatticeMap:
     """A batch of affine maps from one lattice to another.
 
     Attributes:
-        linear: (B, 2, 2) float64, output to input, rows and columns in the order (y, x).
-        offset: (B, 2) float64, in input tokens, (y, x).
+        linear: (B, 2, 2) float64 (float32 on MPS), output to input, rows and columns in the order (y, x).
+        offset: (B, 2) likewise, in input tokens, (y, x).
         size_in: (H, W) tokens of the lattice it acts on.
         size_out: (h, w) tokens of the lattice it gives.
         axis_aligned: known, without reading `linear`, to be a D4 element with scales and shifts along the axes.
@@ -83,7 +89,7 @@ class LatticeMap:
     `group_action` makes them 0. What is farther out than 2^32 tokens counts as that far.
 
     Raises:
-        TypeError: `linear` or `offset` is no float64 tensor.
+        TypeError: `linear` or `offset` is no float64 tensor (on MPS, float32).
         ValueError: their shapes or devices don't fit, or a size is no pair of whole numbers.
 
     Example:
@@ -101,7 +107,7 @@ class LatticeMap:
 
     def __post_init__(self) -> None:
         for name, x in (("linear", self.linear), ("offset", self.offset)):
-            if not isinstance(x, Tensor) or x.dtype != torch.float64:
+            if not isinstance(x, Tensor) or x.dtype != precision(x.device):
                 raise TypeError(f"{name}: got {getattr(x, 'dtype', type(x).__name__)}, takes a float64 tensor")
         if self.linear.ndim != 3 or self.linear.shape[1:] != (2, 2):
             raise ValueError(f"linear: got shape {tuple(self.linear.shape)}, takes (B, 2, 2)")
@@ -149,7 +155,7 @@ class LatticeMap:
         if size[0] != size[1] and bool(turned.any()) and not bool(turned.all()):
             raise ValueError(f"code: odd and even quarter turns of a {size[0]}x{size[1]} lattice differ in size")
         swap = bool(turned.any()) and size[0] != size[1]
-        linear = _D4.to(code.device)[code]
+        linear = _D4.to(code.device, precision(code.device))[code]
         return cls(linear, linear.new_zeros(len(code), 2), size, size[::-1] if swap else size, axis_aligned=True)
 
     @classmethod
@@ -161,7 +167,7 @@ class LatticeMap:
     @classmethod
     def rotate(cls, size: Size, angle: float | Tensor, *, batch: int = 1) -> "LatticeMap":
         """Rotate about the centre, counter-clockwise, within the same frame; degrees, a float or (B,)."""
-        angle = torch.as_tensor(angle, dtype=torch.float64)
+        angle = _exact(angle)
         if angle.ndim > 1 or not bool(torch.isfinite(angle).all()):
             raise ValueError(f"angle: got {angle}, takes finite degrees, a float or (B,)")
         radians = torch.deg2rad(angle.expand(batch) if angle.ndim == 0 else angle)
@@ -179,7 +185,7 @@ class LatticeMap:
             size_out: (h, w) of the result.
         """
         size, size_out = _size("size", size), _size("size_out", size_out, least=1)
-        box = torch.as_tensor(box, dtype=torch.float64)
+        box = _exact(box)
         if box.ndim not in (1, 2) or box.shape[-1] != 4:
             raise ValueError(f"box: got shape {tuple(box.shape)}, takes (B, 4): top, left, height, width")
         box = box.reshape(-1, 4)
@@ -264,7 +270,7 @@ class LatticeMap:
         """
         size = _size("size", size)
         size_out = size if size_out is None else _size("size_out", size_out)
-        linear = torch.as_tensor(linear, dtype=torch.float64)
+        linear = _exact(linear)
         if linear.ndim not in (2, 3) or linear.shape[-2:] != (2, 2):
             raise ValueError(f"linear: got shape {tuple(linear.shape)}, takes (B, 2, 2)")
         linear = linear.reshape(-1, 2, 2)
@@ -382,7 +388,8 @@ class LatticeMap:
         """The same maps on another device; `non_blocking` goes to a GPU by pinned memory, and waits for nothing."""
         device = torch.device(device)
         linear, offset = (
-            send(values, device) if non_blocking else values.to(device) for values in (self.linear, self.offset)
+            send(values, device, precision(device)) if non_blocking else values.to(device, precision(device))
+            for values in (self.linear, self.offset)
         )
         return LatticeMap(linear, offset, self.size_in, self.size_out, self.axis_aligned)
 
@@ -399,7 +406,7 @@ class LatticeMap:
         """
         turned = torch.arange(8, device=self.device) % 2 == 1
         fits = torch.where(turned, self.size_out == self.size_in[::-1], self.size_out == self.size_in)
-        same = (self.linear[:, None] == _D4.to(self.device)).flatten(2).all(-1)  # (B, 8)
+        same = (self.linear[:, None] == _D4.to(self.linear)).flatten(2).all(-1)  # (B, 8)
         same = same & fits & (self.offset == 0).all(-1, keepdim=True)
         return torch.where(same.any(-1), same.int().argmax(-1), -1)
 
@@ -426,6 +433,12 @@ def _size(name: str, size: Size, least: int = 0) -> Size:
     except (TypeError, ValueError):
         raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least {least}") from None
     return height, width
+
+
+def _exact(values: float | Sequence[float] | Tensor) -> Tensor:
+    """The values in the precision of maps, where they are."""
+    dtype = precision(values.device) if isinstance(values, Tensor) else torch.float64
+    return torch.as_tensor(values, dtype=dtype)
 
 
 def _integers(name: str, value: int | Tensor, batch: int) -> Tensor:

@@ -29,8 +29,8 @@ _WHOLE = (
 )
 _ONE_IN = 32
 
-# Slow by their kind: GPU kernels on the host or compiled, sanitizers, the wheel, torch.compile, opcheck, ONNX.
-_SLOW = re.compile(r"/test_(cuda|triton)_|::test_(opcheck|\w*compiles|kernels_are_clean|the_wheel_works|onnx)")
+# Slow by their kind: GPU kernels on the host or compiled, sanitizers, torch.compile, opcheck, ONNX.
+_SLOW = re.compile(r"/test_(cuda|triton)_|::test_(opcheck|\w*compiles|kernels_are_clean|onnx)")
 _INTERPRETER = (pytest.mark.slow, pytest.mark.interpreter)
 
 

@@ -324,7 +324,8 @@ def test_sequences_are_found_as_imagenet_p_has_them(tmp_path: Path) -> None:
 
 def test_videos_without_a_decoder_are_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)  # what an import of it finds where it is not installed
-    with pytest.raises(ValueError, match=r"perturbed: got the video .*snow/n01/b\.mp4, takes PyAV .*pip install av"):
+    says = r"perturbed: got the video .*snow/n01/b\.mp4, takes PyAV .*pip install 'ser-fast\[eval\]'"
+    with pytest.raises(ValueError, match=says):
         flips_of(read_perturbations(imagenet_p(tmp_path), image_size=8))
 
 

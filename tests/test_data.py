@@ -282,7 +282,7 @@ def test_damage_beside_the_pixels_of_a_png_is_passed_over():
     texts.add_text("comment", "x" * 2**21, zip=True)
     Image.new("P", (30, 20)).save(file, "PNG", pnginfo=texts, transparency=0)
     data = file.getvalue()
-    with pytest.raises(ValueError, match="too large"):
+    with pytest.raises(ValueError, match=r"(?i)too large"):
         Image.open(BytesIO(data))
     assert decode(data, "0").shape == (3, 20, 30)
     at = data.index(b"zTXt") + 20

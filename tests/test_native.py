@@ -1,12 +1,8 @@
-"""What only the native CPU kernels promise: bits, accuracy, memory, sanitizers, the wheel. The operators' own tests run
+"""What only the native CPU kernels promise: bits, accuracy, memory, sanitizers. The operators' own tests run
 on every backend, this one too, and are elsewhere."""
 
-import os
-import shutil
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -371,70 +367,3 @@ def test_kernels_are_clean(name):
             missing(reason)
     ran = run(compiled([*sorted((CSRC / "cpu").glob("*.cpp")), ROOT / "tests" / "native" / "drive.cpp"], flags))
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
-
-
-@pytest.fixture
-def copied(tmp_path) -> tuple[Path, dict[str, str]]:
-    """A copy of the sources, and an environment in which there is no nvcc."""
-    for part in ("csrc", "kernels", "ser_fast"):
-        shutil.copytree(ROOT / part, tmp_path / "source" / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
-    folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if not (Path(folder) / "nvcc").exists()]
-    environment = os.environ | {"PATH": os.pathsep.join(folders)}
-    environment.pop("CUDA_HOME", None)
-    return tmp_path / "source", environment
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("required", ["0", "1"])
-def test_a_build_that_fails_is_an_error_where_it_was_asked_for(copied, required):
-    source, environment = copied
-    for path in source.glob("csrc/**/*.cpp"):
-        path.write_text("#error this does not compile\n")
-    environment["SER_FAST_REQUIRE_NATIVE"] = required
-    built = run(sys.executable, "setup.py", "build_ext", cwd=source, env=environment)
-    assert built.returncode == int(required), built.stdout + built.stderr
-    assert "this does not compile" in built.stdout + built.stderr
-    assert "ser_fast._C is left out" in built.stderr
-
-
-@pytest.mark.slow
-def test_a_source_distribution_has_the_cuda_kernels_too(copied):
-    source, environment = copied
-    packed = run(sys.executable, "setup.py", "sdist", cwd=source, env=environment)
-    assert packed.returncode == 0, packed.stderr
-    (archive,) = (source / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as file:
-        inside = {name.partition("/")[2] for name in file.getnames()}
-    assert {str(path.relative_to(source)) for path in source.glob("csrc/**/*") if path.is_file()} <= inside
-
-
-def test_the_wheel_works_away_from_the_sources(copied, tmp_path):
-    """Built as where there is no nvcc; then it says so."""
-    source, environment = copied
-    elsewhere = tmp_path / "elsewhere"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    built = run(*pip, "wheel", source, "--no-build-isolation", "--no-deps", "-w", tmp_path, env=environment)
-    assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "-abi3-" in wheel.name
-    installed = run(*pip, "install", "--target", elsewhere, "--no-deps", wheel)
-    assert installed.returncode == 0, installed.stderr
-    program = (
-        # An editable installation would lend the wheel what it lacks.
-        "import sys\n"
-        "sys.meta_path[:] = [each for each in sys.meta_path if 'editable' not in getattr(each, '__module__', '')]\n"
-        "import ser_fast, torch\n"
-        "from ser_fast.lattice import LatticeMap\n"
-        "from ser_fast.ops.backends import reason_not\n"
-        "from ser_fast.ops.group_action import group_action\n"
-        "x = torch.arange(4.0).reshape(1, 2, 2, 1)\n"
-        "print(ser_fast.__file__)\n"
-        "print(reason_not('cuda', 'cuda'))\n"
-        "print(group_action(x, LatticeMap.rot90((2, 2), 1), backend='cpu').flatten().tolist())"
-    )
-    where, cuda, values = python(program, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(elsewhere)}).splitlines()
-    assert where.startswith(str(elsewhere))
-    assert cuda == "the native extension ser_fast._C_cuda was not built"
-    assert values == "[1.0, 3.0, 0.0, 2.0]"

@@ -121,7 +121,9 @@ def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, upright: boo
             if plain and image.mode in ("RGB", "L"):
                 try:
                     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=upright)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision 0.29 announces an end of it
+                        return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=upright)
                 except RuntimeError:
                     pass  # PIL reads it, or says why not
             return to_rgb(image, upright=upright)

@@ -161,7 +161,8 @@ def _read_video(path: Path, *, size: int) -> Tensor:
         import av
     except ImportError as error:
         raise ValueError(
-            f"perturbed: got the video {path}, takes PyAV to read it, which is not installed (pip install av)"
+            f"perturbed: got the video {path}, takes PyAV to read it, which is not installed: "
+            "pip install 'ser-fast[eval]'"
         ) from error
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]  # each (S, S, 3)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
+from ser_fast.lattice import precision
 
 
 class GroupAction(NamedTuple):
@@ -100,8 +101,8 @@ def check_group_action(x: Tensor, action: GroupAction, transpose: bool) -> None:
     height, width = size_out if transpose else size_in
     if x.ndim != 3 or x.shape[1] != height * width:
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes (B, {height * width}, C)")
-    _check("linear", action.linear, torch.float64, (x.shape[0], 2, 2), x)
-    _check("offset", action.offset, torch.float64, (x.shape[0], 2), x)
+    _check("linear", action.linear, precision(x.device), (x.shape[0], 2, 2), x)
+    _check("offset", action.offset, precision(x.device), (x.shape[0], 2), x)
     if action.interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation: got {action.interpolation!r}, takes one of {INTERPOLATIONS}")
     if action.padding not in PADDINGS:

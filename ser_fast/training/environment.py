@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -11,13 +10,21 @@ from typing import Any
 
 import torch
 
+from ser_fast import __version__
 from ser_fast.distributed import world_size
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory so far in MiB: allocated on a GPU, resident for a CPU process."""
+    """Peak memory so far in MiB: allocated on a GPU, resident for a CPU process; 0 where the system doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -30,7 +37,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "command": sys.argv,
-        "ser_fast": importlib.metadata.version("ser-fast"),
+        "ser_fast": __version__,
         "git": revision,
         "python": platform.python_version(),
         "platform": platform.platform(),
