@@ -2,7 +2,7 @@
 
 # By extra, the names that modules of it are imported by. The lower ones bring the upper ones where they need them.
 EXTRAS = {
-    "train": ("kornia", "PIL", "rich", "safetensors", "skimage", "tensorboard", "timm", "torchvision", "tyro"),
+    "train": ("kornia", "PIL", "rich", "safetensors", "skimage", "tensorboard", "timm", "torchvision", "tyro", "yaml"),
     "eval": ("av", "jinja2", "matplotlib", "pycocotools", "scipy"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "hf": ("datasets", "pyarrow"),

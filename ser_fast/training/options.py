@@ -95,9 +95,6 @@ def _options(defaults: TrainConfig, sections: Mapping[str, type[Any]]) -> type[A
         ("objective", objective, default(objective_name(defaults))),
         ("addons", tyro.conf.Suppress[Mapping[str, Any]], default({})),
         (defaults.objective.section, type(defaults.objective), default(defaults.objective)),
-        *(
-            (name, kind, default(defaults.addons.get(name) or replace(kind(), layers="off")))
-            for name, kind in ADDONS.items()
-        ),
+        *((name, kind, default(given.get(name) or replace(kind(), layers="off"))) for name, kind in ADDONS.items()),
     ]
     return make_dataclass("TrainOptions", changed, bases=(TrainConfig,), frozen=True)
