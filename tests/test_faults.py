@@ -444,7 +444,7 @@ def test_the_second_signal_is_not_held_back() -> None:
     script = """
 import os, signal, time
 from ser_fast.training.processes import stop_signals
-with stop_signals() as received:
+with stop_signals("stopping soon") as received:
     os.kill(os.getpid(), signal.SIGTERM)
     print(len(received), flush=True)
     os.kill(os.getpid(), signal.SIGINT)
@@ -452,6 +452,7 @@ with stop_signals() as received:
 """
     ended = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=50)
     assert ended.stdout == "1\n"
+    assert ended.stderr == "\nstopping soon\n"
     assert ended.returncode == -signal.SIGINT
 
 

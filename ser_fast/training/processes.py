@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -145,10 +145,13 @@ def of_all_ranks(value: T) -> list[T]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals(notice: str = "") -> Iterator[list[int]]:
     """Collects the first SIGINT or SIGTERM instead of dying of it; the second one ends the process.
 
     In a thread other than the main one, which can't handle signals, it collects none.
+
+    Args:
+        notice: what the first one writes to standard error, at once: a step may take minutes.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -157,6 +160,9 @@ def stop_signals() -> Iterator[list[int]]:
 
     def collect(number: int, _: Any) -> None:
         received.append(number)
+        if notice:
+            with suppress(OSError):  # not print: a handler may run inside another write to the same stream
+                os.write(2, f"\n{notice}\n".encode())
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 

@@ -194,7 +194,8 @@ class Trainer:
             progress.update(task, completed=step, description=f"{name}  {losses}")
             pace.after(step, losses, now)
 
-        with stop_signals() as stop, self.loader.failures_named(), progress, LateReports(report) as reports:
+        notice = "" if log is None else "stopping after this step, with a checkpoint; a second Ctrl-C ends it at once"
+        with stop_signals(notice) as stop, self.loader.failures_named(), progress, LateReports(report) as reports:
             step, begin = self.start, time.perf_counter()
             for epoch, batch in prefetch(islice(self.batches(), self.steps - self.start), device):
                 report_activity(f"in step {step + 1}")
