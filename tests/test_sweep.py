@@ -218,12 +218,16 @@ def test_runs_in_processes_of_their_own_give_the_same(tmp_path: Path) -> None:
     assert values(apart) == pytest.approx(values(here), rel=1e-4)
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     data = classes(tmp_path / "data")
     out = tmp_path / "sweep"
     counts = ["--train-images", "12", "--test-images", "8", "--images", "4"]
     run_cli("sweep", "--vary", "ser.weight", "0", "1", "--seeds", "1", "--out", out, *counts, *TINY, "--data", data)
-    assert "no cell differs by more than chance" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no cell differs by more than chance" in printed
+    assert "\n ser.weight=1 " in printed  # a narrow terminal takes the numbers apart, not the names away
+    assert "…" not in printed
     assert len({(line["cell"], line["seed"]) for line in rows(out / "sweep.csv")}) == 3
 
 

@@ -165,12 +165,14 @@ class SweepResult:
     def print(self, console: Console | None = None) -> None:
         """Print the mean of each cell, a row a cell, and what differs from the baseline."""
         console = console or Console()
-        table = PrintedTable(box=SIMPLE_HEAD, padding=0, title="Means over seeds, ± half a 95 % interval")
-        table.add_column("cell")
+        table = PrintedTable(
+            box=SIMPLE_HEAD, padding=0, title="Means over seeds, ± half a 95 % interval, the seeds' part taken off"
+        )
+        table.add_column("cell", no_wrap=True)  # where it is narrow, the numbers wrap and the names stay
         means = {measure: cell_means(table) for measure, table in self.tables.items()}
         controls = {measure: self.table(measure, controls=True) for measure in self.compared}
         for measure in self.compared:
-            table.add_column(measure.replace("_", " "), justify="right", no_wrap=True)
+            table.add_column(measure.replace("_", " "), justify="right", overflow="fold")
         for cell in self.options:
             table.add_row(escape(cell), *(_short(means[measure][cell]) for measure in self.compared))
         for cell in dict.fromkeys(cell for values in controls.values() for cell in values):
