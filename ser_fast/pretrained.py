@@ -119,13 +119,8 @@ def find_weights(path: Path) -> Path:
     for found in [path / name for name in ENCODER_FILES] if path.is_dir() else [path]:
         if found.is_file():
             return found
-    what = (
-        f"holds no {' or '.join(ENCODER_FILES)}"
-        if path.is_dir()
-        else "is no file"
-        if path.suffix
-        else "is no run's folder and no file"
-    )
+    absent = "is no file" if path.suffix else "is no run's folder and no file"
+    what = f"holds no {' or '.join(ENCODER_FILES)}" if path.is_dir() else absent
     raise ValueError(f"path: {path} {what}")
 
 

@@ -454,11 +454,14 @@ def test_the_encoder_is_written_and_frozen_parts_stayed(straight: TrainConfig) -
     assert not torch.equal(model[slow], initial[slow])
 
 
-def test_a_finished_run_is_not_repeated(straight: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_repeated(
+    straight: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = losses(straight.out)
     monkeypatch.setattr(Trainer, "step", None)
     assert train(replace(straight, resume="auto")) == straight.out
     assert losses(straight.out) == before
+    assert "nothing to train: the checkpoint is at step" in capsys.readouterr().out
 
 
 def test_epochs_count_where_steps_are_not_given(tiny: TrainConfig) -> None:

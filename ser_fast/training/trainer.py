@@ -179,6 +179,8 @@ class Trainer:
             device=self.device.type,
         )
         self.console.print(summary, markup=False, highlight=False, soft_wrap=True)
+        if self.start >= self.steps:
+            self.console.print(f"nothing to train: the checkpoint is at step {self.start} of {self.steps}")
         batch_size, device = config.optim.batch_size, self.device
         pace = Pace(self.console, steps=self.steps, start=self.start, batch_size=batch_size, device=device)
         reported, skipped = 0, set()
