@@ -27,7 +27,7 @@ def progress_bar(*, show: bool = True, console: Console | None = None) -> Progre
 
 
 def track(items: Iterable[_Item], description: str, *, show: bool, total: int | None = None) -> Iterable[_Item]:
-    """The items, with a bar that goes when they end.
+    """The items, with a bar that goes when they end; none where the output is no terminal.
 
     Args:
         items: any iterable.
@@ -35,4 +35,6 @@ def track(items: Iterable[_Item], description: str, *, show: bool, total: int | 
         show: False shows nothing.
         total: how many items there are, where they can't say.
     """
-    return rich.progress.track(items, description, total, transient=True, disable=not show)
+    console = Console()
+    shown = show and console.is_terminal  # elsewhere it would leave empty lines
+    return rich.progress.track(items, description, total, console=console, transient=True, disable=not shown)

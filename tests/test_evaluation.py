@@ -424,7 +424,7 @@ def test_interpolation_reaches_pixels_and_tokens() -> None:
         (noise(1, 30, 32), None, ValueError, r"multiples of the patch size \(4, 4\)"),
         (noise(1), {"a": LatticeMap.hflip((4, 4))}, ValueError, "elements: 'a' is 1 maps of a"),
         (noise(1), {"a": LatticeMap.hflip((8, 8), batch=2)}, ValueError, "elements: 'a' is 2 maps"),
-        (noise(1), {"a": LatticeMap.crop((8, 8), (9, 9, 2, 2), (2, 2))}, ValueError, "'a' leaves no valid token"),
+        (noise(1), {"a": LatticeMap.affine((8, 8), torch.eye(2), torch.tensor([9.0, 9.0]), (2, 2))}, ValueError, "'a' leaves no valid token"),
     ],
 )
 def test_equivariance_rejects(images: Tensor, elements: dict | None, error: type[Exception], message: str) -> None:
