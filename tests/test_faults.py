@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -77,6 +78,22 @@ def test_only_damaged_checkpoints_are_no_beginning(config: TrainConfig, done: Ru
         flip_a_bit(path, 0.5)
     with pytest.raises(ValueError, match=r"resume: every checkpoint of .* is damaged"):
         train(replace(config, resume="auto"))
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(config: TrainConfig, done: RunFolder) -> None:
+    done.list_checkpoints()[-1].unlink()
+    os.mkfifo(done.checkpoints / "step_00000006.pt")
+    notes = Trainer(with_options(config, {"resume": "auto"}), CPU).beginning.notes
+    assert len(notes) == 1 and "step_00000006.pt" in notes[0] and "not a regular file" in notes[0]
+
+
+def test_copies_of_checkpoints_are_the_users_own(config: TrainConfig, done: RunFolder) -> None:
+    names = ["step_00000001_good.pt", "step_00000006_good.pt", "step_best.pt"]
+    for name in names:
+        shutil.copy(done.list_checkpoints()[-1], done.checkpoints / name)
+    train(with_options(config, {"resume": "auto", "optim.steps": 10, "keep_checkpoints": 1}))
+    there = sorted(path.name for path in done.checkpoints.glob("*.pt"))
+    assert there == ["step_00000001_good.pt", "step_00000006_good.pt", "step_00000010.pt", "step_best.pt"]
 
 
 def test_a_checkpoint_of_another_format_says_so(config: TrainConfig, done: RunFolder) -> None:
