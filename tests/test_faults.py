@@ -322,6 +322,16 @@ def test_runs_that_began_at_once_do_not_share_a_folder(config: TrainConfig) -> N
         other.train()
 
 
+def test_a_run_that_went_on_while_its_successor_began_loses_nothing(config: TrainConfig, done: RunFolder) -> None:
+    longer = with_options(config, {"resume": "auto", "optim.steps": 10, "save_every": 3})
+    one, other = Trainer(longer, CPU), Trainer(longer, CPU)
+    one.train()
+    before = read_log(done.path), done.list_checkpoints()
+    with pytest.raises(ValueError, match=r"out: .* has other checkpoints than a moment ago; start again"):
+        other.train()
+    assert (read_log(done.path), done.list_checkpoints()) == before
+
+
 def test_partial_files_of_a_killed_process_are_removed(config: TrainConfig, done: RunFolder) -> None:
     left = [done.path / ".config.json.0123.partial", done.checkpoints / ".step_00000005.pt.4567.partial"]
     for path in left:
