@@ -236,7 +236,8 @@ def _number(checkpoint: Path) -> int:
 def _step_of(line: str) -> float:
     """Infinite for a line that is none of a log, cut short or damaged."""
     try:
-        return int(json.loads(line)["step"])
+        step = int(json.loads(line)["step"])
+        return step if step > 0 else float("inf")
     except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")
 
