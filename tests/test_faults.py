@@ -400,11 +400,13 @@ def test_what_is_missing_in_the_log_is_named(
     assert [line["step"] for line in read_log(done.path)] == [1, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [b'{"step": 3, "epoch": 1, "loss": \xff\xfe}\n', b'{"step": "x"}\n', b"3\n", b'{"step": -9}\n', b"\0" * 64 + b"\n"],
-    ids=str,
+DAMAGED_LINES = (
+    *(b'{"step": 3, "epoch": 1, "loss": \xff\xfe}\n', b'{"step": "x"}\n', b'{"step": -9}\n', b"3\n"),
+    b"\0" * 64 + b"\n",
 )
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LINES, ids=str)
 def test_a_damaged_line_of_the_log_is_dropped(config: TrainConfig, done: RunFolder, damage: bytes) -> None:
     lines = done.log.read_bytes().splitlines(True)
     done.log.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))
