@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
+from ser_fast.ops.backends import BACKENDS
 from ser_fast.ops.contract import GroupAction
 from ser_fast.ops.group_action import group_action
 from ser_fast.ops.nt_xent import info_nce, nt_xent
@@ -96,7 +98,7 @@ class SERLoss(nn.Module):
                 "leave it out, or give a temperature"
             )
         for name, width in (("dim", dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
-            if width < 1:
+            if not isinstance(width, Integral) or width < 1:
                 raise ValueError(f"{name}: got {width}, takes a positive number")
         if isinstance(temperature, Tensor):
             raise TypeError(f"temperature: got {type(temperature).__name__}, takes a number; it is not learned")
@@ -110,7 +112,11 @@ class SERLoss(nn.Module):
         _one_of("padding", padding, PADDINGS)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: got {self.temperature:g}, takes a finite positive number")
-        if max_tokens is not None and max_tokens < 1:
+        for name, flag in (("antialias", antialias), ("gather", gather)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}: got {flag!r}, takes True or False")
+        _one_of("backend", backend, ("auto", *BACKENDS))
+        if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
             raise ValueError(f"max_tokens: got {max_tokens}, takes None or a positive number")
         self.interpolation, self.padding, self.antialias = interpolation, padding, antialias
         if memory_budget < 0:
