@@ -8,6 +8,7 @@ import torch
 from cases.objectives import small_config
 from cases.ranks import results_of_ranks
 from cases.runs import CPU, patterns, tiny_config
+from timm.layers import Attention
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -120,7 +121,10 @@ def test_parts_under_autocast_round_as_the_whole_does(objective: str) -> None:
 
     def flat(amp: torch.dtype | None, parts: int) -> tuple[dict[str, Tensor], Tensor]:
         torch.manual_seed(0)
-        model = config.build().train()
+        model, dtypes = config.build().train(), []
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.qkv.register_forward_hook(lambda _, inputs, out: dtypes.append(out.dtype))
         views = batch_of(config, model, 12)
         torch.manual_seed(5)
         if parts == 0:
@@ -129,6 +133,7 @@ def test_parts_under_autocast_round_as_the_whole_does(objective: str) -> None:
             losses["loss"].backward()
         else:
             losses = backward_in_parts(model, views, parts, 0.3, amp=amp)
+        assert {*dtypes} == {amp or torch.float32}  # in both walks
         return losses, torch.cat([gradient.flatten() for gradient in gradients(model).values()])
 
     _, exact = flat(None, 0)
