@@ -19,7 +19,7 @@ from ser_fast.ops.reference import resampling_matrix
 
 # Where the paper's text and the released scripts disagree. The temperatures are (paper, released).
 TEMPERATURES = {"moco_v3": (0.3, 0.5), "barlow_twins": (0.3, 0.4), "dino": (0.5, 0.4)}
-_PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"negatives": "both", "both_directions": False},
     "released": {"negatives": "other", "both_directions": True},
 }
@@ -91,7 +91,7 @@ class SERLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _one_of("preset", preset, _PRESETS)
+        _one_of("preset", preset, PRESETS)
         if objective not in TEMPERATURES:
             raise ValueError(
                 f"objective: got {objective!r}, takes one of {', '.join(map(repr, TEMPERATURES))}; for another method "
@@ -102,7 +102,7 @@ class SERLoss(nn.Module):
                 raise ValueError(f"{name}: got {width}, takes a positive number")
         if isinstance(temperature, Tensor):
             raise TypeError(f"temperature: got {type(temperature).__name__}, takes a number; it is not learned")
-        chosen = _PRESETS[preset]
+        chosen = PRESETS[preset]
         preset_temperature = TEMPERATURES[objective][preset == "released"]
         self.temperature = preset_temperature if temperature is None else float(temperature)
         self.negatives: str = chosen["negatives"] if negatives is None else negatives
