@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
-from ser_fast.ops.backends import BACKENDS
+from ser_fast.ops.backends import check_name
 from ser_fast.ops.contract import GroupAction
 from ser_fast.ops.group_action import group_action
 from ser_fast.ops.nt_xent import info_nce, nt_xent
@@ -115,7 +115,7 @@ class SERLoss(nn.Module):
         for name, flag in (("antialias", antialias), ("gather", gather)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}: got {flag!r}, takes True or False")
-        _one_of("backend", backend, ("auto", *BACKENDS))
+        check_name(backend)
         if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
             raise ValueError(f"max_tokens: got {max_tokens}, takes None or a positive number")
         self.interpolation, self.padding, self.antialias = interpolation, padding, antialias

@@ -21,7 +21,11 @@ from ser_fast.extras import EXTRAS
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINS = ("constraints.txt", "constraints-newest.txt")
 CORE = {"torch", "numpy", "triton"}
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage"}  # where a distribution's name is not the module's
+IMPORTED_AS = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-image": "skimage",
+}  # where a distribution's name is not the module's
 
 
 def without(names: Iterable[str], program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
