@@ -116,7 +116,7 @@ class LatticeMap:
         if self.offset.device != self.linear.device:
             raise ValueError(f"offset: got device {self.offset.device}, takes that of linear, {self.linear.device}")
         for name, size in (("size_in", self.size_in), ("size_out", self.size_out)):
-            if len(size) != 2 or size[0] < 0 or size[1] < 0:
+            if len(size) != 2 or any(isinstance(n, float) or n < 0 for n in size):
                 raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least 0")
 
     # ---------------------------------------------------------------- constructors

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
+from ser_fast.ops.backends import check_name
 from ser_fast.ops.contract import GroupAction
 from ser_fast.ops.group_action import group_action
 from ser_fast.ops.nt_xent import info_nce, nt_xent
@@ -17,7 +19,7 @@ from ser_fast.ops.reference import resampling_matrix
 
 # Where the paper's text and the released scripts disagree. The temperatures are (paper, released).
 TEMPERATURES = {"moco_v3": (0.3, 0.5), "barlow_twins": (0.3, 0.4), "dino": (0.5, 0.4)}
-_PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"negatives": "both", "both_directions": False},
     "released": {"negatives": "other", "both_directions": True},
 }
@@ -89,18 +91,18 @@ class SERLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _one_of("preset", preset, _PRESETS)
+        _one_of("preset", preset, PRESETS)
         if objective not in TEMPERATURES:
             raise ValueError(
                 f"objective: got {objective!r}, takes one of {', '.join(map(repr, TEMPERATURES))}; for another method "
                 "leave it out, or give a temperature"
             )
         for name, width in (("dim", dim), ("hidden_dim", hidden_dim), ("out_dim", out_dim)):
-            if width < 1:
+            if not isinstance(width, Integral) or width < 1:
                 raise ValueError(f"{name}: got {width}, takes a positive number")
         if isinstance(temperature, Tensor):
             raise TypeError(f"temperature: got {type(temperature).__name__}, takes a number; it is not learned")
-        chosen = _PRESETS[preset]
+        chosen = PRESETS[preset]
         preset_temperature = TEMPERATURES[objective][preset == "released"]
         self.temperature = preset_temperature if temperature is None else float(temperature)
         self.negatives: str = chosen["negatives"] if negatives is None else negatives
@@ -110,7 +112,11 @@ class SERLoss(nn.Module):
         _one_of("padding", padding, PADDINGS)
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: got {self.temperature:g}, takes a finite positive number")
-        if max_tokens is not None and max_tokens < 1:
+        for name, flag in (("antialias", antialias), ("gather", gather)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}: got {flag!r}, takes True or False")
+        check_name(backend)
+        if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 1):
             raise ValueError(f"max_tokens: got {max_tokens}, takes None or a positive number")
         self.interpolation, self.padding, self.antialias = interpolation, padding, antialias
         if memory_budget < 0:

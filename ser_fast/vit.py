@@ -532,6 +532,9 @@ def load_split_vit(path: str | Path) -> SplitViT:
             f"SplitViT(name, split, pretrained={str(path)!r})"
         )
     name, split, architecture = _architecture(path, recipe)
+    depth = architecture.get("depth")
+    if isinstance(depth, int | float) and depth > len(tensors):  # building so many would take hours
+        raise ValueError(f"path: {path} has {len(tensors)} tensors, too few for the {depth} blocks of its metadata")
     try:
         model = SplitViT(name, split, **architecture)
         model.load_state_dict(tensors)

@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import torch
 from cases.objectives import small_config
+from cases.ranks import results_of_ranks
 from cases.runs import CPU, patterns, tiny_config
+from timm.layers import Attention
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from ser_fast.distributed import rank
 from ser_fast.objectives import OBJECTIVES
 from ser_fast.training.accumulation import backward_in_parts, split_views
 from ser_fast.training.config import TrainConfig, with_options
@@ -109,6 +113,66 @@ def test_a_share_of_the_samples_keeps_their_order() -> None:
     for number, view in enumerate(views.views):
         for part, images in enumerate(view.images):
             assert torch.equal(torch.cat([share.views[number].images[part] for share in shares]), images)
+
+
+@pytest.mark.parametrize("objective", ["moco_v3", "barlow_twins"])
+def test_parts_under_autocast_round_as_the_whole_does(objective: str) -> None:
+    config = config_of(objective, {"equimod.layers": (2,), "model.drop_path_rate": 0.0})
+
+    def flat(amp: torch.dtype | None, parts: int) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(0)
+        model, dtypes = config.build().train(), []
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.qkv.register_forward_hook(lambda _, inputs, out: dtypes.append(out.dtype))
+        views = batch_of(config, model, 12)
+        torch.manual_seed(5)
+        if parts == 0:
+            with torch.autocast("cpu", amp, enabled=amp is not None):
+                losses = model(views, 0.3)
+            losses["loss"].backward()
+        else:
+            losses = backward_in_parts(model, views, parts, 0.3, amp=amp)
+        assert {*dtypes} == {amp or torch.float32}  # in both walks
+        return losses, torch.cat([gradient.flatten() for gradient in gradients(model).values()])
+
+    _, exact = flat(None, 0)
+    losses, whole = flat(torch.bfloat16, 0)
+    again, shares = flat(torch.bfloat16, 3)
+    assert all(torch.equal(again[name], value) for name, value in losses.items())
+    assert (shares - whole).norm() < 0.25 * (whole - exact).norm() < 0.1 * exact.norm()
+
+
+def in_parts_and_whole() -> dict[str, Any]:
+    """On this rank, the gradients of DistributedDataParallel and those in parts."""
+    results = {}
+    for objective in ("moco_v3", "barlow_twins"):
+        options = {"equimod.layers": (2,), "ser.gather": True, "model.drop_path_rate": 0.0}
+        config = config_of(objective, options)
+        torch.manual_seed(0)
+        model = config.build().double().train()
+        parallel = DistributedDataParallel(model)
+        views = to_dtype(batch_of(config, model, 8 + rank()), torch.float64)
+        seed = 5 + rank()
+        torch.manual_seed(seed)
+        parallel(views, 0.3)["loss"].backward()
+        whole = {name: gradient.clone() for name, gradient in gradients(model).items()}
+        model.zero_grad()
+        torch.manual_seed(seed)
+        backward_in_parts(model, views, 3, 0.3)
+        results[objective] = {"whole": whole, "parts": gradients(model)}
+    return results
+
+
+@pytest.mark.slow
+def test_parts_on_two_ranks_give_the_gradient_of_the_whole(tmp_path: Path) -> None:
+    ranks = results_of_ranks({"all": in_parts_and_whole}, 2, tmp_path)["all"]
+    for objective, of_rank_0 in ranks[0].items():
+        scale = torch.stack([gradient.norm() for gradient in of_rank_0["whole"].values()]).norm()
+        for name, gradient in of_rank_0["whole"].items():
+            limit = 1e-8 if name == "encoder.pos_embed" else 1e-12
+            for result in ranks:
+                assert (result[objective]["parts"][name] - gradient).norm() <= limit * scale, name
 
 
 def test_the_trainer_walks_over_parts(tmp_path: Path) -> None:

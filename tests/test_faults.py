@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -77,6 +78,22 @@ def test_only_damaged_checkpoints_are_no_beginning(config: TrainConfig, done: Ru
         flip_a_bit(path, 0.5)
     with pytest.raises(ValueError, match=r"resume: every checkpoint of .* is damaged"):
         train(replace(config, resume="auto"))
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(config: TrainConfig, done: RunFolder) -> None:
+    done.list_checkpoints()[-1].unlink()
+    os.mkfifo(done.checkpoints / "step_00000006.pt")
+    notes = Trainer(with_options(config, {"resume": "auto"}), CPU).beginning.notes
+    assert re.search(r"step_00000006\.pt .*not a regular file; going on from the one before", " ".join(notes))
+
+
+def test_copies_of_checkpoints_are_the_users_own(config: TrainConfig, done: RunFolder) -> None:
+    names = ["step_00000001_good.pt", "step_00000006_good.pt", "step_best.pt"]
+    for name in names:
+        shutil.copy(done.list_checkpoints()[-1], done.checkpoints / name)
+    train(with_options(config, {"resume": "auto", "optim.steps": 10, "keep_checkpoints": 1}))
+    there = sorted(path.name for path in done.checkpoints.glob("*.pt"))
+    assert there == ["step_00000001_good.pt", "step_00000006_good.pt", "step_00000010.pt", "step_best.pt"]
 
 
 def test_a_checkpoint_of_another_format_says_so(config: TrainConfig, done: RunFolder) -> None:
@@ -305,6 +322,16 @@ def test_runs_that_began_at_once_do_not_share_a_folder(config: TrainConfig) -> N
         other.train()
 
 
+def test_a_run_that_went_on_while_its_successor_began_loses_nothing(config: TrainConfig, done: RunFolder) -> None:
+    longer = with_options(config, {"resume": "auto", "optim.steps": 10, "save_every": 3})
+    one, other = Trainer(longer, CPU), Trainer(longer, CPU)
+    one.train()
+    before = read_log(done.path), done.list_checkpoints()
+    with pytest.raises(ValueError, match=r"out: .* has other checkpoints than a moment ago; start again"):
+        other.train()
+    assert (read_log(done.path), done.list_checkpoints()) == before
+
+
 def test_partial_files_of_a_killed_process_are_removed(config: TrainConfig, done: RunFolder) -> None:
     left = [done.path / ".config.json.0123.partial", done.checkpoints / ".step_00000005.pt.4567.partial"]
     for path in left:
@@ -373,9 +400,13 @@ def test_what_is_missing_in_the_log_is_named(
     assert [line["step"] for line in read_log(done.path)] == [1, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(
-    "damage", [b'{"step": 3, "epoch": 1, "loss": \xff\xfe}\n', b'{"step": "x"}\n', b"3\n", b"\0" * 64 + b"\n"], ids=str
+DAMAGED_LINES = (
+    *(b'{"step": 3, "epoch": 1, "loss": \xff\xfe}\n', b'{"step": "x"}\n', b'{"step": -9}\n', b"3\n"),
+    b"\0" * 64 + b"\n",
 )
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LINES, ids=str)
 def test_a_damaged_line_of_the_log_is_dropped(config: TrainConfig, done: RunFolder, damage: bytes) -> None:
     lines = done.log.read_bytes().splitlines(True)
     done.log.write_bytes(b"".join([*lines[:2], damage, *lines[3:]]))

@@ -598,6 +598,7 @@ LINEAR, OFFSET = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1), torch.zeros(
         (ValueError, r"offset: got shape \(3, 3\), takes \(3, 2\)", {"offset": OFFSET.new_zeros(3, 3)}),
         (ValueError, "offset: got device meta, takes that of linear, cpu", {"offset": OFFSET.to("meta")}),
         (ValueError, r"size_in: got \(-1, 2\), takes", {"size_in": (-1, 2)}),
+        (ValueError, r"size_out: got \(2.0, 2\), takes", {"size_out": (2.0, 2)}),
         (ValueError, r"size_out: got \(1,\), takes", {"size_out": (1,)}),
     ],
 )

@@ -694,6 +694,11 @@ def test_gather_needs_no_process_group(maps: tuple[LatticeMap, LatticeMap]) -> N
         ({"objective": "simclr"}, "objective: got 'simclr', .* for another method leave it out, or give a temperature"),
         ({"hidden_dim": 0}, "hidden_dim: got 0, takes a positive number"),
         ({"out_dim": -3}, "out_dim: got -3, takes a positive number"),
+        ({"out_dim": 1.5}, "out_dim: got 1.5, takes a positive number"),
+        ({"max_tokens": 1.5}, "max_tokens: got 1.5, takes None or a positive number"),
+        ({"backend": "gpu"}, "backend: got 'gpu', takes 'auto' or one of 'reference', 'cpu', 'triton', 'cuda'"),
+        ({"gather": "ring"}, "gather: got 'ring', takes True or False"),
+        ({"antialias": "yes"}, "antialias: got 'yes', takes True or False"),
     ],
 )
 def test_option_errors(options: dict[str, Any], message: str) -> None:

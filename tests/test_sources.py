@@ -292,6 +292,32 @@ def test_bad_shards(shards, location, train, message):
         TarShards("tar:here", location.format(shards, shards), train=train)
 
 
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "train.tar")
+    with pytest.raises(ValueError, match=r"data: got the shard .*train\.tar, which is no regular file"):
+        TarShards("", str(tmp_path), train=True)
+
+
+def sparse_tar(path, name, size):
+    """One member of `size` zeros, that take no room on the disk."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    with path.open("wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
+
+
+def test_members_that_are_too_large_are_not_read(tmp_path):
+    sparse_tar(tmp_path / "train.tar", "0.png", 2**36)
+    with pytest.raises(UnreadableImageError, match="68719476736 bytes for 100 pixels at most"):
+        TarShards("", str(tmp_path), train=True, max_pixels=100).read(0)
+    sparse_tar(tmp_path / "train.tar", "0.cls", 2**36)
+    with (tmp_path / "train.tar").open("r+b") as file, tarfile.open(fileobj=file, mode="a:") as archive:
+        archive.addfile(tarfile.TarInfo("0.png"))
+    with pytest.raises(ValueError, match=r"train\.tar, .*: 0\.cls, which holds a label, has 68719476736 bytes"):
+        TarShards("", str(tmp_path), train=True)
+
+
 # Hugging Face
 
 

@@ -98,6 +98,12 @@ def test_an_absurd_number_is_refused_by_its_name(objective: str, name: str, defa
     assert not base.out.exists()
 
 
+def test_a_rate_that_float32_does_not_have_is_refused(tmp_path: Path) -> None:
+    for option in ("optim.lr", "optim.lr_end", "optim.weight_decay", "optim.weight_decay_end"):
+        with pytest.raises(ValueError, match=rf"{option}: got 1e\+300, takes a number in \[0, 1e\+30\]"):
+            check_options(with_options(tiny_config(tmp_path / "run", "photos"), {option: 1e300}), 1)
+
+
 def alike(default: Any, value: Any) -> Any:
     """The value, in place of the last of several numbers."""
     if isinstance(default, tuple):

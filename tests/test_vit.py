@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ser_fast.vit import SplitViT, load_split_vit, save_split_vit
+from ser_fast.pretrained import read_safetensors, seal
+from ser_fast.vit import METADATA_KEY, SplitViT, load_split_vit, save_split_vit
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 NATIVE, OTHER, NON_SQUARE = (32, 32), (48, 48), (24, 40)
@@ -536,3 +537,15 @@ def test_weights_to_start_from_say_their_split(text: str, tmp_path: Path) -> Non
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata={"split_vit": text})
     with pytest.raises(ValueError, match=r"pretrained: the metadata 'split_vit' of .*other\.safetensors do not say"):
         SplitViT(PLAIN, 1, pretrained=tmp_path / "other.safetensors", **TINY)
+
+
+def test_a_file_with_fewer_tensors_than_blocks_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_split_vit(path, SplitViT("vit_tiny_patch16_224", 1, img_size=32, embed_dim=24, depth=2, num_heads=2))
+    tensors, metadata = read_safetensors(path)
+    recipe = json.loads(metadata[METADATA_KEY])
+    recipe["timm_kwargs"]["depth"] = 10**6
+    save_file(tensors, path, metadata=seal(tensors, metadata | {METADATA_KEY: json.dumps(recipe)}))
+    monkeypatch.setattr("timm.create_model", None)
+    with pytest.raises(ValueError, match=r"has [0-9]+ tensors, too few for the 1000000 blocks of its metadata"):
+        load_split_vit(path)

@@ -1,5 +1,6 @@
 """Batches of images in an order that the seed and the epoch decide, and what becomes of files that can't be read."""
 
+import math
 import os
 import signal
 import threading
@@ -159,8 +160,9 @@ class _BatchReader(Dataset[Batch]):
         shape = len(images), 3, size, size
         if not images or get_worker_info() is None:
             return torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8)
-        out = torch.empty(shape, dtype=torch.uint8).share_memory_()
-        return torch.stack(images, out=out)
+        # Not share_memory_(), which would copy what is not written yet; torch's default_collate does so.
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+        return torch.stack(images, out=images[0].new_empty(0).set_(storage, 0, shape))  # type: ignore[call-overload]
 
 
 class Loader(DataLoader[Batch]):

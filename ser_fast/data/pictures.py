@@ -82,12 +82,17 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS, upright: bool 
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("not a regular file")
-            if status.st_size > 16 * max_pixels + 2**20:  # no format needs as much
+            if status.st_size > most_bytes(max_pixels):
                 raise OSError(f"{status.st_size} bytes for {max_pixels} pixels at most")
             data = file.read()
     except OSError as error:
         raise UnreadableImageError(str(path), f"{type(error).__name__}: {error}") from error
     return decode(data, str(path), max_pixels=max_pixels, upright=upright)
+
+
+def most_bytes(max_pixels: int) -> int:
+    """Of a picture's file: no format needs more."""
+    return 16 * max_pixels + 2**20
 
 
 def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Tensor:

@@ -7,6 +7,7 @@ holds is kept in an index (`shard_index`), from which the next start reads it.
 
 import json
 import re
+import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -18,10 +19,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ser_fast.data import MAX_PIXELS
 from ser_fast.data.listing import HELD_OUT, expand_pattern, hash_entries, list_files, split_options, stamp
-from ser_fast.data.pictures import Picture, UnreadableImageError, decode
+from ser_fast.data.pictures import Picture, UnreadableImageError, decode, most_bytes
 from ser_fast.data.shard_index import list_samples
 
 _FIELDS = ("label", "cls", "class")  # of a .json, the first that is there
+_LONGEST_LABEL = 2**24  # bytes of a .cls or a .json: what a shard says of its members is not to take all memory
 
 
 class Sample(NamedTuple):
@@ -92,6 +94,8 @@ class TarShards:
         """Picture number `index`: one read at its offset."""
         number, sample = self.samples[index]
         name = self.locate(index)
+        if sample.size > most_bytes(self.max_pixels):
+            raise UnreadableImageError(name, f"{sample.size} bytes for {self.max_pixels} pixels at most")
         try:
             with open(self.shards[number], "rb") as file:
                 file.seek(sample.offset)
@@ -134,9 +138,11 @@ def _find_shards(source: str, location: str) -> tuple[list[str], list[str]]:
 def _check(path: str) -> tuple[Any, ...]:
     """What `_list` is remembered by: a shard that was written anew is listed anew."""
     try:
-        Path(path).stat()
+        regular = stat.S_ISREG(Path(path).stat().st_mode)
     except OSError as error:
         raise ValueError(f"data: got the shard {path}, which can't be opened: {error.strerror}") from error
+    if not regular:  # a pipe would be waited for
+        raise ValueError(f"data: got the shard {path}, which is no regular file, takes a tar file")
     return stamp(path)
 
 
@@ -209,6 +215,8 @@ def _sample(archive: tarfile.TarFile, members: Sequence[tarfile.TarInfo]) -> Sam
 
 
 def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > _LONGEST_LABEL:
+        raise tarfile.ReadError(f"{member.name}, which holds a label, has {member.size} bytes")
     assert archive.fileobj is not None
     archive.fileobj.seek(member.offset_data)  # next() goes back to where it was
     return archive.fileobj.read(member.size)

@@ -136,6 +136,12 @@ def fastest(op: str, device: torch.device) -> str:
     return able[0] if able else "reference"
 
 
+def check_name(backend: str) -> None:
+    """Raise ValueError for what is neither "auto" nor a backend's name."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: got {backend!r}, takes 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+
+
 def choose(op: str, backend: str, tensor: Tensor) -> str:
     """The name of the backend that runs `op` on `tensor`.
 
@@ -148,8 +154,7 @@ def choose(op: str, backend: str, tensor: Tensor) -> str:
     """
     if backend == "auto":
         return fastest(op, tensor.device)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, takes 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+    check_name(backend)
     reason = reason_not(backend, tensor.device.type)
     if reason is not None:
         raise RuntimeError(f"{op}: backend={backend!r} can't run here: {reason}")

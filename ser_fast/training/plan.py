@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ser_fast.lattice import LatticeMap, Size
+from ser_fast.loss import PRESETS
 from ser_fast.progress import track
 from ser_fast.training.config import TrainConfig, objective_name
 from ser_fast.training.devices import Device, find_device
@@ -159,7 +160,7 @@ def expected_negatives(config: TrainConfig, ranks: int = 1) -> float | None:
         here = (ser.max_tokens - 1) * (here - tokens) / (here - 1)
     else:
         here -= tokens
-    negatives = ser.negatives or {"paper": "both", "released": "other"}[ser.preset]
+    negatives = ser.negatives or PRESETS[ser.preset]["negatives"]
     views = 2 if negatives == "both" and not ser.momentum_keys else 1
     return views * valid * (here + used * elsewhere)
 

@@ -38,11 +38,13 @@ class Beginning(NamedTuple):
         state: of the checkpoint it continues from, on the CPU; None at step 0.
         path: of that checkpoint.
         notes: what the user should know about the choice.
+        seen: the checkpoints in the run's folder when it was made.
     """
 
     state: dict[str, Any] | None
     path: Path | None
     notes: list[str]
+    seen: list[Path]
 
     @property
     def step(self) -> int:
@@ -94,31 +96,32 @@ def _find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
     folder = RunFolder(config.out)
     if os.path.lexists(config.out) and not config.out.is_dir():
         raise ValueError(f"out: {config.out} is {'a link to nothing' if config.out.is_symlink() else 'no folder'}")
+    seen = folder.list_checkpoints()
     if config.resume == "auto":
         notes = []
-        for path in reversed(folder.list_checkpoints()):
+        for path in reversed(seen):
             try:
                 state = load_checkpoint(path, torch.device("cpu"))
             except DamagedCheckpointError as error:
                 notes.append(str(error))
                 continue
             _require_same_run(config, identity, path, state)
-            return Beginning(state, path, [f"{note}; going on from the one before" for note in notes])
+            return Beginning(state, path, [f"{note}; going on from the one before" for note in notes], seen)
         if notes:
             raise ValueError(f"resume: every checkpoint of {config.out} is damaged: {'; '.join(notes)}")
-        return Beginning(None, None, [])
+        return Beginning(None, None, [], seen)
     path = Path(config.resume)
     own = config.resume != "none" and path.resolve().parent == folder.checkpoints.resolve()
     if folder.holds_a_run and not own:
         raise ValueError(f"out: {config.out} already holds a run; continue it with --resume auto, or name another")
     if config.resume == "none":
-        return Beginning(None, None, [])
+        return Beginning(None, None, [], seen)
     if not path.is_file():
         hint = f"; a run's folder is continued by --out {path} --resume auto" if path.is_dir() else ""
         raise ValueError(f"resume: {path} is no file; takes 'none', 'auto' or a checkpoint{hint}")
     state = load_checkpoint(path, torch.device("cpu"))
     _require_same_run(config, identity, path, state)
-    return Beginning(state, path, [])
+    return Beginning(state, path, [], seen)
 
 
 def _require_same_run(config: TrainConfig, identity: Identity, path: Path, state: dict[str, Any]) -> None:

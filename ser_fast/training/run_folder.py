@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import zipfile
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ class RunFolder:
             It, with what lines of it are missing: after a crash of the machine, those that were not on the disk yet.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if later := [path for path in self.list_checkpoints() if int(path.stem.removeprefix("step_")) > start]:
+        if later := [path for path in self.list_checkpoints() if _number(path) > start]:
             aside = next(
                 folder
                 for number in range(1, 10**6)
@@ -145,8 +146,9 @@ class RunFolder:
         return path
 
     def list_checkpoints(self) -> list[Path]:
-        """The run's checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("step_*.pt"))
+        """The run's checkpoints, oldest first; copies under other names that lie beside them are the user's own."""
+        named = [path for path in self.checkpoints.glob("step_*.pt") if re.fullmatch("step_[0-9]+", path.stem)]
+        return sorted(named, key=_number)
 
 
 class RunLog:
@@ -192,6 +194,8 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         ValueError: it is no checkpoint of this trainer, or one of another version.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("not a regular file")
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch.load does not look at the checksums
         state = torch.load(path, map_location=device, weights_only=True) if broken is None else None
@@ -224,10 +228,16 @@ def find_encoder(path: Path) -> Path:
     return found
 
 
+def _number(checkpoint: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(checkpoint.stem.removeprefix("step_"))
+
+
 def _step_of(line: str) -> float:
     """Infinite for a line that is none of a log, cut short or damaged."""
     try:
-        return int(json.loads(line)["step"])
+        step = int(json.loads(line)["step"])
+        return step if step > 0 else float("inf")
     except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")
 

@@ -157,6 +157,8 @@ class Trainer:
         stack.enter_context(self.folder.lock())
         if self.config.resume == "none" and self.folder.holds_a_run:
             raise ValueError(f"out: {self.config.out} holds a run that began at the same time; name another")
+        if self.folder.list_checkpoints() != self.beginning.seen:  # a run went on while this one began
+            raise ValueError(f"out: {self.config.out} has other checkpoints than a moment ago; start again")
 
     def _train(self) -> Path:
         config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None

@@ -26,6 +26,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     (r"model\.(depth|num_heads)", 1, 1024),
     (r"model\.split|layers|views\.locals|workers", 0, 1024),
     (r"seed", 0, 2**63 - 1),
+    (r"optim\.(lr|weight_decay)(_end)?", 0, 1e30),  # float32 has no step of a larger rate
     (r"", 0, _ANY),
 )
 
