@@ -12,7 +12,7 @@ from ser_fast.distributed import all_gather_rows, all_gather_views, gather_count
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.backends import check_name
-from ser_fast.ops.contract import GroupAction
+from ser_fast.ops.contract import GroupAction, check_temperature
 from ser_fast.ops.group_action import group_action
 from ser_fast.ops.nt_xent import info_nce, nt_xent
 from ser_fast.ops.reference import resampling_matrix
@@ -110,8 +110,7 @@ class SERLoss(nn.Module):
         _one_of("negatives", self.negatives, ("both", "other"))
         _one_of("interpolation", interpolation, INTERPOLATIONS)
         _one_of("padding", padding, PADDINGS)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: got {self.temperature:g}, takes a finite positive number")
+        check_temperature(self.temperature)
         for name, flag in (("antialias", antialias), ("gather", gather)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}: got {flag!r}, takes True or False")

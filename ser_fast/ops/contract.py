@@ -80,9 +80,10 @@ def _check_rows(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes rows and at least one column")
 
 
-def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: got {temperature}, takes a finite positive number")
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless float32 has the number and its inverse."""
+    if not 1e-30 <= temperature <= 1e30:
+        raise ValueError(f"temperature: got {temperature}, takes a number from 1e-30 to 1e30")
 
 
 def check_group_action(x: Tensor, action: GroupAction, transpose: bool) -> None:
@@ -116,7 +117,7 @@ def check_nt_xent(inputs: NTXent) -> None:
     _check("z1", inputs.z1, None, z0.shape, z0)
     _check("image", inputs.image, torch.int64, z0.shape[:1], z0)
     _check("valid", inputs.valid, torch.bool, z0.shape[:1], z0)
-    _check_temperature(inputs.temperature)
+    check_temperature(inputs.temperature)
 
 
 def check_info_nce(inputs: InfoNCE) -> None:
@@ -132,7 +133,7 @@ def check_info_nce(inputs: InfoNCE) -> None:
     _check("valid", inputs.valid, torch.bool, query.shape[:1], query)
     _check("key_valid", inputs.key_valid, torch.bool, key.shape[:1], query)
     _check("positive", inputs.positive, torch.int64, query.shape[:1], query)
-    _check_temperature(inputs.temperature)
+    check_temperature(inputs.temperature)
 
 
 def check_loss_gradient(gradient: LossGradient, anchors: int, like: Tensor) -> None:

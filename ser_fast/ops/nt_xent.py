@@ -20,6 +20,7 @@ from ser_fast.ops.contract import (
     check_info_nce,
     check_loss_gradient,
     check_nt_xent,
+    check_temperature,
 )
 from ser_fast.ops.operator import Operator, differentiable_once, save_arguments, saved_arguments
 
@@ -381,8 +382,7 @@ def _check_options(temperature: float, reduction: str) -> None:
     if not isinstance(temperature, (int, float)) and not isinstance(temperature, Real):  # numpy's scalars are Real
         learned = ", which has no gradient here" if isinstance(temperature, Tensor) else ""
         raise TypeError(f"temperature: got {type(temperature).__name__}, takes a number{learned}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: got {temperature}, takes a finite positive number")
+    check_temperature(temperature)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, takes one of {', '.join(map(repr, _REDUCTIONS))}")
 

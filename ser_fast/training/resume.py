@@ -62,13 +62,13 @@ def require_agreement(identity: Identity) -> None:
             raise ValueError(f"ranks: rank {number} was started with another {', '.join(changed)} than rank 0")
 
 
-def restore(beginning: Beginning, model: nn.Module, load_optimizer: Callable[[dict[str, Any]], Any]) -> None:
-    """Give a model and its optimizer the state of the checkpoint, if there is one.
+def restore(beginning: Beginning, model: nn.Module, load_rest: Callable[[dict[str, Any]], Any]) -> None:
+    """Give a model, and its optimizer, the state of the checkpoint, if there is one.
 
     Args:
         beginning: with the state.
         model: of the run.
-        load_optimizer: takes the optimizer's part.
+        load_rest: takes the checkpoint for the optimizer and what belongs to it.
 
     Raises:
         ValueError: it does not fit.
@@ -77,7 +77,7 @@ def restore(beginning: Beginning, model: nn.Module, load_optimizer: Callable[[di
         return
     try:
         model.load_state_dict(beginning.state["model"])
-        load_optimizer(beginning.state["optimizer"])
+        load_rest(beginning.state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = shorten(str(error), 400)
         raise ValueError(f"resume: {beginning.path} does not hold the state of this model: {reason}") from error

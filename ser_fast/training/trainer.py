@@ -8,9 +8,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,14 +124,18 @@ class Trainer:
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.overflows = torch.zeros(2, device=device)  # of float16: in all, and in a row up to the last step
-        restore(self.beginning, self.model, partial(load_optimizer, self.optimizer))
-        if self.beginning.state is not None and self.scaler.is_enabled():
-            self.scaler.load_state_dict(self.beginning.state["scaler"])
-            self.overflows.copy_(torch.tensor(self.beginning.state["overflows"]))
+        restore(self.beginning, self.model, self._load_optimizer)
         self.start, self.last_checkpoint = self.beginning.step, self.beginning.path
         self.beginning = self.beginning._replace(state=None)
         if self.start > self.steps:
             raise ValueError(f"resume: {self.last_checkpoint} is of step {self.start}, and the run has {self.steps}")
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Give the optimizer, and the scale of float16's loss, their part of a checkpoint."""
+        load_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+            self.overflows.copy_(torch.tensor(state["overflows"]))
 
     def save(self, step: int) -> None:
         """Write the encoder and a checkpoint after a step."""
