@@ -1,7 +1,7 @@
 // How the operators check what they are given, whoever calls them: the kernels trust shapes, dtypes and places.
 //
-// Numbers that are indices are looked at here on the CPU alone; on a GPU that would wait for the device, and the kernels
-// keep them within bounds.
+// Numbers that are indices are looked at here on the CPU alone; on a GPU that would wait for the device, and the
+// kernels keep them within bounds.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -46,31 +46,37 @@ class DemoResult:
         """Write demo.csv and demo.png; returns their paths."""
         return [
             write_table(self.records, folder / "demo.csv"),
-            plot(self.records, folder / "demo.png", split=self.split),
+            plot(self.records, folder / "demo.png", split=self.split, metric="retrieval"),
         ]
 
     def print(self, console: Console | None = None) -> None:
-        """Print losses, equivariance error per layer and kNN accuracy, a row a model."""
-        (console or Console()).print(self._table())
+        """Print losses, token retrieval per layer, the error at the split and kNN accuracy, a row a model."""
+        console = console or Console()
+        console.print(self._table())
+        guess = self.records["random"][0].chance
+        console.print(
+            f"Layers: how often a token is found in its new place after a rotation or flip (a guess: {guess:.3f}). "
+            f"Error: of the tokens at layer {self.split}, where SER acts; near-constant tokens have a small one, too, so "
+            "read retrieval first.",
+            highlight=False,
+        )
 
     def _table(self) -> Table:
         layers = sorted({record.layer for record in self.records["random"]})
         table = Table(
-            title=f"Equivariance error of layers {layers[0]} to {layers[-1]} (SER acts on {self.split}), on held-out "
-            "images",
+            title=f"Token retrieval at layers {layers[0]} to {layers[-1]} (SER acts on {self.split}), held-out images",
             box=SIMPLE_HEAD,
             padding=0,
         )
-        for heading in ("", "inv. loss", "SER loss", *map(str, layers), "kNN"):
+        for heading in ("", "inv. loss", "SER loss", *map(str, layers), "error", "kNN"):
             table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         for name, records in self.records.items():
-            errors = [
-                fmean(r.relative_error for r in records if r.layer == layer and r.group != "identity")
-                for layer in layers
-            ]
+            found = [fmean(r.retrieval for r in records if r.layer == layer and r.group == "D4") for layer in layers]
+            error = fmean(r.relative_error for r in records if r.layer == self.split and r.group != "identity")
             losses = self.losses.get(name)
             parts = [f"{losses[part]:.2f}" if losses else "" for part in ("invariance", "ser")]
-            table.add_row(name, *parts, *(f"{error:.2f}" for error in errors), f"{self.accuracy[name]:.3f}")
+            shares = (f"{share:.2f}" for share in found)
+            table.add_row(name, *parts, *shares, f"{error:.2f}", f"{self.accuracy[name]:.3f}")
         return table
 
 

@@ -490,10 +490,12 @@ def test_the_demo_compares_three_runs_and_reuses_them(
         printed = numbers_in(line.removeprefix(f" {model} "))
         assert 0 <= printed[-1] <= 1  # kNN
         moved = [row for row in table if row["model"] == model and row["group"] != "identity"]
-        errors = [fmean(float(row["relative_error"]) for row in moved if row["layer"] == layer) for layer in "123456"]
-        assert printed[-7:-1] == pytest.approx(errors, abs=0.006)
+        turned = [row for row in moved if row["group"] == "D4"]
+        found = [fmean(float(row["retrieval"]) for row in turned if row["layer"] == layer) for layer in "123456"]
+        error = fmean(float(row["relative_error"]) for row in moved if row["layer"] == "2")
+        assert printed[-8:-1] == pytest.approx([*found, error], abs=0.006)
         if model != "random":
-            assert printed[:-7] == pytest.approx(final_losses[model], abs=6e-3)
+            assert printed[:-8] == pytest.approx(final_losses[model], abs=6e-3)
     logs = {path: path.read_text() for path in tmp_path.glob("*/log.jsonl")}
     monkeypatch.setattr("ser_fast.training.trainer.Trainer.step", None)  # no step may be taken again
     run_cli(*argv)

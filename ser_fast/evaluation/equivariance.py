@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -66,30 +66,43 @@ _GROUPS = {"D4": "rotations and flips (D4)", "resampled": "scales (resampled)"}
 _LAYERS_WIDE = 12  # side by side in a table of 80 columns
 
 
-def plot(records: Mapping[str, Sequence[LayerRecord]], path: Path, *, split: int | None = None) -> Path:
-    """Draw relative error against layer: one line a model, one panel the mean over D4, one that over the scales.
+def plot(
+    records: Mapping[str, Sequence[LayerRecord]],
+    path: Path,
+    *,
+    split: int | None = None,
+    metric: Literal["relative_error", "retrieval"] = "relative_error",
+) -> Path:
+    """Draw a measure against layer: one line a model, one panel the mean over D4, one that over the scales.
 
     Args:
         records: those of each model, by name.
         path: the figure, in the format of its suffix (.png, .pdf, .svg).
         split: the last layer before the prefix tokens, to mark it.
+        metric: what is drawn.
     """
+    guesses = [record.chance for model_records in records.values() for record in model_records]
+    reference = {"relative_error": (1.0, "mean token"), "retrieval": (fmean(guesses), "a guess")}
+    label = {"relative_error": "relative error", "retrieval": "token retrieval, hit@1"}[metric]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(_GROUPS), sharey=True)
+    panels = figure.subplots(1, len(_GROUPS), sharey=metric == "relative_error")
     for axes, (group, title) in zip(panels, _GROUPS.items(), strict=True):
         for name, model_records in records.items():
-            errors = _means(model_records, group, "relative_error")
+            errors = _means(model_records, group, metric)
             if name.startswith(BUDGET):
                 for error in errors.values():
                     axes.axhline(error, color="black", linewidth=1, linestyle="-.", label=name)
             else:
                 axes.plot(list(errors), list(errors.values()), marker="o", label=name)
-        axes.axhline(1, color="grey", linewidth=1, linestyle=":", label="mean token")
+        level, name = reference[metric]
+        axes.axhline(level, color="grey", linewidth=1, linestyle=":", label=name)
         if split is not None:
             axes.axvline(split, color="grey", linewidth=1, linestyle="--", label="split")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(title=title, xlabel="layer", ylim=(0, None))
-    panels[0].set_ylabel("relative error")
+        axes.set(title=title, xlabel="layer")
+    panels[0].set_ylabel(label)
+    for axes in panels:  # once all is drawn, since it ends the scaling
+        axes.set_ylim(bottom=0)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     return save(figure, path)
 
