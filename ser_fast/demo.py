@@ -56,8 +56,8 @@ class DemoResult:
         guess = self.records["random"][0].chance
         console.print(
             f"Layers: how often a token is found in its new place after a rotation or flip (a guess: {guess:.3f}). "
-            f"Error: of the tokens at layer {self.split}, where SER acts; tokens that are nearly alike have a small one, "
-            "too, so read retrieval first.",
+            f"Error: at layer {self.split}, where SER acts; tokens that are nearly alike have a small one, too, so read "
+            "retrieval first.",
             highlight=False,
         )
 
