@@ -56,7 +56,7 @@ class DemoResult:
         guess = self.records["random"][0].chance
         console.print(
             f"Layers: how often a token is found in its new place after a rotation or flip (a guess: {guess:.3f}). "
-            f"Error: at layer {self.split}, where SER acts; tokens that are nearly alike have a small one, too, so read "
+            f"Error: at layer {self.split}, where SER acts; nearly alike tokens have a small one, too, so read "
             "retrieval first.",
             highlight=False,
         )
