@@ -10,8 +10,8 @@ _BEST = 5
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of images, `low` to `high` its 95 % Wilson interval, which takes images to be independent draws."""
+class Interval:
+    """A value, `low` to `high` its 95 % interval."""
 
     value: float
     low: float
@@ -33,8 +33,8 @@ class Classification:
         images: how many.
     """
 
-    top1: Share
-    top5: Share
+    top1: Interval
+    top5: Interval
     confusion: Tensor
     images: int
 
@@ -55,8 +55,8 @@ Rows = list[tuple[dict[str, str | int | float], Classification]]
 """What identifies each classifier, by column, and how it did."""
 
 
-def share_of(hits: Tensor) -> Share:
-    """The share of True, with its interval.
+def share_of(hits: Tensor) -> Interval:
+    """The share of True, with its 95 % Wilson interval, which takes entries to be independent draws.
 
     Args:
         hits: (M,) bool.
@@ -70,7 +70,7 @@ def share_of(hits: Tensor) -> Share:
         raise ValueError("hits: got none, takes one for each image")
     test = binomtest(int(hits.sum()), len(hits))
     interval = test.proportion_ci(0.95, method="wilson")
-    return Share(float(test.statistic), float(interval.low), float(interval.high))
+    return Interval(float(test.statistic), float(interval.low), float(interval.high))
 
 
 def rank(scores: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from ser_fast.evaluation.classification import Interval
 from ser_fast.evaluation.segmentation_sets import IGNORED
 from ser_fast.lattice import Size
 from ser_fast.progress import track
@@ -24,20 +25,10 @@ _PRODUCTS = 2**24  # similarities at a time: 64 MiB
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A measure, `low` to `high` its 95 % bootstrap interval over images."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-@dataclass(frozen=True)
 class Overlap:
-    """How masks were predicted. The intersection over union (IoU) of a class is nan where neither mask has it.
+    """How masks were predicted, with 95 % bootstrap intervals over images.
+
+    The intersection over union (IoU) of a class is nan where neither mask has it.
 
     Attributes:
         miou: the mean IoU of the classes that the masks or the predictions have.
