@@ -109,3 +109,10 @@ def alike(default: Any, value: Any) -> Any:
     if isinstance(default, tuple):
         return (*default[:-1], value)
     return (value,) if default in ("split", "off") else value
+
+
+def test_a_hue_beyond_half_a_turn_is_refused_by_its_name(tmp_path: Path) -> None:
+    base = tiny_config(tmp_path / "run", "photos")
+    changed = with_options(base, {"views.color_strength": 3.0, "views.color_jitter": (0.4, 0.4, 0.2, 0.2)})
+    with pytest.raises(ValueError, match=r"views.color_jitter: got a hue of 0.2 x views.color_strength 3, takes half"):
+        check_options(changed, 1)

@@ -57,6 +57,12 @@ def check_options(config: TrainConfig, world_size: int) -> int:
         raise ValueError(f"amp: got {config.amp!r}, takes one of {', '.join(map(repr, takes))}")
     if not isinstance(config.compile, bool):
         raise ValueError(f"compile: got {config.compile!r}, takes True or False")
+    hue = config.views.color_strength * config.views.color_jitter[3]
+    if hue > 0.5:
+        raise ValueError(
+            f"views.color_jitter: got a hue of {config.views.color_jitter[3]:g} x views.color_strength "
+            f"{config.views.color_strength:g}, takes half a turn at most"
+        )
     optim = config.optim
     if optim.batch_size % (world_size * optim.accumulate):
         raise ValueError(
