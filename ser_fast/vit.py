@@ -536,6 +536,16 @@ def load_split_vit(path: str | Path) -> SplitViT:
     if isinstance(depth, int | float) and depth > len(tensors):  # building so many would take hours
         raise ValueError(f"path: {path} has {len(tensors)} tensors, too few for the {depth} blocks of its metadata")
     try:
+        with torch.device("meta"):  # takes no memory: metadata could ask for any
+            described = SplitViT(name, split, **architecture).state_dict()
+        differing = [
+            key for key, tensor in tensors.items() if key in described and described[key].shape != tensor.shape
+        ]
+        if differing:
+            shapes = f"{tuple(tensors[differing[0]].shape)}, described as {tuple(described[differing[0]].shape)}"
+            raise RuntimeError(f"{differing[0]} is {shapes}")
+        if described.keys() - tensors.keys():
+            raise RuntimeError(f"Missing key(s): {', '.join(sorted(described.keys() - tensors.keys())[:3])}")
         model = SplitViT(name, split, **architecture)
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, AssertionError) as error:

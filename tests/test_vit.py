@@ -279,7 +279,7 @@ def test_checkpoint_does_not_ask_for_pretrained_weights(tmp_path, monkeypatch) -
     save_split_vit(tmp_path / "vit.safetensors", SplitViT(PLAIN, 1, pretrained=True))
     assert asked == [False, True]
     load_split_vit(tmp_path / "vit.safetensors")
-    assert asked == [False, True, False]
+    assert asked == [False, True, False, False]
 
 
 def test_a_checkpoint_is_found_in_a_run_and_says_what_images_need(tmp_path) -> None:
@@ -549,3 +549,23 @@ def test_a_file_with_fewer_tensors_than_blocks_builds_nothing(tmp_path: Path, mo
     monkeypatch.setattr("timm.create_model", None)
     with pytest.raises(ValueError, match=r"has [0-9]+ tensors, too few for the 1000000 blocks of its metadata"):
         load_split_vit(path)
+
+
+@pytest.mark.parametrize("asked", [{"img_size": 8 * 10**5}, {"embed_dim": 2 * 10**5}, {"mlp_ratio": 10**6}], ids=str)
+def test_a_file_that_asks_for_more_than_it_holds_takes_no_memory(
+    asked: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_split_vit(path, SplitViT(PLAIN, 1, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2))
+    tensors, metadata = read_safetensors(path)
+    recipe = json.loads(metadata[METADATA_KEY])
+    recipe["timm_kwargs"] |= asked
+    save_file(tensors, path, metadata=seal(tensors, metadata | {METADATA_KEY: json.dumps(recipe)}))
+    devices = []
+    create = timm.create_model
+    monkeypatch.setattr(
+        "timm.create_model", lambda *a, **k: (devices.append(torch.empty(0).device.type), create(*a, **k))[1]
+    )
+    with pytest.raises(ValueError, match=r"does not hold the weights that its metadata describe: .*described as"):
+        load_split_vit(path)
+    assert devices == ["meta"]
