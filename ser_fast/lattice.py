@@ -192,8 +192,6 @@ class LatticeMap:
         if not bool(torch.isfinite(box).all() & (box[:, 2:] > 0).all()):
             raise ValueError("box: every value must be finite, height and width positive")
         extent = box[:, 2:]  # (B, 2)
-        if bool(((box[:, :2] >= box.new_tensor(size)) | (box[:, :2] + extent <= 0)).any()):
-            raise ValueError(f"box: got one that shows nothing of the {size[0]}x{size[1]} lattice")
         linear = torch.diag_embed(extent / extent.new_tensor(size_out))
         offset = box[:, :2] + extent / 2 - extent.new_tensor(size) / 2
         return cls(linear, offset, size, size_out, axis_aligned=True)
@@ -241,6 +239,8 @@ class LatticeMap:
         boxes = whole if box is None else torch.as_tensor(box, dtype=torch.float64)
         if boxes.shape != (batch, 4):
             raise ValueError(f"box: got shape {tuple(boxes.shape)}, takes ({batch}, 4): top, left, height, width")
+        if bool(((boxes[:, :2] >= sizes) | (boxes[:, :2] + boxes[:, 2:] <= 0)).any()):
+            raise ValueError("box: got one that shows nothing of its picture")
         g = cls.crop((1, 1), boxes / torch.cat([sizes, sizes], 1), view_size)
         for name, flags, code in (("hflip", hflip, 4), ("vflip", vflip, 6)):
             if flags is not None:

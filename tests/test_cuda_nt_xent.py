@@ -269,6 +269,8 @@ def through_unit(x: Rows, g: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.exact.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(unit(leaf, x.normalize), leaf, g)
     lengths = x.exact.norm(dim=1, keepdim=True).clamp(min=1e-12) if x.normalize else 1
+    if x.normalize:  # a shorter row has no direction, and no gradient
+        gradient = gradient.where(~(x.exact.norm(dim=1, keepdim=True) < 1e-12), 0)
     gradient = gradient.where(x.take[:, None], 0)
     return gradient, g.abs().nan_to_num(0).amax(1, keepdim=True).clamp(min=1) / lengths
 
@@ -409,7 +411,7 @@ def test_panels_of_what_was_kept(operators):
     expected = (p + p.T).double() * 2.0**-15 * (a[:, None] + a)
     for (row, columns), source in zip(CORNERS, (3, 2, 3), strict=True):
         panel = torch.full(expected[row, columns].shape, 7, dtype=f16)
-        arguments = (x.u, x.table, coefficients, x.u, x.table, coefficients, kept, panel)
+        arguments = (x.u, x.table, coefficients, x.u, x.table, coefficients, kept.flatten(), panel)
         operators.nt_xent_gradient_panel(*arguments, 1.0, row.start, columns.start, source, True, True, True)
         assert_within(panel, expected[row, columns], 2.0**-14, torch.finfo(f16).eps)
 
@@ -417,7 +419,7 @@ def test_panels_of_what_was_kept(operators):
 def test_a_row_that_is_too_long_says_so(operators):
     query = torch.zeros(1, 100_000, dtype=bf16)
     table = torch.ones(2 * 128 + 12, dtype=torch.int64)
-    state, accumulated = torch.zeros(2, 1, 128), torch.zeros(1, 128, 64)
+    state, accumulated = torch.zeros(2, 1, 128), torch.zeros(1, 128, 100_032)
     outputs = torch.zeros(1), torch.zeros(1, 100_000)
     with pytest.raises(RuntimeError, match="nt_xent_finish_detached on cuda: rows this long take more shared memory"):
         operators.nt_xent_finish_detached(
@@ -501,4 +503,4 @@ def test_too_little_shared_memory_says_so(device, operators):
     device.become(1, 48 << 10)
     u, table = torch.zeros(128, 64, dtype=f16), torch.zeros(2 * 128 + 12, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="more shared memory than a block has"):
-        operators.nt_xent_symmetric_sums(u, table, torch.zeros(4, 128, dtype=torch.int64), u[:0], 1.0, 128)
+        operators.nt_xent_symmetric_sums(u, table, torch.zeros(4, 128, dtype=torch.int64), u[:0].flatten(), 1.0, 128)

@@ -182,7 +182,7 @@ def test_a_training_on_gpus_has_a_backend_for_the_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(processes, "choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr(dist, "init_process_group", started.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: started.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     for name in ("cuda", "cpu"):
         with processes.process_group(name) as device:

@@ -71,6 +71,8 @@ def differences(table: Table, baseline: str, *, comparisons: int) -> dict[str, I
         comparisons: how many differences are looked at in all: the level is divided by it (Bonferroni), so that in one
             sweep of twenty, not in one comparison of twenty, chance alone excludes 0.
     """
+    if baseline not in table:  # its runs are not finished yet
+        return {}
     seeds, (deviation, freedom) = shared_seeds(table), residual_deviation(table)
     error = deviation * math.sqrt(2 / len(seeds)) if freedom else math.nan
     half = _quantile(LEVEL / max(1, comparisons), freedom) * error if freedom else math.nan
