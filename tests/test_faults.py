@@ -21,7 +21,7 @@ import torch
 from cases.runs import CPU, ENVIRONMENT, patterns, read_log, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import dataloader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from ser_fast.data import pictures, sources
 from ser_fast.io import write_atomically
@@ -513,7 +513,7 @@ def test_handlers_are_put_back() -> None:
 # ---------------------------------------------------------------- hangs
 
 
-@pytest.mark.parametrize("fault", ["reads for ever", "stopped", "killed"])
+@pytest.mark.parametrize("fault", ["reads for ever", "stopped"])
 def test_a_worker_that_gives_nothing_is_named_with_its_file(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -525,17 +525,16 @@ def test_a_worker_that_gives_nothing_is_named_with_its_file(
         if path == str(held) and get_worker_info() is not None:  # of the third batch
             if fault == "reads for ever":
                 time.sleep(600)
-            os.kill(os.getpid(), signal.SIGSTOP if fault == "stopped" else signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP)
         return read(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(sources, "read_image", slow)
-        patch.setattr(dataloader._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how often it looks for dead workers
         with pytest.raises(OSError, match=r"^data: .*worker 0 was reading (.*)$") as error:
             train(with_options(config, {"workers": 1, "loader_timeout": 2.0}))
     assert str(held) in str(error.value)
     late = r"data: worker 0 \(process \d+\) gave no batch in 2 s \(loader_timeout\)"
-    assert bool(re.match(late, str(error.value))) == (fault != "killed")
+    assert re.match(late, str(error.value))
     if fault == "reads for ever":  # the others may hold back the batch before
         assert RunFolder(config.out).list_checkpoints()[-1].name == "step_00000002.pt"
     train(replace(config, resume="auto"))
