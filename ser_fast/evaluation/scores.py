@@ -37,6 +37,11 @@ class ScoreRecord(NamedTuple):
     layer: int
     value: float
 
+    @property
+    def name(self) -> str:
+        """ "knn", or of a layer "d4_error@3"."""
+        return f"{self.measure}@{self.layer}" if self.layer else self.measure
+
 
 def score_encoder(model: SplitViT, images: SampledImages, *, batch_size: int = 256) -> list[ScoreRecord]:
     """Score an encoder.

@@ -188,7 +188,8 @@ def embedding_errors(
             for name, g in {"": None, **elements}.items():
                 moved = pixels if g is None else _move(pixels, g, model.patch_size, resampling)
                 encoded = model.encode(normalize(moved), (model.depth,))
-                read = {kind: token for kind, token in (("cls", encoded.cls.get(model.depth)),) if token is not None}
+                cls = encoded.cls.get(model.depth)
+                read = {} if cls is None else {"cls": cls}
                 read["mean"] = encoded.tokens[model.depth].mean((1, 2))
                 for kind, token in read.items():
                     found.setdefault((kind, name), []).append(model.norm_final(token).double())

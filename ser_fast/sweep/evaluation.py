@@ -106,7 +106,7 @@ class SweepResult:
             names[f"{measure}@{self.protocol.layer}"] = f"{title}, layer {self.protocol.layer}"
             if measure != "retrieval" and last != self.protocol.layer:
                 names[f"{measure}@{last}"] = f"{title}, last layer"
-        measured = {_key(row.record) for row in self.rows}
+        measured = {row.record.name for row in self.rows}
         return {name: title for name, title in names.items() if name in measured}
 
     def table(self, measure: str, *, controls: bool = False) -> Table:
@@ -118,7 +118,7 @@ class SweepResult:
         """
         table: dict[str, dict[int, float]] = {}
         for row in self.rows:
-            if row.cell.startswith(RANDOM) == controls and _key(row.record) == measure:
+            if row.cell.startswith(RANDOM) == controls and row.record.name == measure:
                 table.setdefault(row.cell, {})[row.seed] = row.record.value
         return table
 
@@ -261,7 +261,7 @@ def run_sweep(
         records = score_encoder(model, images_of(run.config))
         result.rows.extend(SweepRow(run.cell.name, run.seed, dict(run.cell.options), record) for record in records)
         result.write(out)
-        told = {_key(record): record.value for record in records}
+        told = {record.name: record.value for record in records}
         said = "  ".join(f"{measure} {told[measure]:.3f}" for measure in result.compared)
         console.print(f"{name}: {said}", markup=False, highlight=False, soft_wrap=True)
 
@@ -285,10 +285,6 @@ def _controls(runs: Sequence[SweepRun], cells: Sequence[Cell]) -> list[tuple[Swe
         first.setdefault((run.config.model, objective_name(run.config), run.seed), run)
     several = len({(model, objective) for model, objective, _ in first}) > 1
     return [(run, f"{RANDOM} ({run.cell.name})" if several else RANDOM) for run in first.values()]
-
-
-def _key(record: ScoreRecord) -> str:
-    return f"{record.measure}@{record.layer}" if record.layer else record.measure
 
 
 def _short(value: Interval) -> str:

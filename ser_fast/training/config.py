@@ -222,6 +222,11 @@ class OptimConfig:
     clip: Literal["global", "parameter"] = "global"
     """Whose norm: all gradients', for the model and for each add-on's heads apart, or each parameter's own."""
 
+    @property
+    def in_exact_parts(self) -> bool:
+        """Whether the encoder walks twice over parts that see one batch."""
+        return self.accumulate > 1 and self.accumulate_mode == "exact"
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:

@@ -52,7 +52,7 @@ class Monitor:
             return {}
         begin = self.clock()
         scores = {
-            f"{PREFIX}{record.measure}" + (f"@{record.layer}" if record.layer else ""): record.value
+            f"{PREFIX}{record.name}": record.value
             for record in score_encoder(self.model.product, self.images)
             if record.measure not in OF_A_LAYER or record.layer in self.layers
         }

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ser_fast.training.config import OptimConfig
+
+if TYPE_CHECKING:
+    from ser_fast.training.pretraining import Pretraining
 
 
 def build_optimizer(options: OptimConfig, model: nn.Module, *, fused: bool = False) -> torch.optim.AdamW:
@@ -72,3 +75,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, clip: Liter
     factor = (limit / ((norm if clip == "global" else norms) + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factor if clip == "global" else list(factor.unbind()))
     return norm
+
+
+def clip_groups(options: OptimConfig, model: "Pretraining") -> list[Tensor]:
+    """Clip the gradients of the model and of each add-on apart, so that no add-on's heads can change how far the
+    model moves; the norms before, as `clip_gradients`.
+    """
+    own = [*model.encoder.parameters(), *model.objective.parameters()]
+    groups = [own, *(list(addon.parameters()) for addon in model.addons.values())]
+    return [clip_gradients(group, options.clip_grad or float("inf"), options.clip) for group in groups]

@@ -22,7 +22,7 @@ from ser_fast.lattice import LatticeMap, Size
 from ser_fast.ops.work import scratch_bytes
 from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import ModelConfig, TrainConfig
-from ser_fast.training.optim import build_optimizer, clip_gradients
+from ser_fast.training.optim import build_optimizer, clip_groups
 from ser_fast.training.pretraining import Pretraining
 from ser_fast.views.color import LAYOUT
 from ser_fast.views.recipe import MakeViews, View, Views
@@ -193,7 +193,7 @@ def step_cost(
     config = replace(config, model=model_config, addons=addons)
     batch = config.optim.batch_size // ranks
     accumulate = config.optim.accumulate
-    exact = accumulate > 1 and config.optim.accumulate_mode == "exact"
+    exact = config.optim.in_exact_parts
     with imagined_ranks(ranks), torch.device("meta"):
         model = config.build()
     make_views = config.views.build(
@@ -218,7 +218,7 @@ def _run(
 ) -> StepCost:
     """The step itself, as `Trainer.step` takes it, where all tensors are fake."""
     accumulate = config.optim.accumulate
-    exact = accumulate > 1 and config.optim.accumulate_mode == "exact"
+    exact = config.optim.in_exact_parts
     model.to_empty(device="cpu").train()
     optimizer = _optimizer_with_state(config, model, kind)
     gradients: dict[Tensor, int] = {}
@@ -256,9 +256,7 @@ def _run(
                     loss = model(views, progress)["loss"]
                 (loss / accumulate).backward()
                 del views, loss
-        clipped = [*model.encoder.parameters(), *model.objective.parameters()]
-        for group in (clipped, *(list(addon.parameters()) for addon in model.addons.values())):
-            clip_gradients(group, config.optim.clip_grad or float("inf"), config.optim.clip)
+        clip_groups(config.optim, model)
         objective.before_step(progress)
         optimizer.step()
         objective.after_step(progress)

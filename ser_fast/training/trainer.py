@@ -29,7 +29,7 @@ from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
-from ser_fast.training.optim import build_optimizer, clip_gradients, load_optimizer, set_schedules
+from ser_fast.training.optim import build_optimizer, clip_groups, load_optimizer, set_schedules
 from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, report_activity, stop_signals
 from ser_fast.training.records import LateReports, StepRecord
 from ser_fast.training.resume import Identity, find_beginning, require_agreement, restore
@@ -291,13 +291,13 @@ class Trainer:
         buffers = SavedBuffers(self.model)
         images = send(images, self.device)
         aspects = torch.ones(len(images)) if aspects is None else aspects
-        if accumulate > 1 and self.config.optim.accumulate_mode == "exact":
+        if self.config.optim.in_exact_parts:
             views = self.make_views(images, indices, epoch, aspects)
             losses = backward_in_parts(self.model, views, accumulate, progress, amp=self.amp, scale=self.scaler.scale)
         else:
             losses = self._backward(images, indices, epoch, progress, aspects)
         self.scaler.unscale_(self.optimizer)
-        norms = self._clip()
+        norms = [norm.to(self.device) for norm in clip_groups(self.config.optim, self.model)]
         skip = not_finite([losses["loss"], *norms])
         objective.before_step(progress)
         step_unless(skip, self.optimizer)
@@ -347,12 +347,3 @@ class Trainer:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / accumulate
         return sums
-
-    def _clip(self) -> list[Tensor]:
-        """Clip the gradients of the model and of each add-on apart, so that no add-on's heads can change how far the
-        model moves; their norms.
-        """
-        optim = self.config.optim
-        model = [*self.model.encoder.parameters(), *self.model.objective.parameters()]
-        groups = [model, *(list(addon.parameters()) for addon in self.model.addons.values())]
-        return [clip_gradients(group, optim.clip_grad or float("inf"), optim.clip).to(self.device) for group in groups]
