@@ -28,7 +28,7 @@ from ser_fast.io import write_atomically
 from ser_fast.training import run_folder
 from ser_fast.training.config import TrainConfig, to_json, with_options
 from ser_fast.training.processes import stop_signals
-from ser_fast.training.run_folder import CHECKPOINT_FORMAT, RunFolder, load_checkpoint
+from ser_fast.training.run_folder import CHECKPOINT_FORMAT, RunFolder, RunLog, load_checkpoint
 from ser_fast.training.trainer import NonFiniteLossError, Trainer, train
 
 
@@ -711,3 +711,12 @@ def killed(self, number, *batch):
 Trainer.step = killed
 train(from_json(json.loads(sys.argv[2])))
 """
+
+
+def test_a_run_that_fails_closes_its_log(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs: list[RunLog] = []
+    write = RunLog.write
+    monkeypatch.setattr(RunLog, "write", lambda log, *given: (logs.append(log), write(log, *given)))
+    with pytest.raises(NonFiniteLossError):
+        train(with_options(config, {"optim.lr": 1e30, "optim.warmup": 0.0, "optim.clip_grad": 0.0}))
+    assert logs[0].lines.closed

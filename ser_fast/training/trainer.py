@@ -154,7 +154,7 @@ class Trainer:
         """Run to the end; see `train`."""
         with ExitStack() as stack:
             on_rank_0(lambda: self._occupy(stack))
-            return self._train()
+            return self._train(stack)
 
     def _occupy(self, stack: ExitStack) -> None:
         """Lock the run's folder until the stack is left."""
@@ -164,9 +164,10 @@ class Trainer:
         if self.folder.list_checkpoints() != self.beginning.seen:  # a run went on while this one began
             raise ValueError(f"out: {self.config.out} has other checkpoints than a moment ago; start again")
 
-    def _train(self) -> Path:
+    def _train(self, stack: ExitStack) -> Path:
         config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None
         if log is not None:
+            stack.callback(log.close)  # however the run ends
             self.folder.write_description(config, describe_environment(self.device))
         for note in [*self.beginning.notes, *([log.note] if log is not None and log.note else [])]:
             self.console.print(note, markup=False)
@@ -241,8 +242,6 @@ class Trainer:
                 if stopped:
                     break
                 report_activity(f"loading images of step {step + 1}")
-        if log is not None:
-            log.close()
         if step < self.steps:
             self.console.print(f"stopped after step {step}; continue with --resume auto")
             raise SystemExit(128 + stopped)
