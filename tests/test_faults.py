@@ -21,7 +21,8 @@ import torch
 from cases.runs import CPU, ENVIRONMENT, patterns, read_log, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from ser_fast.data import pictures, sources
 from ser_fast.io import write_atomically
@@ -513,7 +514,7 @@ def test_handlers_are_put_back() -> None:
 # ---------------------------------------------------------------- hangs
 
 
-@pytest.mark.parametrize("fault", ["reads for ever", "stopped"])
+@pytest.mark.parametrize("fault", ["reads for ever", "stopped", "killed"])
 def test_a_worker_that_gives_nothing_is_named_with_its_file(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -525,22 +526,52 @@ def test_a_worker_that_gives_nothing_is_named_with_its_file(
         if path == str(held) and get_worker_info() is not None:  # of the third batch
             if fault == "reads for ever":
                 time.sleep(600)
-            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
         return read(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(sources, "read_image", slow)
         with pytest.raises(OSError, match=r"^data: .*worker 0 was reading (.*)$") as error:
-            train(with_options(config, {"workers": 1, "loader_timeout": 2.0}))
+            train(with_options(config, {"workers": 1, "loader_timeout": 600.0 if fault == "killed" else 2.0}))
     assert str(held) in str(error.value)
+    dead = r"data: DataLoader worker \(pid\(s\) \d+\) exited unexpectedly"
     late = r"data: worker 0 \(process \d+\) gave no batch in 2 s \(loader_timeout\)"
-    assert re.match(late, str(error.value))
+    assert re.match(dead if fault == "killed" else late, str(error.value))
     if fault == "reads for ever":  # the others may hold back the batch before
         assert RunFolder(config.out).list_checkpoints()[-1].name == "step_00000002.pt"
     train(replace(config, resume="auto"))
     straight = RunFolder(train(with_options(config, {"out": config.out.with_name("straight")})))
     for name, value in load_file(straight.encoder).items():
         assert torch.equal(load_file(RunFolder(config.out).encoder)[name], value)
+
+
+@pytest.mark.parametrize("installed", ["none", "torch's", "a user's"])
+def test_a_dead_worker_raises_nowhere_that_a_lock_may_be_held(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, installed: str
+) -> None:
+    """As torch's handler of SIGCHLD does, which a DataLoader before this one or the run's own may have installed."""
+    seen = []
+    kept, step = signal.getsignal(signal.SIGCHLD), Trainer.step
+
+    def look(self: Trainer, *given: Any) -> Any:
+        seen.append(signal.getsignal(signal.SIGCHLD))
+        return step(self, *given)
+
+    def users(number: int, frame: Any) -> None: ...
+
+    monkeypatch.setattr(Trainer, "step", look)
+    try:
+        signal.signal(signal.SIGCHLD, users if installed == "a user's" else signal.SIG_DFL)
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # it is installed once a process
+        if installed == "torch's":
+            next(iter(DataLoader(range(2), num_workers=1)))
+            assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
+        before = signal.getsignal(signal.SIGCHLD)
+        train(with_options(config, {"workers": 1}))
+        assert seen == [users if installed == "a user's" else signal.SIG_DFL] * 6
+        assert signal.getsignal(signal.SIGCHLD) is before
+    finally:
+        signal.signal(signal.SIGCHLD, kept)
 
 
 def test_what_a_worker_raises_is_one_line(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,7 +602,8 @@ PICTURES = """
 import os, signal, time
 from pathlib import Path
 from PIL import Image
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 class Pictures:
     def __len__(self):

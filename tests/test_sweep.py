@@ -52,6 +52,13 @@ def test_cells_are_all_combinations_and_those_named() -> None:
     assert cells[5].arguments == ["--ser.layers", "last"]
 
 
+def test_a_flag_is_true_or_false() -> None:
+    (on, off) = make_cells([["views.share-color", "true", "False"]], [])
+    assert on.arguments == ["--views.share-color"]
+    assert off.arguments == ["--views.no-share-color"]
+    assert make_cells([], [["a", "compile=false"]])[0].arguments == ["--no-compile"]
+
+
 @pytest.mark.parametrize(
     ("varied", "named", "message"),
     [

@@ -105,7 +105,7 @@ class EpochSampler(Sampler[list[int]]):
             yield indices[self.rank * share : (self.rank + 1) * share].tolist()
 
 
-# What ends a worker, also a stopped one. Of SIGKILL torch's handler in this process would raise at any time.
+# What ends a worker, also a stopped one; SIGTERM lets it close its files.
 _END = [getattr(signal, name) for name in ("SIGTERM", "SIGCONT") if hasattr(signal, name)]
 
 
@@ -181,7 +181,7 @@ class Loader(DataLoader[Batch]):
         # Worker processes read copies of the dataset: what they could not read becomes known here, with the batch.
         skipped = self.dataset.images.skipped
         self._waiting = time.monotonic(), 0
-        with _held_back(signal.SIGINT):
+        with _held_back(signal.SIGINT), _without_torchs_handler():
             batches = super().__iter__()
         for number, batch in enumerate(batches, start=1):
             self._waiting = None
@@ -192,7 +192,7 @@ class Loader(DataLoader[Batch]):
 
     @contextmanager
     def failures_named(self) -> Iterator[None]:
-        """Iterate in here: what ends the workers, which may be noticed anywhere, becomes an error of one line.
+        """Iterate in here: what ends the workers becomes an error of one line.
 
         Raises:
             LoaderError: a worker gave no batch in time, or died.
@@ -203,7 +203,8 @@ class Loader(DataLoader[Batch]):
         if self.limit and self.num_workers:
             watch.start()
         try:
-            yield
+            with _without_torchs_handler():
+                yield
         except (RuntimeError, EOFError, OSError) as error:
             if late:
                 raise LoaderError(late[0]) from error
@@ -262,6 +263,26 @@ def _held_back(number: int) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_torchs_handler() -> Iterator[None]:
+    """What handled SIGCHLD before is put back afterwards; torch's handler is out of use meanwhile.
+
+    It raises wherever the main thread is: also between taking a lock, as that of the queue of TensorBoard's writer, and
+    the block that gives it back, after which everything waits for it. DataLoader looks for dead workers by itself every
+    five seconds while it waits for a batch.
+    """
+    handler = getattr(signal, "SIGCHLD", None) and signal.getsignal(signal.SIGCHLD)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield  # there is none that Python could set, as on Windows
+        return
+    torchs = getattr(handler, "__module__", "").startswith("torch.utils.data.")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _begin_worker(_: int) -> None:

@@ -12,7 +12,8 @@ class Cell:
 
     Attributes:
         name: in tables and figures.
-        options: (option, value) as on the command line of `ser-fast train`; several values are parted by commas.
+        options: (option, value) as on the command line of `ser-fast train`; several values are parted by commas, and a
+            flag's are "true" and "false".
     """
 
     name: str
@@ -21,12 +22,19 @@ class Cell:
     @property
     def arguments(self) -> list[str]:
         """What is added to the command line."""
-        return [word for option, value in self.options for word in (f"--{option}", *value.split(","))]
+        return [word for option, value in self.options for word in _words(option, value)]
 
     @property
     def folder(self) -> str:
         """The name, as that of a folder."""
         return re.sub(r"[^\w.,=+-]+", "_", self.name)
+
+
+def _words(option: str, value: str) -> list[str]:
+    if value.lower() not in ("true", "false"):
+        return [f"--{option}", *value.split(",")]
+    group, dot, name = option.rpartition(".")
+    return [f"--{group}{dot}{'no-' if value.lower() == 'false' else ''}{name}"]
 
 
 def make_cells(varied: Iterable[Sequence[str]], named: Iterable[Sequence[str]]) -> list[Cell]:
