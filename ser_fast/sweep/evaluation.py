@@ -134,6 +134,10 @@ class SweepResult:
 
     def write(self, folder: Path) -> list[Path]:
         """Write sweep.csv with its sweep.json, the figures and report.html; returns their paths."""
+        return [*self.write_table(folder), *write_report(self, folder)]
+
+    def write_table(self, folder: Path) -> list[Path]:
+        """Write sweep.csv with its sweep.json alone: a sweep goes on from these; returns their paths."""
         text = json.dumps(asdict(self.protocol), indent=2) + "\n"
         write_atomically(folder / PROTOCOL, partial(Path.write_text, data=text, encoding="utf-8"))
         names = list(dict.fromkeys(name for row in self.rows for name in row.options))
@@ -143,7 +147,7 @@ class SweepResult:
             for row in self.rows
         )
         table = write_csv(["cell", *names, "seed", *ScoreRecord._fields], lines, folder / TABLE)
-        return [table, folder / PROTOCOL, *write_report(self, folder)]
+        return [table, folder / PROTOCOL]
 
     def words(self) -> list[str]:
         """What differs from the baseline by more than chance, a line a measure, and what failed."""
@@ -260,7 +264,7 @@ def run_sweep(
         model = open_encoder(run.config.out, run.config.data, device=run.config.device).model
         records = score_encoder(model, images_of(run.config))
         result.rows.extend(SweepRow(run.cell.name, run.seed, dict(run.cell.options), record) for record in records)
-        result.write(out)
+        result.write_table(out)
         told = {record.name: record.value for record in records}
         said = "  ".join(f"{measure} {told[measure]:.3f}" for measure in result.compared)
         console.print(f"{name}: {said}", markup=False, highlight=False, soft_wrap=True)

@@ -26,7 +26,7 @@ def write_report(result: "SweepResult", out: Path) -> list[Path]:
     """
     figures = {"cells": ("Means over seeds with 95 % intervals, the seeds' part taken off.", draw_cells(result))}
     if "knn" in result.compared:
-        caption = "Error against accuracy: down and to the right is better. Means over seeds with 95 % intervals."
+        caption = "Error and token retrieval against accuracy; means over seeds with 95 % intervals."
         figures["error_accuracy"] = caption, draw_error_against_accuracy(result)
     drawn = {name: save(figure, out / f"{name}.png", dpi=120) for name, (_, figure) in figures.items()}
     tables, compared = result.tables, result.compared
@@ -89,12 +89,9 @@ def draw_cells(result: "SweepResult") -> Figure:
 
 
 def draw_error_against_accuracy(result: "SweepResult") -> Figure:
-    """A panel for each error at the layer that is compared: a point a cell, joined where one number varies."""
-    errors = {
-        measure: title
-        for measure, title in result.compared.items()
-        if measure in (f"d4_error@{result.protocol.layer}", f"scale_error@{result.protocol.layer}")
-    }
+    """A panel for each measure of the layer that is compared: a point a cell, joined where one number varies."""
+    ending = f"@{result.protocol.layer}"
+    errors = {measure: title for measure, title in result.compared.items() if measure.endswith(ending)}
     figure = Figure(figsize=(5 * max(1, len(errors)), 4), layout="constrained")
     accuracy = cell_means(result.table("knn"))
     option = numeric_option(list(result.options.values()))

@@ -93,13 +93,13 @@ def train_runs(
     with stop_signals() as stop:
         try:
             while (waiting or running) and not stop:
-                while waiting and len(running) < processes:
+                ended = {process: running.pop(process) for process in list(running) if process.poll() is not None}
+                while waiting and len(running) < processes:  # before the ended ones are scored, which takes a while
                     run = waiting.pop(0)
                     running[_start(run, ranks, environment)] = run
-                time.sleep(0.1)
-                for process in [process for process in running if process.poll() is not None]:
-                    run = running.pop(process)
+                for process, run in ended.items():
                     finished(run, None if process.returncode == 0 else _last_line(_output(run)))
+                time.sleep(0.1)
         finally:
             for process in running:
                 process.terminate()  # it writes a checkpoint and ends
