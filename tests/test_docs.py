@@ -127,7 +127,9 @@ def test_the_site_shows_docstrings_as_they_are_meant(site: Path) -> None:
         assert f'id="{name}"' in text
     assert "widths of the projector" in plain  # of two arguments on one line
     assert "Soft Equivariance Regularization: the tokens of view 0" in plain
+    assert "(B, h*w, C) or (B, h, w, C); with return_valid" in plain  # stars are no emphasis
     assert "<blockquote>" not in text  # examples are code, not quotations
     assert not re.findall(r"^\s*(?:Args|Example):\s*$", plain, re.MULTILINE)  # sections were understood
-    options = (site / "api_training.html").read_text(encoding="utf-8")
-    assert "Share of the images that may be unreadable" in options
+    training = (site / "api_training.html").read_text(encoding="utf-8")
+    assert "Share of the images that may be unreadable" in training  # the docstring below an option
+    assert "What to log: the losses" in training  # a colon that follows no type

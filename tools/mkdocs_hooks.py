@@ -71,9 +71,13 @@ def _file(config: MkDocsConfig, name: str, path: Path) -> File:
     return File.generated(config, name, abs_src_path=str(path))
 
 
-class Examples(griffe.Extension):
-    """Our docstrings say `Example:`, griffe knows `Examples:`."""
+class OurDocstrings(griffe.Extension):
+    """What griffe reads otherwise than it is meant: `Example:`, and a colon in the first line of what is returned."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+        if obj.docstring is None:
+            return
+        text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+        if isinstance(obj, griffe.Function) and obj.returns is not None:  # or else what is before the colon is the type
+            text = re.sub(r"^(Returns:\n +)(?=.*:)", rf"\g<1>{obj.returns}: ", text, flags=re.MULTILINE)
+        obj.docstring.value = text
