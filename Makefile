@@ -51,10 +51,10 @@ bench: native
 	$(PYTEST) benchmarks --benchmark-only
 	$(BIN)/python benchmarks/scaling.py
 
-# build/site: the pages of docs/; a broken link is an error.
+# build/site: the pages of docs/; a broken link is an error (with --quiet it would be none).
 docs: install
 	$(PIP) install --quiet -c $(CONSTRAINTS) 'ser-fast[docs]' # installed already: what the extra adds
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # dist/: the source distribution, and in dist/cpu and dist/cuda the wheel made of it without and with the CUDA kernels,
 # for any Python >= 3.10, any torch >= 2.10 and the Linux that auditwheel finds. WHEELS=cpu where there is no nvcc.
