@@ -1,6 +1,6 @@
 # make demo, make check and make test do everything on a fresh machine; each target does what it needs of the ones before it.
 # PINS=newest: the same with the newest torch that the library is held to, in an environment of its own.
-.PHONY: install native demo check test gate bench wheel lint clean
+.PHONY: install native demo check test gate bench docs wheel lint clean
 PYTHON ?= python3
 PINS ?=
 VENV := .venv$(PINS:%=-%)
@@ -50,6 +50,11 @@ bench: native
 	$(PIP) install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[bench]'
 	$(PYTEST) benchmarks --benchmark-only
 	$(BIN)/python benchmarks/scaling.py
+
+# build/site: the pages of docs/; a broken link is an error (with --quiet it would be none).
+docs: install
+	$(PIP) install --quiet -c $(CONSTRAINTS) 'ser-fast[docs]' # installed already: what the extra adds
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # dist/: the source distribution, and in dist/cpu and dist/cuda the wheel made of it without and with the CUDA kernels,
 # for any Python >= 3.10, any torch >= 2.10 and the Linux that auditwheel finds. WHEELS=cpu where there is no nvcc.

@@ -498,9 +498,11 @@ def export(
 
 
 def doctor() -> None:
-    """What can run here: the backends of the kernels on each device, why another one can't, and what auto takes."""
-    from ser_fast.doctor import backend_tables
+    """What is installed and what can run here: versions, GPUs, and the backends of the kernels on each device."""
+    from ser_fast.doctor import backend_tables, describe_machine
 
+    for name, value in describe_machine().items():  # lines that an issue takes as they are
+        _say(f"{name:17} {value}")
     Console().print(*backend_tables())
 
 

@@ -451,9 +451,14 @@ def test_doctor_says_what_auto_takes_on_each_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8 + device.index))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(name="A GPU", major=8 + device.index, minor=6, total_memory=24 * 2**30),
+    )
     with registered("triton", reference, "cuda"), registered("cuda", reference, "cuda"):
-        _, _, takes = doctors_tables(capsys, monkeypatch)
+        shown, _, takes = doctors_tables(capsys, monkeypatch)
+    assert re.search(r"^cuda:1 +A GPU, capability 9\.6, 24 GiB$", shown, re.MULTILINE)
     assert takes == [
         ["cpu", "cpu", "cpu", "cpu"],
         ["cuda:0", "cuda", "cuda", "cuda"],

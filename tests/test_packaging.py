@@ -44,7 +44,7 @@ def test_the_core_is_torch_numpy_and_triton() -> None:
 
 def test_the_extras_are_those_that_messages_name() -> None:
     optional = PROJECT["optional-dependencies"]
-    assert {"train", "eval", "export", "hf", "webdataset", "all", "bench", "test"} == optional.keys()
+    assert {"train", "eval", "export", "hf", "webdataset", "all", "bench", "docs", "test"} == optional.keys()
     for extra, modules in EXTRAS.items():
         assert distributions(optional[extra]) <= set(modules)
     for extra in {"train", "eval", "export", "hf", "webdataset"}:
