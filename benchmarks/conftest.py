@@ -34,6 +34,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest error, relative to the largest value
 PACKAGES = ("ser-fast", "torch", "torchvision", "pillow", "triton", "numpy", "timm", "pytest-benchmark")
 PACKAGES += ("kornia", "lightly", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "memeff")
+PACKAGES += ("torchtransform",)
 _PEER = (("ms", ".3g"), ("of_default", ".2f"))
 _rows = pytest.StashKey[list[dict[str, Any]]]()
 

@@ -10,16 +10,19 @@ A map is stored the way resampling needs it, from OUTPUT to INPUT, about the two
 
 About the centres the elements of D4 (rotations by 90 degrees and flips) have entries 0 and +-1, token centres are
 half-integers, and all arithmetic on them is exact.
+
+A composed map is one affine map, and knows besides which part of its output was seen: `ser_fast.frames`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map  # where the docs of default_collate register types
 
 from ser_fast.device import send
+from ser_fast.frames import cat_frames, frame_of_lattice, frames_through, in_frames, join_frames
 
 Size = tuple[int, int]
 
@@ -52,12 +55,17 @@ def _d4_table() -> Tensor:
 _D4 = _d4_table()
 
 
+def _centers(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The centers of a lattice's tokens about its own: y and x, each (h*w,)."""
+    h, w = size
+    y = torch.arange(h, dtype=like.dtype, device=like.device) + (0.5 - h / 2)
+    x = torch.arange(w, dtype=like.dtype, device=like.device) + (0.5 - w / 2)
+    return y[:, None].expand(h, w).reshape(-1), x[None, :].expand(h, w).reshape(-1)
+
+
 def positions(linear: Tensor, offset: Tensor, size_in: Sequence[int], size_out: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Where each output token's centre comes from: input lattice coordinates y and x, each (B, h*w)."""
-    h, w = size_out
-    y = torch.arange(h, dtype=linear.dtype, device=linear.device) + (0.5 - h / 2)
-    x = torch.arange(w, dtype=linear.dtype, device=linear.device) + (0.5 - w / 2)
-    y, x = y[:, None].expand(h, w).reshape(-1), x[None, :].expand(h, w).reshape(-1)  # (h*w,)
+    y, x = _centers(size_out, linear)
     source = linear[:, :, :1] * y + linear[:, :, 1:] * x + offset[:, :, None]  # (B, 2, h*w)
     return source[:, 0] + size_in[0] / 2, source[:, 1] + size_in[1] / 2
 
@@ -78,11 +86,18 @@ class LatticeMap:
         size_in: (H, W) tokens of the lattice it acts on.
         size_out: (h, w) tokens of the lattice it gives.
         axis_aligned: known, without reading `linear`, to be a D4 element with scales and shifts along the axes.
+        frames: (B, K, 3) like linear, bands of the output that show the picture; see below. None: all of it does.
 
     `a @ b` applies b first. Build one with `identity`, `rot90`, `hflip`, `vflip`, `d4`, `resize`, `rotate`, `crop` or
     `affine`: the input size comes first, and per-sample arguments are tensors of B values. `stack` and `cat` join the
     maps of samples, and so does the DataLoader: a Dataset may return a map of one sample, torch's `default_collate`
     makes a batch of them, and `pin_memory=True` pins it.
+
+    A rotation, or any map that reaches beyond its lattice, fills what comes from outside. Such a map keeps the frame of
+    its lattice in `frames`, and so does all that is composed with it: `valid`, `relative` and SERLoss then leave out
+    the tokens whose centers show filling, in either view. D4, resizes and crops within the picture fill nothing and
+    keep no frame. Where a picture goes on beyond its frame, as with border or reflection padding that both views
+    share, `dataclasses.replace(g, frames=None)` says so.
 
     The constructors refuse numbers that are not finite. A map that got a NaN, an Inf or a number beyond 1e100 by other
     ways is taken on every device alike, since refusing it would wait for the device: its tokens are not `valid`, and
@@ -104,6 +119,7 @@ class LatticeMap:
     size_in: Size
     size_out: Size
     axis_aligned: bool = False
+    frames: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, x in (("linear", self.linear), ("offset", self.offset)):
@@ -118,6 +134,13 @@ class LatticeMap:
         for name, size in (("size_in", self.size_in), ("size_out", self.size_out)):
             if len(size) != 2 or any(isinstance(n, float) or n < 0 for n in size):
                 raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least 0")
+        if (frames := self.frames) is not None:
+            if not isinstance(frames, Tensor) or (frames.dtype, frames.device) != (self.linear.dtype, self.device):
+                raise TypeError(
+                    f"frames: got {getattr(frames, 'dtype', type(frames).__name__)}, takes a tensor like linear"
+                )
+            if frames.ndim != 3 or (frames.shape[0], frames.shape[2]) != (len(self), 3):
+                raise ValueError(f"frames: got shape {tuple(frames.shape)}, takes ({len(self)}, K, 3)")
 
     # ---------------------------------------------------------------- constructors
 
@@ -181,8 +204,12 @@ class LatticeMap:
 
         Args:
             size: (H, W) of the input lattice.
-            box: (B, 4) or (4,): top, left, height, width in input tokens, not necessarily whole.
+            box: (B, 4) or (4,): top, left, height, width in input tokens, not necessarily whole. It may leave the
+                lattice, which pads, but not lie outside.
             size_out: (h, w) of the result.
+
+        Raises:
+            ValueError: wrong shapes, values that are not finite, no height or width, or a box outside the lattice.
         """
         size, size_out = _size("size", size), _size("size_out", size_out, least=1)
         box = _exact(box)
@@ -191,10 +218,12 @@ class LatticeMap:
         box = box.reshape(-1, 4)
         if not bool(torch.isfinite(box).all() & (box[:, 2:] > 0).all()):
             raise ValueError("box: every value must be finite, height and width positive")
-        extent = box[:, 2:]  # (B, 2)
+        corner, extent, sides = box[:, :2], box[:, 2:], box.new_tensor(size)
+        if bool(((corner >= sides) | (corner + extent <= 0)).any()):
+            raise ValueError("box: got one that shows nothing of what it is cut from")
         linear = torch.diag_embed(extent / extent.new_tensor(size_out))
-        offset = box[:, :2] + extent / 2 - extent.new_tensor(size) / 2
-        return cls(linear, offset, size, size_out, axis_aligned=True)
+        offset = corner + extent / 2 - sides / 2
+        return cls(linear, offset, size, size_out, axis_aligned=True)._with_own_frame()
 
     @classmethod
     def from_views(
@@ -219,7 +248,7 @@ class LatticeMap:
                 whole picture.
             hflip, vflip: (B,) bool, mirrored left and right, top and bottom; default none.
             angle: (B,) degrees, counter-clockwise about the view's center, as torchvision's rotate takes them; default
-                none.
+                none. The tokens that it fills are not `valid`, also where they come from within the picture.
 
         Raises:
             ValueError: wrong shapes, or a box that shows nothing of its picture.
@@ -239,8 +268,6 @@ class LatticeMap:
         boxes = whole if box is None else torch.as_tensor(box, dtype=torch.float64)
         if boxes.shape != (batch, 4):
             raise ValueError(f"box: got shape {tuple(boxes.shape)}, takes ({batch}, 4): top, left, height, width")
-        if bool(((boxes[:, :2] >= sizes) | (boxes[:, :2] + boxes[:, 2:] <= 0)).any()):
-            raise ValueError("box: got one that shows nothing of its picture")
         g = cls.crop((1, 1), boxes / torch.cat([sizes, sizes], 1), view_size)
         for name, flags, code in (("hflip", hflip, 4), ("vflip", vflip, 6)):
             if flags is not None:
@@ -286,7 +313,7 @@ class LatticeMap:
             raise ValueError("linear, offset: every value must be finite")
         if bool((torch.linalg.det(linear) == 0).any()):
             raise ValueError("linear: every map must be invertible (determinant other than 0)")
-        return cls(linear, offset, size, size_out)
+        return cls(linear, offset, size, size_out)._with_own_frame()
 
     @classmethod
     def cat(cls, maps: Sequence["LatticeMap"]) -> "LatticeMap":
@@ -301,7 +328,8 @@ class LatticeMap:
         if len(sizes) > 1:
             raise ValueError(f"maps: got sizes {sorted(sizes)}, takes maps of one size_in and one size_out")
         linear, offset = torch.cat([g.linear for g in maps]), torch.cat([g.offset for g in maps])
-        return cls(linear, offset, *sizes.pop(), axis_aligned=all(g.axis_aligned for g in maps))
+        frames = cat_frames([g.frames for g in maps], [g.linear for g in maps])
+        return cls(linear, offset, *sizes.pop(), axis_aligned=all(g.axis_aligned for g in maps), frames=frames)
 
     @classmethod
     def stack(cls, maps: Sequence["LatticeMap"]) -> "LatticeMap":
@@ -322,7 +350,7 @@ class LatticeMap:
     # ---------------------------------------------------------------- algebra
 
     def __matmul__(self, first: "LatticeMap") -> "LatticeMap":
-        """`self @ first`: apply `first`, then `self`, as one map (one resampling)."""
+        """`self @ first`: apply `first`, then `self`, as one map (one resampling) with the frames of both."""
         return self.compose(first)
 
     def compose(self, first: "LatticeMap") -> "LatticeMap":
@@ -333,22 +361,32 @@ class LatticeMap:
             raise ValueError(f"a @ b: batches of {len(self)} and {len(first)} maps")
         linear = first.linear @ self.linear
         offset = (first.linear @ self.offset[:, :, None])[:, :, 0] + first.offset
-        return LatticeMap(
-            linear, offset, first.size_in, self.size_out, axis_aligned=self.axis_aligned and first.axis_aligned
-        )
+        frames = [] if self.frames is None else [self.frames]
+        if first.frames is not None:
+            frames.append(frames_through(first.frames, self.linear, self.offset))
+        axis_aligned = self.axis_aligned and first.axis_aligned
+        return LatticeMap(linear, offset, first.size_in, self.size_out, axis_aligned, join_frames(frames, len(linear)))
 
     def inverse(self) -> "LatticeMap":
-        """The map that undoes this one: g.inverse() @ g is the identity of size_in."""
+        """The map that undoes this one: g.inverse() @ g is the identity of size_in.
+
+        The frames go to the other side: what g shows of its input is what its inverse takes from its output. The
+        inverse fills nothing of its own, since it only says where things were; `valid` tells what g shows.
+        """
         a, b, c, d = self.linear.flatten(1).unbind(-1)
         # The adjugate keeps D4 exact; adding 0 turns its -0 into 0.
         adjugate = torch.stack([d, -b, -c, a], -1).unflatten(-1, (2, 2))
         linear = adjugate / (a * d - b * c)[:, None, None] + 0.0
         offset = -(linear @ self.offset[:, :, None])[:, :, 0] + 0.0
-        return LatticeMap(linear, offset, self.size_out, self.size_in, axis_aligned=self.axis_aligned)
+        frames = None if self.frames is None else frames_through(self.frames, linear, offset)
+        return LatticeMap(linear, offset, self.size_out, self.size_in, self.axis_aligned, frames)
 
     @staticmethod
     def relative(g0: "LatticeMap", g1: "LatticeMap") -> "LatticeMap":
-        """g1 o g0^-1, for g0 and g1 that take one image to its views: it takes view 0 to view 1, in one resampling."""
+        """g1 o g0^-1, for g0 and g1 that take one image to its views: it takes view 0 to view 1, in one resampling.
+
+        A token of view 1 is `valid` where it shows the image and its place in view 0 does.
+        """
         return g1.compose(g0.inverse())
 
     def on(self, size_in: Size, size_out: Size) -> "LatticeMap":
@@ -366,7 +404,10 @@ class LatticeMap:
         ]
         linear = self.linear * self.linear.new_tensor(ratio)
         offset = self.offset * self.offset.new_tensor([size_in[0] / height, size_in[1] / width])
-        return LatticeMap(linear, offset, size_in, size_out, axis_aligned=self.axis_aligned)
+        frames = self.frames
+        if frames is not None:
+            frames = frames * frames.new_tensor([h / size_out[0], w / size_out[1], 1])
+        return LatticeMap(linear, offset, size_in, size_out, self.axis_aligned, frames)
 
     # ---------------------------------------------------------------- reading
 
@@ -378,7 +419,8 @@ class LatticeMap:
         linear = self.linear[samples]
         if linear.ndim != 3:
             raise TypeError(f"samples: got {samples!r}, takes a slice or a (K,) tensor of indices")
-        return LatticeMap(linear, self.offset[samples], self.size_in, self.size_out, self.axis_aligned)
+        frames = None if self.frames is None else self.frames[samples]
+        return LatticeMap(linear, self.offset[samples], self.size_in, self.size_out, self.axis_aligned, frames)
 
     @property
     def device(self) -> torch.device:
@@ -387,16 +429,25 @@ class LatticeMap:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "LatticeMap":
         """The same maps on another device; `non_blocking` goes to a GPU by pinned memory, and waits for nothing."""
         device = torch.device(device)
-        linear, offset = (
-            send(values, device, precision(device)) if non_blocking else values.to(device, precision(device))
-            for values in (self.linear, self.offset)
-        )
-        return LatticeMap(linear, offset, self.size_in, self.size_out, self.axis_aligned)
+        dtype = precision(device)
+        return self._with_tensors(lambda x: send(x, device, dtype) if non_blocking else x.to(device, dtype))
 
     def pin_memory(self) -> "LatticeMap":
         """The same maps in page-locked memory, from which `to(device, non_blocking=True)` doesn't wait."""
-        linear, offset = self.linear.pin_memory(), self.offset.pin_memory()
-        return LatticeMap(linear, offset, self.size_in, self.size_out, self.axis_aligned)
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "LatticeMap":
+        frames = None if self.frames is None else change(self.frames)
+        linear, offset = change(self.linear), change(self.offset)
+        return LatticeMap(linear, offset, self.size_in, self.size_out, self.axis_aligned, frames)
+
+    def _with_own_frame(self) -> "LatticeMap":
+        """The same maps, which fill what comes from outside the lattice; without a frame where nothing does."""
+        half_in, half_out = (self.linear.new_tensor(size) / 2 for size in (self.size_in, self.size_out))
+        reach = self.offset.abs() + self.linear.abs() @ half_out
+        if bool((reach <= half_in * (1 + 1e-6)).all()):  # nor does the rounding of float32 boxes
+            return self
+        return replace(self, frames=frame_of_lattice(self.linear, self.offset, self.size_in))
 
     @property
     def d4_code(self) -> Tensor:
@@ -418,11 +469,17 @@ class LatticeMap:
         return torch.cat([linear, (self.offset.flip(-1) / half_in)[:, :, None]], -1).to(dtype)
 
     def valid(self) -> Tensor:
-        """(B, h*w) bool: the preimage of the token's centre lies in the input lattice (its edge included)."""
+        """(B, h*w) bool: the preimage of the token's centre lies in the input lattice and in all frames.
+
+        Edges are included. So at least half of a valid token shows the picture, save at the corner of a frame.
+        """
         y, x = positions(self.linear, self.offset, self.size_in, self.size_out)
         height, width = self.size_in
         inside_y = (y >= -TOLERANCE) & (y <= height + TOLERANCE)
-        return inside_y & (x >= -TOLERANCE) & (x <= width + TOLERANCE)
+        inside = inside_y & (x >= -TOLERANCE) & (x <= width + TOLERANCE)
+        if self.frames is None:
+            return inside
+        return inside & in_frames(self.frames, *_centers(self.size_out, self.linear), TOLERANCE)
 
 
 def _size(name: str, size: Size, least: int = 0) -> Size:

@@ -150,7 +150,8 @@ class SERLoss(nn.Module):
 
         Args:
             tokens0, tokens1: (B, H, W, C) or (B, H*W, C), the token maps of the two views; the lattices may differ.
-            g0, g1: the maps that took the image to its views, on tokens or, with (B, H, W, C) tokens, on pixels.
+            g0, g1: the maps that took the image to its views, on tokens or, with (B, H, W, C) tokens, on pixels. What
+                they filled (`LatticeMap.frames`) takes no part.
             keys0, keys1: the momentum encoder's tokens of the same views. With them the loss is one-directional
                 InfoNCE: the tokens given are the queries, the keys moved to the other view are positives and
                 negatives, and get no gradient. One alone, for a method with one query view: the queries are the

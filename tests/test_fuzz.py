@@ -75,6 +75,9 @@ def some_map(draw: Draw, batch: int) -> LatticeMap:
     codes = torch.randint(8, (batch,), generator=draw.generator)
     angle = 360 * torch.rand(batch, dtype=f64, generator=draw.generator)
     box = torch.rand(batch, 4, dtype=f64, generator=draw.generator) * 4 + torch.tensor([-1.0, -1.0, 0.3, 0.3])
+    # A box may leave the lattice, not lie outside.
+    corner, extent = box[:, :2], box[:, 2:]
+    corner.clamp_(0.1 - extent, torch.tensor([size[0], size[0] if kind == "composed" else size[1]]) - 0.1)
     if kind == "d4":
         return LatticeMap.d4((size[0], size[0]), codes)
     if kind == "resize":

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A part may import its own layer and those above it in this list. `ser_fast` is the package's own __init__.
 LAYERS = (
-    ("lattice", "interpolation", "device", "extras"),
+    ("lattice", "frames", "interpolation", "device", "extras"),
     ("ops", "kernels", "_C", "_C_cuda"),
     ("io", "csv_files", "progress"),
     ("loss", "capture", "vit", "pretrained", "heads", "export", "distributed", "views", "ser_fast"),

@@ -1,7 +1,7 @@
 """SER as an add-on: `SERLoss` on the patch tokens of each layer."""
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -72,7 +72,8 @@ class SER(AddOn):
         linear, offset = 2 * torch.rand(len(g), 2, 2, dtype=torch.float64) - 1, 2 * torch.rand(len(g), 2).double() - 1
         offset *= shift * torch.tensor([side / n for side, n in zip(g.size_out, lattice, strict=True)])
         wrong = LatticeMap.affine(g.size_out, torch.eye(2, dtype=torch.float64) + share * linear, offset)
-        return view._replace(g=wrong.to(g.linear.device) @ g)
+        told = wrong.to(g.linear.device) @ g
+        return view._replace(g=replace(told, frames=g.frames))  # an error of the map fills nothing
 
     def _mask(self, tokens: Tensor) -> Tensor | None:
         """(B, H*W) bool, the tokens that take part; None for all."""

@@ -113,7 +113,8 @@ def group_action(
             "lanczos3" or "area" (the mean of the tokens touched).
         padding: what lies outside the lattice: "zeros", "border" (the nearest token) or "reflection".
         antialias: stretch the kernel where g shrinks the lattice.
-        return_valid: also return which output tokens have their preimage in the lattice.
+        return_valid: also return `g.valid()`: which output tokens have their preimage in the lattice and show no
+            filling.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:

@@ -35,7 +35,7 @@ def corners(g: LatticeMap) -> LatticeMap:
     ratio = [[(n - 1) * m / (n * (m - 1)) for m in (h, w)] for n in (height, width)]
     linear = g.linear * g.linear.new_tensor(ratio)
     offset = g.offset * g.offset.new_tensor([(height - 1) / height, (width - 1) / width])
-    return replace(g, linear=linear, offset=offset)
+    return replace(g, linear=linear, offset=offset, frames=None)  # those of g are of its own convention
 
 
 def common_valid(*maps: LatticeMap) -> Tensor:

@@ -5,7 +5,7 @@ Every draw depends on (seed, epoch, sample, view) alone: not on the batch, the n
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Reflections(D4Scale):
 
 @dataclass(frozen=True)
 class Affine:
-    """Any rotation, shear, scale and shift, within the image's own frame.
+    """Any rotation, shear, scale and shift, within the image's own frame, beyond which its border goes on.
 
     Attributes:
         degrees: rotation within +-degrees.
@@ -106,7 +106,8 @@ class Affine:
         # A map goes from output to input: an object drawn larger is sampled with smaller steps.
         scale = torch.diag_embed(torch.stack([(aspect / area).sqrt(), (1 / (area * aspect)).sqrt()], -1))
         shift = _between(u[:, 4:6], -self.shift, self.shift) * u.new_tensor(size)
-        return LatticeMap.affine(size, scale @ shear @ rotation, shift)
+        # Views are padded with the border: the image goes on beyond its edges, in both views alike.
+        return replace(LatticeMap.affine(size, scale @ shear @ rotation, shift), frames=None)
 
 
 @dataclass(frozen=True)
