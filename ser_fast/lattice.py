@@ -12,6 +12,8 @@ About the centres the elements of D4 (rotations by 90 degrees and flips) have en
 half-integers, and all arithmetic on them is exact.
 
 A composed map is one affine map, and knows besides which part of its output was seen: `ser_fast.frames`.
+
+Over 450 lines: one class, its constructors, its algebra and what is read of it.
 """
 
 from collections.abc import Callable, Sequence
