@@ -182,11 +182,12 @@ def test_a_sweep_goes_on_and_grows(tmp_path: Path) -> None:
     encoder = out / "runs" / "ser.weight=0" / "0" / "encoder.safetensors"
     before = encoder.stat().st_mtime_ns
 
-    cells = make_cells([["ser.weight", "0", "2"]], [["last", "ser.layers=last"]])
+    cells = make_cells([], [["last", "ser.layers=last"]]) + cells
     second = run_sweep(out, shared, cells, seeds=2, **COUNTS)
     assert len({(row.cell, row.seed) for row in second.rows}) == 3 * 2 + 2
     assert encoder.stat().st_mtime_ns == before  # what was there was not trained again
-    assert second.rows[: len(first.rows)] == first.rows
+    assert [row for row in second.rows if row in first.rows] == first.rows
+    assert list(second.options) == [cell.name for cell in cells]  # as they are named, whichever ended first
     lines = rows(out / "sweep.csv")
     assert {line["ser.weight"] for line in lines} == {"", "0", "2"}
     assert {line["ser.layers"] for line in lines} == {"", "last"}

@@ -31,7 +31,9 @@ def main() -> None:
         print(f"| {cell} | {' | '.join(numbers)} |")
     for cell in controls["knn"]:
         values = (controls[name][cell].values() for name in TITLES)
-        print(f"| {cell} | {' | '.join(_digits(sum(v) / len(v), name) for v, name in zip(values, TITLES, strict=True))} |")
+        print(
+            f"| {cell} | {' | '.join(_digits(sum(v) / len(v), name) for v, name in zip(values, TITLES, strict=True))} |"
+        )
     halves = (f"{title} {_digits(_half(means[name]), name)}" for name, title in TITLES.items())
     print(f"\nHalf a 95 % interval: {', '.join(halves)}. {comparisons} comparisons.\n")
     for line in result.words():

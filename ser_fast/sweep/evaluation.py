@@ -278,6 +278,9 @@ def run_sweep(
             control = run.config.build().product.to(choose_device(run.config.device))
             records = score_encoder(control, images_of(run.config))
             result.rows.extend(SweepRow(name, run.seed, {}, record) for record in records)
+    # As the cells are named, not as runs ended; those of an earlier call after them.
+    place = {name: number for number, name in enumerate(names)}
+    result.rows.sort(key=lambda row: (row.cell.startswith(RANDOM), place.get(row.cell, len(place)), row.seed))
     result.write(out)
     return result
 
