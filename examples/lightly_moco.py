@@ -82,7 +82,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoCo().to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)  # those of model.ser, too
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)  # also SER's
     loader = DataLoader(TwoViews(options.data), BATCH, shuffle=True, drop_last=True)
     step = 0
     while step < options.steps:

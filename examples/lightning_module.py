@@ -20,7 +20,7 @@ from ser_fast.capture import TokenCapture
 from ser_fast.data.sources import open_source
 
 SIDE, BATCH = 64, 16
-COLORS = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.2, 0.1), v2.RandomGrayscale(0.2), v2.ToDtype(torch.float32, scale=True)])
+COLORS = v2.Compose([v2.ColorJitter(0.4, 0.4, 0.2, 0.1), v2.ToDtype(torch.float32, scale=True)])
 
 
 class TwoViews(Dataset):

@@ -23,8 +23,8 @@ STRIDE = 8  # of the feature map after layer2, the stem being number 0
 def token_lattice() -> LatticeMap:
     """From a view's pixels to the feature map.
 
-    Patches tile the view: there g.on(PICTURE, lattice) is right. A convolution of stride 2 with odd kernel and symmetric
-    padding keeps pixels 0, 2, 4 and so on: feature 0 is centered on pixel 0, not on the middle of the first 8.
+    Patches tile the view: their maps are g.on(PICTURE, lattice). A convolution of stride 2 with an odd kernel and
+    symmetric padding keeps pixels 0, 2, 4 ...: its feature 0 is centered on pixel 0, not in the middle of the first 8.
     """
     height, width = (-(-side // STRIDE) for side in VIEW)
     corner = (1 - STRIDE) / 2
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     channels = resnet.feature_info[2]["num_chs"]
     ser, head = SERLoss(dim=channels).to(device), torch.nn.Linear(resnet.num_features, 64).to(device)
     optimizer = torch.optim.AdamW([*resnet.parameters(), *head.parameters(), *ser.parameters()], lr=1e-3)
-    dataset = open_dataset(options.data, train=True, image_size=PICTURE[0])  # yours: (uint8 (3, 128, 128), label, index)
+    dataset = open_dataset(options.data, train=True, image_size=PICTURE[0])  # yours: uint8 (3, 128, 128), label, index
     sampler, lattice = Crop(area=(0.3, 1.0), turns=True), token_lattice()
     step, epoch = 0, 0
     while step < options.steps:

@@ -530,7 +530,7 @@ def _say(line: str) -> None:
     Console().print(printable(line), markup=False, soft_wrap=True)
 
 
-def _break(_: Console) -> None:
+def _break(self: Console) -> None:
     """In place of what rich does where a pipe breaks, which is to end with status 1; `main` ends it."""
     raise
 
