@@ -49,8 +49,11 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[SERLoss]:
     return modules
 
 
-def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*TRAIN, "operations"}
+def test_every_example_is_run_and_described() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {*TRAIN, "operations"}
+    page = (EXAMPLES.parent / "docs" / "in_your_loop.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\(\.\./examples/(\w+)\.py\)", page)) == names
 
 
 @pytest.mark.slow
