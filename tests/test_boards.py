@@ -179,6 +179,9 @@ def test_an_offline_run_is_written_and_goes_on(config: TrainConfig, monkeypatch:
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(config)
     train(with_options(config, {"optim.steps": 3, "resume": "auto"}))
+    import wandb
+
+    wandb.teardown()  # waits for the process that writes the files: `finish` returns before they are whole
     history, ids, statuses = [], set(), []
     for path in sorted(config.out.glob("wandb/offline-run-*/*.wandb")):
         for record in records(path):

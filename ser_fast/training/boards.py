@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ser_fast.io import write_text
 from ser_fast.training.config import TrainConfig, to_json
+from ser_fast.training.run_folder import RunFolder
 
 
 class Board(Protocol):
@@ -22,12 +23,12 @@ class Board(Protocol):
 
 
 class TensorBoard:
-    """TensorBoard's scalars, in the folder `tensorboard` of a run; those of steps after `start` are dropped."""
+    """TensorBoard's scalars; those of steps after `start` are dropped."""
 
     def __init__(self, config: TrainConfig, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=start + 1)
+        self.writer = SummaryWriter(str(RunFolder(config.out).tensorboard), purge_step=start + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -50,14 +51,15 @@ class WeightsAndBiases:
     def __init__(self, config: TrainConfig, start: int) -> None:
         import wandb
 
-        (config.out / "wandb").mkdir(parents=True, exist_ok=True)
+        folder = RunFolder(config.out)
+        folder.wandb.mkdir(parents=True, exist_ok=True)
         try:
             self.run: Any = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "ser-fast"),
                 name="/".join(config.out.parts[-2:]),
-                id=_kept_id(config.out / "wandb" / "id"),
+                id=_kept_id(folder.wandb / "id"),
                 resume="allow",
-                dir=str(config.out),
+                dir=str(folder.path),  # it makes the folder wandb there
                 config=to_json(config),
                 settings=wandb.Settings(console="off"),  # a progress bar is no text
             )

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from ser_fast.io import flush_to_disk, remove_partial_files, write_atomically
-from ser_fast.training.boards import Board
 from ser_fast.training.config import TrainConfig, from_json, to_json
 from ser_fast.vit import SplitViT, save_split_vit
+
+if TYPE_CHECKING:
+    from ser_fast.training.boards import Board
 
 try:
     import fcntl
@@ -38,10 +40,10 @@ class RunFolder:
         config: its options, JSON.
         environment: the versions and the machine that it ran on, JSON.
         log: a line of JSON a step.
+        tensorboard: a folder of TensorBoard's.
+        wandb: a folder of Weights & Biases', where the run has an id there.
         encoder: the weights of the product, for `ser_fast.vit.load_split_vit`.
         checkpoints: a folder of step_N.pt.
-
-    Beside them lie the folders of boards, tensorboard and wandb.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,6 +51,8 @@ class RunFolder:
         self.config = path / "config.json"
         self.environment = path / "environment.json"
         self.log = path / "log.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
         self.encoder = path / "encoder.safetensors"
         self.checkpoints = path / "checkpoints"
 
@@ -99,7 +103,7 @@ class RunFolder:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"config: {self.config} can't be read as that of a run: {error}") from error
 
-    def open_log(self, start: int, boards: Sequence[Board] = ()) -> "RunLog":
+    def open_log(self, start: int, boards: "Sequence[Board]" = ()) -> "RunLog":
         """The log, to go on after step `start`: what was logged after it, or cut short by a crash, is dropped.
 
         Checkpoints of later steps, of a branch that is abandoned, are set aside in a folder of their own.
@@ -161,7 +165,7 @@ class RunLog:
         note: what the user should know of the lines before; empty if they are whole.
     """
 
-    def __init__(self, path: Path, lines: IO[str], boards: Sequence[Board] = (), note: str = "") -> None:
+    def __init__(self, path: Path, lines: IO[str], boards: "Sequence[Board]" = (), note: str = "") -> None:
         self.path, self.lines, self.boards, self.note = path, lines, boards, note
 
     def write(self, step: int, epoch: int, record: dict[str, float]) -> None:
