@@ -2,6 +2,8 @@
 
 # A command imports what it needs when it runs, so that each starts as fast as it can.
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -530,6 +532,14 @@ def _say(line: str) -> None:
     Console().print(printable(line), markup=False, soft_wrap=True)
 
 
+def _break(self: Console) -> None:
+    """In place of what rich does where a pipe breaks, which is to end with status 1; `main` ends it."""
+    raise
+
+
+Console.on_broken_pipe = _break  # type: ignore[method-assign]
+_SIGPIPE = 141  # the status of a command that its closed pipe ends
+
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(train, sweep, plan, demo, equivariance, sensitivity, knn, linear, corruptions, detection),
     *(segmentation, show, report, export, doctor),
@@ -544,10 +554,15 @@ def main() -> None:
     from ser_fast.io import printable
 
     try:
-        _run(sys.argv[1:])
+        try:
+            _run(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # at the interpreter's end a pipe that nobody reads would be complained of
     except ModuleNotFoundError as error:
         sys.exit(extras.advice(error))
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _leave_closed_pipes():
+            sys.exit(_SIGPIPE)
         sys.exit(f"ser-fast: {printable(error)}")
     except RuntimeError as error:
         from ser_fast.training.trainer import NonFiniteLossError
@@ -557,6 +572,22 @@ def main() -> None:
         sys.exit(f"ser-fast: {printable(error)}")
     except KeyboardInterrupt:
         sys.exit("ser-fast: stopped")
+
+
+def _leave_closed_pipes() -> bool:
+    """Whether the reader of standard output or error is gone, as `head` is; what is left to be written goes nowhere.
+
+    Other pipes break, too: those to processes that load images.
+    """
+    if not hasattr(select, "poll"):  # Windows, where a closed pipe is another error
+        return False
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    closed = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(closed)
 
 
 def _run(arguments: Sequence[str]) -> None:

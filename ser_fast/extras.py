@@ -6,6 +6,7 @@ EXTRAS = {
     "eval": ("av", "jinja2", "matplotlib", "pycocotools", "scipy"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "hf": ("datasets", "pyarrow"),
+    "wandb": ("wandb",),
 }
 
 

@@ -1,22 +1,16 @@
 """Tokens of other people's models, and maps of other people's transforms."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from cases.runs import ENVIRONMENT
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from ser_fast.capture import TokenCapture
 from ser_fast.lattice import LatticeMap
 from ser_fast.views.pixels import transform_images
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def tiny(name: str, **options: Any) -> Any:
@@ -142,13 +136,3 @@ def test_maps_are_those_of_torchvisions_transforms() -> None:
 def test_views_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LatticeMap.from_views(**{"image_size": (300, 300), "view_size": (32, 32), **options})
-
-
-# ---------------------------------------------------------------- examples
-
-
-def test_the_loop_of_ones_own_runs() -> None:
-    command = [sys.executable, str(EXAMPLES / "own_loop.py"), "2"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert "step 2: loss" in done.stdout
-    assert len((EXAMPLES / "own_loop.py").read_text().splitlines()) <= 60

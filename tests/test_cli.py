@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -554,6 +555,26 @@ def test_the_console_script_ends_with_one_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         f"ser-fast: checkpoint: {tmp_path} is neither a run's folder with encoder.safetensors nor a .safetensors file"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="Windows has no such pipes")
+@pytest.mark.parametrize("argv", [["train", "--help"], ["doctor"]], ids=str)
+def test_a_closed_pipe_ends_a_command_quietly(argv: list[str]) -> None:
+    """As in `ser-fast train --help | head`; doctor prints by rich."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "ser_fast.cli", *argv], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("ser_fast.doctor.backend_tables", fails)
+    assert refusal("doctor") == "[Errno 32] Broken pipe"
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,10 +44,11 @@ def test_the_core_is_torch_numpy_and_triton() -> None:
 
 def test_the_extras_are_those_that_messages_name() -> None:
     optional = PROJECT["optional-dependencies"]
-    assert {"train", "eval", "export", "hf", "webdataset", "all", "bench", "docs", "test"} == optional.keys()
+    others = {"all", "bench", "docs", "examples", "test"}
+    assert {"train", "eval", "export", "hf", "wandb", "webdataset"} | others == optional.keys()
     for extra, modules in EXTRAS.items():
         assert distributions(optional[extra]) <= set(modules)
-    for extra in {"train", "eval", "export", "hf", "webdataset"}:
+    for extra in optional.keys() - others:
         assert re.search(rf"\W{extra}\W", str(optional["all"])), extra
 
 

@@ -1,4 +1,4 @@
-"""Make the table and the figures of docs/questions.md of the sweep beside this file: `python docs/questions/tables.py`."""
+"""Make the table and the figures of docs/questions.md of the sweep beside this file."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -276,6 +276,9 @@ class TrainConfig:
     """Steps between checkpoints; one is written at the end in any case."""
     keep_checkpoints: int = 2
     """The newest ones that stay on disk."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where losses and scores are drawn besides log.jsonl: TensorBoard, Weights & Biases (project "ser-fast" unless
+    WANDB_PROJECT says otherwise), both or neither."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Autocast to bfloat16, or to float16 with a scaled loss (a step that overflows is skipped, logged, and halves the
     scale; 20 in a row are an error); "auto" is bf16 on CUDA, else off."""
@@ -321,7 +324,7 @@ class TrainConfig:
 
 # What may differ between a run and its continuation, since it changes no number.
 _FREE = (
-    *("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints"),
+    *("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints", "log"),
     *("device", "workers", "loader_timeout", "rank_timeout"),
     *(f"evaluate.{option.name}" for option in fields(EvaluateConfig)),
 )

@@ -5,18 +5,20 @@ import os
 import re
 import socket
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ser_fast.io import flush_to_disk, remove_partial_files, write_atomically
 from ser_fast.training.config import TrainConfig, from_json, to_json
 from ser_fast.vit import SplitViT, save_split_vit
+
+if TYPE_CHECKING:
+    from ser_fast.training.boards import Board
 
 try:
     import fcntl
@@ -39,6 +41,7 @@ class RunFolder:
         environment: the versions and the machine that it ran on, JSON.
         log: a line of JSON a step.
         tensorboard: a folder of TensorBoard's.
+        wandb: a folder of Weights & Biases', where the run has an id there.
         encoder: the weights of the product, for `ser_fast.vit.load_split_vit`.
         checkpoints: a folder of step_N.pt.
     """
@@ -49,6 +52,7 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.log = path / "log.jsonl"
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
         self.encoder = path / "encoder.safetensors"
         self.checkpoints = path / "checkpoints"
 
@@ -99,10 +103,14 @@ class RunFolder:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"config: {self.config} can't be read as that of a run: {error}") from error
 
-    def open_log(self, start: int) -> "RunLog":
+    def open_log(self, start: int, boards: "Sequence[Board]" = ()) -> "RunLog":
         """The log, to go on after step `start`: what was logged after it, or cut short by a crash, is dropped.
 
         Checkpoints of later steps, of a branch that is abandoned, are set aside in a folder of their own.
+
+        Args:
+            start: steps that are done.
+            boards: where the numbers are drawn besides.
 
         Returns:
             It, with what lines of it are missing: after a crash of the machine, those that were not on the disk yet.
@@ -124,8 +132,7 @@ class RunFolder:
             write_atomically(self.log, partial(Path.write_text, data="".join(kept)))
             gap = _gap({int(_step_of(line)) for line in kept}, start)
         note = f"log: steps {gap} are missing from {self.log}; the run itself is whole" if gap else ""
-        board = SummaryWriter(str(self.tensorboard), purge_step=start + 1)
-        return RunLog(self.log, self.log.open("a", buffering=1), board, note)
+        return RunLog(self.log, self.log.open("a", buffering=1), boards, note)
 
     def read_log(self) -> list[dict[str, Any]]:
         """What each step logged, as far as it is whole."""
@@ -152,14 +159,14 @@ class RunFolder:
 
 
 class RunLog:
-    """The run's log: a line of JSON a step, and TensorBoard's scalars.
+    """The run's log: a line of JSON a step, and boards that draw it.
 
     Attributes:
         note: what the user should know of the lines before; empty if they are whole.
     """
 
-    def __init__(self, path: Path, lines: IO[str], board: SummaryWriter, note: str = "") -> None:
-        self.path, self.lines, self.board, self.note = path, lines, board, note
+    def __init__(self, path: Path, lines: IO[str], boards: "Sequence[Board]" = (), note: str = "") -> None:
+        self.path, self.lines, self.boards, self.note = path, lines, boards, note
 
     def write(self, step: int, epoch: int, record: dict[str, float]) -> None:
         """Add what a step has to tell.
@@ -171,8 +178,8 @@ class RunLog:
             self.lines.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
         except OSError as error:  # which does not know its file's name
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        for name, value in record.items():
-            self.board.add_scalar(name, value, step)
+        for board in self.boards:
+            board.write(step, record)
 
     def flush(self) -> None:
         """Return when what was written is on the disk itself, so that no checkpoint goes beyond it."""
@@ -180,10 +187,22 @@ class RunLog:
         flush_to_disk(self.path)
         flush_to_disk(self.path.parent)
 
-    def close(self) -> None:
-        """Flush and close both."""
+    def close(self, status: int = 0) -> None:
+        """Flush and close all of it.
+
+        Args:
+            status: what the process will end with.
+        """
         self.lines.close()
-        self.board.close()
+        for board in self.boards:
+            board.close(status)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        status = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
+        self.close(status if isinstance(status, int) else 1)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

@@ -27,13 +27,14 @@ from ser_fast.distributed import gather_counts, rank, world_size
 from ser_fast.io import printable
 from ser_fast.progress import progress_bar
 from ser_fast.training.accumulation import backward_in_parts
+from ser_fast.training.boards import open_boards, require_boards
 from ser_fast.training.config import TrainConfig, to_json
 from ser_fast.training.environment import describe_environment, peak_memory
 from ser_fast.training.optim import build_optimizer, clip_groups, load_optimizer, set_schedules
 from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, report_activity, stop_signals
 from ser_fast.training.records import LateReports, StepRecord
 from ser_fast.training.resume import Identity, find_beginning, require_agreement, restore
-from ser_fast.training.run_folder import RunFolder
+from ser_fast.training.run_folder import RunFolder, RunLog
 from ser_fast.training.skipping import SavedBuffers, not_finite, step_unless
 from ser_fast.training.summary import Pace, summarize
 from ser_fast.training.validation import check_options
@@ -48,15 +49,17 @@ class NonFiniteLossError(RuntimeError):
 def train(config: TrainConfig) -> Path:
     """Run a training to its end, or on from a checkpoint; returns the run's folder.
 
-    Writes to config.out the files that `RunFolder` names. Under torchrun every rank calls it. An interrupt (SIGINT,
-    SIGTERM) ends it after the step, with a checkpoint.
+    Writes to config.out the files that `RunFolder` names, and to the boards of config.log. Under torchrun every rank
+    calls it. An interrupt (SIGINT, SIGTERM) ends it after the step, with a checkpoint.
 
     Raises:
         ValueError: an option that doesn't fit, a folder that already holds a run, or a checkpoint of another config.
+        ModuleNotFoundError: a board's package is not installed.
         NonFiniteLossError: the loss or its gradient is not finite; that step was not taken. Under --amp fp16, where
             that lowers the scale of the loss, it takes 20 such steps in a row.
     """
     check_options(config, int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks meet
+    require_boards(config.log)
     with process_group(config.device, config.rank_timeout) as device:
         return Trainer(config, device).train()
 
@@ -84,6 +87,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device, self.folder = config, device, RunFolder(config.out)
+        self.log: RunLog | None = None  # of rank 0, while it trains
         self.console = Console(quiet=rank() != 0)
         optim = config.optim
         self.part = check_options(config, world_size())  # images that are contrasted on this rank
@@ -154,20 +158,21 @@ class Trainer:
         """Run to the end; see `train`."""
         with ExitStack() as stack:
             on_rank_0(lambda: self._occupy(stack))
-            return self._train(stack)
+            return self._train()
 
     def _occupy(self, stack: ExitStack) -> None:
-        """Lock the run's folder until the stack is left."""
+        """Lock the run's folder, and open its log and boards, until the stack is left."""
         stack.enter_context(self.folder.lock())
         if self.config.resume == "none" and self.folder.holds_a_run:
             raise ValueError(f"out: {self.config.out} holds a run that began at the same time; name another")
         if self.folder.list_checkpoints() != self.beginning.seen:  # a run went on while this one began
             raise ValueError(f"out: {self.config.out} has other checkpoints than a moment ago; start again")
+        boards = open_boards(self.config, self.start)
+        self.log = stack.enter_context(self.folder.open_log(self.start, boards))
 
-    def _train(self, stack: ExitStack) -> Path:
-        config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None
+    def _train(self) -> Path:
+        config, log = self.config, self.log
         if log is not None:
-            stack.callback(log.close)  # however the run ends
             self.folder.write_description(config, describe_environment(self.device))
         for note in [*self.beginning.notes, *([log.note] if log is not None and log.note else [])]:
             self.console.print(note, markup=False)
