@@ -1,9 +1,9 @@
 """k-nearest-neighbor classification of frozen features."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from ser_fast.data import MAX_PIXELS
 from ser_fast.data.loader import make_loader
 from ser_fast.data.sources import open_dataset
-from ser_fast.evaluation.classification import Rows, grade, rank
+from ser_fast.evaluation.classification import ENTRIES, Rows, grade, rank
 from ser_fast.evaluation.features import check_labelled, embed, evaluating, spread_items
 from ser_fast.evaluation.figures import plot_confusion, save
 from ser_fast.evaluation.protocol import (
@@ -35,7 +35,6 @@ from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
 
 _NEIGHBORS = 20
-SIMILARITIES = 2**26  # test x train entries in memory at a time: 256 MiB
 
 
 def knn_accuracy(
@@ -87,9 +86,10 @@ def knn_predictions(
         ValueError: as `knn_scores`.
     """
     ranked: dict[int, list[Tensor]] = {}
-    for queries in test_features.split(max(1, SIMILARITIES // max(1, len(train_features)))):
-        for count, scores in knn_scores(train_features, train_labels, queries, k=k, temperature=temperature).items():
-            ranked.setdefault(count, []).append(rank(scores))
+    for queries in test_features.split(max(1, ENTRIES // max(1, len(train_features)))):
+        found = _search(train_features, train_labels, queries, k=k, temperature=temperature)
+        for count in found.ks:
+            ranked.setdefault(count, []).extend(map(rank, found.scores(count)))
     return {count: torch.cat(parts) for count, parts in ranked.items()}
 
 
@@ -120,6 +120,35 @@ def knn_scores(
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4;
     DINO's eval_knn uses the same.
     """
+    found = _search(train_features, train_labels, test_features, k=k, temperature=temperature)
+    return {count: torch.cat(list(found.scores(count))) for count in found.ks}
+
+
+class _Neighbors(NamedTuple):
+    """The nearest training images of test images.
+
+    Attributes:
+        ks: numbers of neighbors.
+        vote: (M, max k) int64, their classes, nearest first.
+        weight: (M, max k), of their votes.
+        classes: K.
+    """
+
+    ks: list[int]
+    vote: Tensor
+    weight: Tensor
+    classes: int
+
+    def scores(self, count: int) -> Iterator[Tensor]:
+        """The votes (B, K) of `count` neighbors, as `knn_scores`, so many images at a time that memory is bounded."""
+        rows = max(1, ENTRIES // self.classes)
+        for vote, weight in zip(self.vote[:, :count].split(rows), self.weight[:, :count].split(rows), strict=True):
+            yield weight.new_zeros(len(vote), self.classes).scatter_add_(1, vote, weight).log_()
+
+
+def _search(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, *, k: int | Sequence[int], temperature: float
+) -> _Neighbors:
     ks = [k] if isinstance(k, int) else list(k)
     check_labelled("train", train_features, train_labels)
     check_labelled("test", test_features)
@@ -135,9 +164,7 @@ def knn_scores(
     similarity, neighbor = (test @ train.T).topk(max(ks))  # (M, max k), nearest first
     # Relative to the nearest, so that no small temperature overflows.
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
-    vote = train_labels[neighbor]  # (M, max k)
-    none = weight.new_zeros(len(test), int(train_labels.max()) + 1)
-    return {count: none.scatter_add(1, vote[:, :count], weight[:, :count]).log() for count in ks}
+    return _Neighbors(ks, train_labels[neighbor], weight, int(train_labels.max()) + 1)
 
 
 def check_vote(k: int | Sequence[int], temperature: float, neighbors: int) -> None:
