@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map  # where the docs of default_collate register types
 
-from ser_fast.device import send
+from ser_fast.device import require_dense, send
 
 Size = tuple[int, int]
 
@@ -31,6 +31,7 @@ TOLERANCE = 1e-4
 # finite. A position farther out than FARTHEST tokens counts as that far: float64 has 20 bits left for the place within
 # a token there.
 LARGEST = 1e100
+MOST_TOKENS = 2**31 - 1  # of a side, and of a lattice that is computed on: what indices in kernels can count
 FARTHEST = 2.0**32
 
 _ROT90 = ((0.0, 1.0), (-1.0, 0.0))
@@ -109,6 +110,7 @@ class LatticeMap:
         for name, x in (("linear", self.linear), ("offset", self.offset)):
             if not isinstance(x, Tensor) or x.dtype != precision(x.device):
                 raise TypeError(f"{name}: got {getattr(x, 'dtype', type(x).__name__)}, takes a float64 tensor")
+            require_dense(name, x)
         if self.linear.ndim != 3 or self.linear.shape[1:] != (2, 2):
             raise ValueError(f"linear: got shape {tuple(self.linear.shape)}, takes (B, 2, 2)")
         if self.offset.shape != self.linear.shape[:2]:
@@ -116,8 +118,8 @@ class LatticeMap:
         if self.offset.device != self.linear.device:
             raise ValueError(f"offset: got device {self.offset.device}, takes that of linear, {self.linear.device}")
         for name, size in (("size_in", self.size_in), ("size_out", self.size_out)):
-            if len(size) != 2 or any(isinstance(n, float) or n < 0 for n in size):
-                raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least 0")
+            if len(size) != 2 or any(isinstance(n, float) or not 0 <= n <= MOST_TOKENS for n in size):
+                raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers from 0 to 2^31 - 1")
 
     # ---------------------------------------------------------------- constructors
 
@@ -129,7 +131,7 @@ class LatticeMap:
     @classmethod
     def rot90(cls, size: Size, k: int | Tensor, *, batch: int = 1) -> "LatticeMap":
         """torch.rot90(x, k, dims=(H, W)): counter-clockwise quarter turns; k is an int or (B,) integers."""
-        return cls.d4(size, (_integers("k", k, batch) % 4))
+        return cls.d4(size, _integers("k", k % 4 if isinstance(k, int) else k, batch) % 4)
 
     @classmethod
     def hflip(cls, size: Size, *, batch: int = 1) -> "LatticeMap":
@@ -148,6 +150,8 @@ class LatticeMap:
         Raises:
             ValueError: a code outside 0..7, or turns that would give one batch two sizes (H x W and W x H).
         """
+        if isinstance(code, int) and not 0 <= code <= 7:
+            raise ValueError(f"code: got {code}, takes 0..7 (k + 4 f)")
         size, code = _size("size", size), _integers("code", code, batch)
         if code.numel() and not 0 <= int(code.min()) <= int(code.max()) <= 7:
             raise ValueError(f"code: got {int(code.min())} to {int(code.max())}, takes 0..7 (k + 4 f)")
@@ -167,10 +171,10 @@ class LatticeMap:
     @classmethod
     def rotate(cls, size: Size, angle: float | Tensor, *, batch: int = 1) -> "LatticeMap":
         """Rotate about the centre, counter-clockwise, within the same frame; degrees, a float or (B,)."""
-        angle = _exact(angle)
+        angle = _exact("angle", angle)
         if angle.ndim > 1 or not bool(torch.isfinite(angle).all()):
             raise ValueError(f"angle: got {angle}, takes finite degrees, a float or (B,)")
-        radians = torch.deg2rad(angle.expand(batch) if angle.ndim == 0 else angle)
+        radians = torch.deg2rad(angle.expand(_batch(batch)) if angle.ndim == 0 else angle)
         # 15 decimals make quarter turns exact (cos(pi/2) is 6e-17) and change no other angle that float32 can tell.
         cos, sin = radians.cos().round(decimals=15) + 0.0, radians.sin().round(decimals=15) + 0.0
         return cls.affine(size, torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2)))
@@ -185,7 +189,7 @@ class LatticeMap:
             size_out: (h, w) of the result.
         """
         size, size_out = _size("size", size), _size("size_out", size_out, least=1)
-        box = _exact(box)
+        box = _exact("box", box)
         if box.ndim not in (1, 2) or box.shape[-1] != 4:
             raise ValueError(f"box: got shape {tuple(box.shape)}, takes (B, 4): top, left, height, width")
         box = box.reshape(-1, 4)
@@ -270,7 +274,7 @@ class LatticeMap:
         """
         size = _size("size", size)
         size_out = size if size_out is None else _size("size_out", size_out)
-        linear = _exact(linear)
+        linear = _exact("linear", linear)
         if linear.ndim not in (2, 3) or linear.shape[-2:] != (2, 2):
             raise ValueError(f"linear: got shape {tuple(linear.shape)}, takes (B, 2, 2)")
         linear = linear.reshape(-1, 2, 2)
@@ -419,35 +423,49 @@ class LatticeMap:
 
     def valid(self) -> Tensor:
         """(B, h*w) bool: the preimage of the token's centre lies in the input lattice (its edge included)."""
+        require_countable("size_out", self.size_out)
         y, x = positions(self.linear, self.offset, self.size_in, self.size_out)
         height, width = self.size_in
         inside_y = (y >= -TOLERANCE) & (y <= height + TOLERANCE)
         return inside_y & (x >= -TOLERANCE) & (x <= width + TOLERANCE)
 
 
+def require_countable(name: str, size: Size) -> None:
+    """Raise ValueError for a lattice of more tokens than an index counts."""
+    if size[0] * size[1] > MOST_TOKENS:
+        raise ValueError(f"{name}: got {size}, takes a lattice of fewer than 2^31 tokens to compute on")
+
+
 def _size(name: str, size: Size, least: int = 0) -> Size:
     try:
         height, width = (int(n) for n in size)
-        if (height, width) != tuple(size) or min(height, width) < least:
+        if (height, width) != tuple(size) or min(height, width) < least or max(height, width) > MOST_TOKENS:
             raise ValueError
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least {least}") from None
+        raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers from {least} to 2^31 - 1") from None
     return height, width
 
 
-def _exact(values: float | Sequence[float] | Tensor) -> Tensor:
+def _batch(batch: int) -> int:
+    if not isinstance(batch, int) or not 0 <= batch <= MOST_TOKENS:
+        raise ValueError(f"batch: got {batch}, takes a whole number from 0 to 2^31 - 1")
+    return batch
+
+
+def _exact(name: str, values: float | Sequence[float] | Tensor) -> Tensor:
     """The values in the precision of maps, where they are."""
+    if isinstance(values, Tensor):
+        require_dense(name, values)
     dtype = precision(values.device) if isinstance(values, Tensor) else torch.float64
     return torch.as_tensor(values, dtype=dtype)
 
 
 def _integers(name: str, value: int | Tensor, batch: int) -> Tensor:
     if isinstance(value, int):
-        if batch < 0:
-            raise ValueError(f"batch: got {batch}, takes a whole number of at least 0")
-        return torch.full((batch,), value)
+        return torch.full((_batch(batch),), value)
     if not isinstance(value, Tensor) or value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
         raise ValueError(f"{name}: got {value!r}, takes an int or (B,) integers")
+    require_dense(name, value)
     if batch not in (1, len(value)):
         raise ValueError(f"batch: got {batch} with {len(value)} values of {name}")
     return value.long()

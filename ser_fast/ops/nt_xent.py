@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ser_fast.device import require_dense
 from ser_fast.ops.backends import choose, implementation
 from ser_fast.ops.contract import (
     FLOATS,
@@ -367,6 +368,7 @@ def _check_rows(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got {x.dtype}, takes float32, bfloat16, float16 or float64")
+    require_dense(name, x)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes rows and at least one column")
 
@@ -394,6 +396,7 @@ def _check_vector(name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], 
         raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor or None")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: got {x.dtype}, takes one of {', '.join(map(str, dtypes))}")
+    require_dense(name, x)
     if x.dim() != 1 or x.shape[0] != rows.shape[0]:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes ({rows.shape[0]},)")
     if x.device != rows.device:
