@@ -1,9 +1,12 @@
-"""The command line: `ser-fast COMMAND`, of which `ser-fast --help` tells the names."""
+"""The command line: `ser-fast COMMAND`."""
 
 # A command imports what it needs when it runs, so that each starts as fast as it can.
 
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any, Literal
 from ser_fast import extras
 from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES, TOKEN_RATES
+from ser_fast.io import printable
 from ser_fast.sensitivity import VARIANTS
 
 try:
@@ -19,6 +23,9 @@ try:
     from rich.console import Console
 except ModuleNotFoundError as error:
     sys.exit(extras.advice(error))
+
+
+_ABOUT = "Soft Equivariance Regularization for vision transformers: train, evaluate, compare."
 
 
 def train() -> None:
@@ -72,7 +79,7 @@ def demo(
     Args:
         out: folder of the runs, of demo.csv and of demo.png. Runs that are finished there are not repeated.
         data: "photos", "folder:PATH" or another source, as `ser-fast train` takes it.
-        steps: optimiser steps of each run.
+        steps: optimizer steps of each run.
         images: held-out images that the equivariance error is measured on.
         image_size: side of the images, in pixels.
         patch_size: side of a token, in pixels.
@@ -96,11 +103,12 @@ def equivariance(
     elements: tuple[str, ...] = ("d4", "scales"),
     crop_pct: float = 1.0,
     max_pixels: int = MAX_PIXELS,
+    predict: bool = True,
     pairs: int = 4,
     out: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """How equivariant are checkpoints, per layer and per map g, beside random initialisations and mean colours?
+    """How equivariant are checkpoints, per layer and per map g, beside random initializations and mean colors?
 
     Of several checkpoints on images with labels, kNN accuracy is measured, too: error against accuracy.
 
@@ -113,8 +121,8 @@ def equivariance(
             crop:TOP,LEFT,HEIGHT,WIDTH (shares), affine:A,B,C,D[,DY,DX] (output to input, y before x).
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         max_pixels: of one picture; one of more is left out, as one that can't be read.
-        pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
-            images tests it.
+        predict: also predict g from the tokens of x and g x, which trains regressors for each layer: most of the time.
+        pairs: scales and angles of each image for it; the last quarter of the images tests it.
         out: folder for equivariance.csv, embedding.csv, prediction.csv and equivariance.png, and of several checkpoints
             error_accuracy.csv and .png; default the checkpoint's, of several runs/comparison.
         device: "auto", "cpu" or "cuda".
@@ -123,6 +131,7 @@ def equivariance(
 
     models, data, out = _open(checkpoints, data, out, device)
     options: dict[str, Any] = {"images": images, "image_size": image_size, "elements": elements, "pairs": pairs}
+    options["predict"] = predict
     options |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
     _show(evaluate(models, data, progress=True, **options), out)
 
@@ -148,18 +157,18 @@ def sensitivity(
 
     Args:
         checkpoints: runs' folders, encoder.safetensors files or names of timm models (pretrained weights); a random
-            initialisation of each architecture is measured with them, or that of the demo's alone.
+            initialization of each architecture is measured with them, or that of the demo's alone.
         preset: "quick" varies one factor at a time, "full" measures the whole grid, for hours.
         train: train the demo's recipe with each of the variants instead, and say whether the choice matters after it.
         data: whose held-out images are used: "photos", "folder:PATH" or another source, as `ser-fast train` takes it.
         images: how many of them, spread evenly, and how many synthetic fields; for the trained models, four times that.
         image_size: their side in pixels; enlarged where a model needs more.
         out: folder for sensitivity.csv, report.html, summary.txt and the figures.
-        seed: of the fields, the random initialisations and the bootstrap.
+        seed: of the fields, the random initializations and the bootstrap.
         device: "auto", "cpu" or "cuda".
         variants: with --train, the settings of SERLoss.
         seeds: with --train, how many runs of each.
-        steps: with --train, optimiser steps of a run.
+        steps: with --train, optimizer steps of a run.
     """
     from ser_fast.device import choose_device
     from ser_fast.sensitivity import retraining
@@ -186,7 +195,7 @@ def sensitivity(
 def knn(
     checkpoints: tyro.conf.Positional[tuple[str, ...]],
     data: str | None = None,
-    k: tuple[int, ...] = (1, 5, 10, 20, 50),
+    k: tuple[int, ...] | None = None,
     temperature: float = 0.07,
     image_size: int | None = None,
     crop_pct: float = 1.0,
@@ -196,13 +205,13 @@ def knn(
     workers: int = 0,
     device: str = "auto",
 ) -> None:
-    """k nearest neighbours classify held-out images by a checkpoint's embeddings, beside a random initialisation.
+    """k nearest neighbors classify held-out images by a checkpoint's embeddings, beside a random initialization.
 
     Args:
         checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
         data: whose training images vote and whose held-out images are classified; default the run's own, else "photos".
-        k: numbers of neighbours.
-        temperature: of the neighbours' votes.
+        k: numbers of neighbors; default those of 1, 5, 10, 20 and 50 that there are training images for.
+        temperature: of the neighbors' votes.
         image_size: side of the images in pixels; default each model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         max_pixels: of one picture; one of more is left out, as one that can't be read.
@@ -239,7 +248,7 @@ def linear(
     workers: int = 0,
     device: str = "auto",
 ) -> None:
-    """Probes trained on a checkpoint's frozen features classify held-out images, beside a random initialisation.
+    """Probes trained on a checkpoint's frozen features classify held-out images, beside a random initialization.
 
     Args:
         checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
@@ -282,7 +291,7 @@ def corruptions(
     shifted: tuple[Path, ...] = (),
     baseline: Path | None = None,
     classifier: Literal["knn", "linear"] = "linear",
-    k: int = 20,
+    k: int | None = None,
     temperature: float = 0.07,
     seed: int = 0,
     image_size: int | None = None,
@@ -296,7 +305,7 @@ def corruptions(
 ) -> None:
     """How robust is a classifier on a checkpoint's features to corrupted, perturbed and shifted images?
 
-    It is trained on the clean training images. Beside it stands a random initialisation.
+    It is trained on the clean training images. Beside it stands a random initialization.
 
     Args:
         checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
@@ -310,8 +319,8 @@ def corruptions(
         shifted: folders of other images of the classes, as ImageNet-V2, ImageNet-R and ImageNet-Sketch.
         baseline: corruptions.csv of another run; its checkpoint's errors make the mean corruption error relative.
         classifier: "linear" or "knn".
-        k: number of neighbours of "knn".
-        temperature: of the neighbours' votes.
+        k: number of neighbors of "knn"; default 20, or all where there are fewer training images.
+        temperature: of the neighbors' votes.
         seed: of the corruptions and the probe.
         image_size: side of the images in pixels; default each model's.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875. Folders
@@ -349,7 +358,7 @@ def detection(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """The COCO mAP of a Faster R-CNN on a frozen checkpoint, beside one on a random initialisation.
+    """The COCO mAP of a Faster R-CNN on a frozen checkpoint, beside one on a random initialization.
 
     Only the pyramid and the heads are trained. What is interrupted goes on from the heads in out/detection.
 
@@ -398,7 +407,7 @@ def segmentation(
 ) -> None:
     """The mean IoU of a linear head and of the nearest training tokens, on frozen tokens of checkpoints.
 
-    Beside them stand random initialisations, the mean colors of patches, and a guess.
+    Beside them stand random initializations, the mean colors of patches, and a guess.
 
     Args:
         checkpoints: runs' folders, .safetensors files or timm:NAME; several are compared.
@@ -445,9 +454,9 @@ def show(
     out: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """Draw token maps: principal components as colours for x, g x and rho(g) f(x), and where tokens are found in g x.
+    """Draw token maps: principal components as colors for x, g x and rho(g) f(x), and where tokens are found in g x.
 
-    Several checkpoints, such as one with and one without SER, stand side by side, beside random initialisations.
+    Several checkpoints, such as one with and one without SER, stand side by side, beside random initializations.
 
     Args:
         checkpoints: runs' folders, .safetensors files or timm:NAME.
@@ -523,8 +532,6 @@ def _show(result: Any, out: Path) -> None:
 
 def _say(line: str) -> None:
     """Print a line that may hold names of files: none of them is markup, or steers the terminal."""
-    from ser_fast.io import printable
-
     Console().print(printable(line), markup=False, soft_wrap=True)
 
 
@@ -539,12 +546,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # not one that a test put there
             stream.reconfigure(errors="backslashreplace")  # what the locale or UTF-8 can't say is no end of the work
-    from ser_fast.io import printable
-
     try:
         _run(sys.argv[1:])
     except ModuleNotFoundError as error:
         sys.exit(extras.advice(error))
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"ser-fast: {printable(error)}")
     except RuntimeError as error:
@@ -564,8 +572,20 @@ def _run(arguments: Sequence[str]) -> None:
         print(f"ser-fast {version('ser-fast')}")
     elif name in ("train", "sweep", "plan"):  # options that depend on the objective
         commands[name]()
+    elif name in commands or name.startswith("-") or not name:
+        for command in COMMANDS:
+            command.__doc__ = _joined(command.__doc__ or "")
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="ser-fast", description=_ABOUT)
     else:
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)
+        hint = "".join(f"; did you mean {close}?" for close in get_close_matches(name, commands, 1))
+        print(f"ser-fast: command: got {printable(name)}, takes {', '.join(commands)}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _joined(text: str) -> str:
+    """A docstring whose paragraphs and arguments are a line each: tyro keeps some of its line breaks."""
+    text = re.sub(r"(?m)^( {8}\w+: .*(?:\n {12}\S.*)+)", lambda match: re.sub(r"\n +", " ", match[1]), text)
+    return re.sub(r"(?<=\S)\n {4}(?=\S)(?!Args:)", " ", text)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """`LatticeMap`: an affine map of the image plane, acting on a lattice of tokens or of pixels.
 
-Coordinates (y down, x right). A lattice of H x W tokens covers [0, H] x [0, W]; token (i, j) has its centre at
+Coordinates (y down, x right). A lattice of H x W tokens covers [0, H] x [0, W]; token (i, j) has its center at
 (i + 1/2, j + 1/2). Pixels likewise. With patches of p pixels, u_token = u_pixel / p, so the same map moves pixels and
 tokens; a resize to h x w is u' = u * (h/H, w/W), which is PyTorch's half-pixel convention (align_corners=False).
 
-A map is stored the way resampling needs it, from OUTPUT to INPUT, about the two lattices' centres:
+A map is stored the way resampling needs it, from OUTPUT to INPUT, about the two lattices' centers:
 
     u_in - (H, W)/2  =  linear (u_out - (h, w)/2) + offset
 
-About the centres the elements of D4 (rotations by 90 degrees and flips) have entries 0 and +-1, token centres are
+About the centers the elements of D4 (rotations by 90 degrees and flips) have entries 0 and +-1, token centers are
 half-integers, and all arithmetic on them is exact.
 """
 
@@ -23,7 +23,7 @@ from ser_fast.device import require_dense, send
 
 Size = tuple[int, int]
 
-# A centre this close to the edge of the lattice (in tokens) lies in it; a position this close to the border between
+# A center this close to the edge of the lattice (in tokens) lies in it; a position this close to the border between
 # two tokens lies on it. Far above the rounding of composed maps, far below anything an image shows.
 TOLERANCE = 1e-4
 
@@ -54,7 +54,7 @@ _D4 = _d4_table()
 
 
 def positions(linear: Tensor, offset: Tensor, size_in: Sequence[int], size_out: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where each output token's centre comes from: input lattice coordinates y and x, each (B, h*w)."""
+    """Where each output token's center comes from: input lattice coordinates y and x, each (B, h*w)."""
     h, w = size_out
     y = torch.arange(h, dtype=linear.dtype, device=linear.device) + (0.5 - h / 2)
     x = torch.arange(w, dtype=linear.dtype, device=linear.device) + (0.5 - w / 2)
@@ -170,7 +170,7 @@ class LatticeMap:
 
     @classmethod
     def rotate(cls, size: Size, angle: float | Tensor, *, batch: int = 1) -> "LatticeMap":
-        """Rotate about the centre, counter-clockwise, within the same frame; degrees, a float or (B,)."""
+        """Rotate about the center, counter-clockwise, within the same frame; degrees, a float or (B,)."""
         angle = _exact("angle", angle)
         if angle.ndim > 1 or not bool(torch.isfinite(angle).all()):
             raise ValueError(f"angle: got {angle}, takes finite degrees, a float or (B,)")
@@ -261,7 +261,7 @@ class LatticeMap:
     def affine(
         cls, size: Size, linear: Tensor, offset: Tensor | None = None, size_out: Size | None = None
     ) -> "LatticeMap":
-        """Any invertible affine map, output to input about the lattices' centres.
+        """Any invertible affine map, output to input about the lattices' centers.
 
         Args:
             size: (H, W) of the input lattice.
@@ -422,7 +422,7 @@ class LatticeMap:
         return torch.cat([linear, (self.offset.flip(-1) / half_in)[:, :, None]], -1).to(dtype)
 
     def valid(self) -> Tensor:
-        """(B, h*w) bool: the preimage of the token's centre lies in the input lattice (its edge included)."""
+        """(B, h*w) bool: the preimage of the token's center lies in the input lattice (its edge included)."""
         require_countable("size_out", self.size_out)
         y, x = positions(self.linear, self.offset, self.size_in, self.size_out)
         height, width = self.size_in

@@ -24,7 +24,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Classification:
-    """How a classifier did on labelled images.
+    """How a classifier did on labeled images.
 
     Attributes:
         top1: the share of images whose class is predicted first.

@@ -1,5 +1,6 @@
 """k-nearest-neighbor classification of frozen features."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,11 @@ from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows
 from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
 
+DEFAULT_KS = (1, 5, 10, 20, 50)
+"""Numbers of neighbors where none are asked for."""
 _NEIGHBORS = 20
+
+_logger = logging.getLogger(__name__)
 
 
 def knn_accuracy(
@@ -165,6 +170,22 @@ def _search(
     # Relative to the nearest, so that no small temperature overflows.
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
     return _Neighbors(ks, train_labels[neighbor], weight, int(train_labels.max()) + 1)
+
+
+def choose_ks(k: Sequence[int] | None, temperature: float, neighbors: int) -> tuple[int, ...]:
+    """The numbers of neighbors that vote: those asked for, else those of DEFAULT_KS that there are images for.
+
+    What is left out of the default is logged in a line.
+
+    Raises:
+        ValueError: as `check_vote`.
+    """
+    chosen = tuple(count for count in DEFAULT_KS if count <= neighbors) if k is None else tuple(k)
+    check_vote(chosen, temperature, neighbors)
+    if k is None and (left_out := DEFAULT_KS[len(chosen) :]):
+        told = ", ".join(map(str, left_out))
+        _logger.warning("k: left out %s, since there are %d training images", told, neighbors)
+    return chosen
 
 
 def check_vote(k: int | Sequence[int], temperature: float, neighbors: int) -> None:
@@ -300,7 +321,7 @@ def evaluate(
     models: Models,
     data: str = DEFAULT_DATA,
     *,
-    k: Sequence[int] = (1, 5, 10, 20, 50),
+    k: Sequence[int] | None = None,
     temperature: float = 0.07,
     image_size: int | None = None,
     crop_pct: float = 1.0,
@@ -314,7 +335,7 @@ def evaluate(
     Args:
         models: on their device: one, called "checkpoint", or several by name. Random initializations stand beside them.
         data: whose training images vote and whose held-out images are classified, as `open_dataset` takes it.
-        k: numbers of neighbors.
+        k: numbers of neighbors; default those of DEFAULT_KS that there are training images for.
         temperature: of the neighbors' votes.
         image_size: side of the images in pixels; default each model's own.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
@@ -336,7 +357,7 @@ def evaluate(
     sizes = [check_image_size(encoder, image_size) for encoder in name_models(models).values()]
     sets = {size: open_labelled(data, size, crop_pct=crop_pct, max_pixels=max_pixels) for size in sizes}
     train_set = sets[sizes[0]][0]
-    check_vote(k, temperature, len(train_set))
+    k = choose_ks(k, temperature, len(train_set))
     loading: dict[str, Any] = {"batch_size": batch_size, "train": False, "workers": workers}
     loaders = {size: [make_loader(dataset, **loading) for dataset in pair] for size, pair in sets.items()}
     rows: Rows = []

@@ -195,7 +195,7 @@ def nt_xent(
     A row without negatives has loss 0 and no gradient. A row shorter than 1e-12 has no direction: it is
     as unlike every row as one at right angles, and has no gradient. NaN or Inf in a row that takes part makes NaN of
     its own loss and of that of every anchor whose positive or negative it is, and may of any row's gradient.
-    Differentiable once, in z0 and z1, in reverse mode. Never synchronises with the device.
+    Differentiable once, in z0 and z1, in reverse mode. Never synchronizes with the device.
 
     Args:
         z0, z1: (T, D) float32, bfloat16, float16 or float64, both alike; row t of each is a positive pair.
@@ -275,7 +275,7 @@ def info_nce(
     as unlike every row as one at right angles, and has no gradient. NaN or Inf in a row that takes part makes NaN of
     its own loss and of that of every query whose positive or negative it is, and may of any row's gradient.
     Differentiable once, in query and key, in reverse mode; where either needs no gradient, none is computed. Never
-    synchronises with the device.
+    synchronizes with the device.
 
     Args:
         query: (T, D) float32, bfloat16, float16 or float64.

@@ -192,7 +192,7 @@ class ViewsConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
 
     batch_size: int = 256
     """Images a step, over all ranks and accumulated parts."""

@@ -33,7 +33,7 @@ from ser_fast.training.optim import build_optimizer, clip_groups, load_optimizer
 from ser_fast.training.processes import of_all_ranks, on_rank_0, process_group, report_activity, stop_signals
 from ser_fast.training.records import LateReports, StepRecord
 from ser_fast.training.resume import Identity, find_beginning, require_agreement, restore
-from ser_fast.training.run_folder import RunFolder
+from ser_fast.training.run_folder import RunFolder, RunLog
 from ser_fast.training.skipping import SavedBuffers, not_finite, step_unless
 from ser_fast.training.summary import Pace, summarize
 from ser_fast.training.validation import check_options
@@ -142,6 +142,7 @@ class Trainer:
         state = {
             "step": step,
             **self.identity._asdict(),
+            "log_begins": self.beginning.log_begins,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -164,8 +165,11 @@ class Trainer:
         if self.folder.list_checkpoints() != self.beginning.seen:  # a run went on while this one began
             raise ValueError(f"out: {self.config.out} has other checkpoints than a moment ago; start again")
 
+    def _open_log(self) -> RunLog:
+        return self.folder.open_log(self.start, self.beginning.log_begins)
+
     def _train(self, stack: ExitStack) -> Path:
-        config, log = self.config, self.folder.open_log(self.start) if rank() == 0 else None
+        config, log = self.config, self._open_log() if rank() == 0 else None
         if log is not None:
             stack.callback(log.close)  # however the run ends
             self.folder.write_description(config, describe_environment(self.device))
@@ -313,6 +317,9 @@ class Trainer:
             hidden = {"skipped": self.overflows[1] >= MOST_OVERFLOWS}
             self.scaler.update()
         last, indices = self.last_checkpoint, indices.clone()
+        clips = self.config.optim.clip_grad > 0
+        lower = "optim.lr or optim.clip_grad" if clips else "optim.lr, or set optim.clip_grad (0 never clips),"
+        changed = " --resume-changed" if last else ""  # without a checkpoint it begins anew, whatever is changed
 
         def check(values: dict[str, float]) -> None:
             if values["skipped"]:
@@ -323,8 +330,7 @@ class Trainer:
                 raise NonFiniteLossError(
                     f"loss is {values['loss']} ({told}), the norm of its gradient {values['grad_norm']}, at step "
                     f"{step + 1} (epoch {epoch}){overflows}, on images with the indices {indices.tolist()}; the "
-                    f"last checkpoint is {last or 'none'}; to go on, lower optim.lr or optim.clip_grad and give "
-                    "--resume auto --resume-changed"
+                    f"last checkpoint is {last or 'none'}; to go on, lower {lower} and give --resume auto{changed}"
                 )
 
         return StepRecord(values | hidden, self.device, check, frozenset(hidden))
