@@ -486,7 +486,8 @@ def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/
         runs: folders of training runs, or any folders with CSV files.
         out: the file, which needs no other.
     """
-    from ser_fast.report.runs import read_runs, write_report
+    from ser_fast.report.comparison import write_report
+    from ser_fast.report.runs import read_runs
 
     _say(f"written: {write_report(read_runs(runs), out)}")
 

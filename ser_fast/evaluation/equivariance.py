@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ser_fast.data import MAX_PIXELS
 from ser_fast.data.sources import open_dataset
+from ser_fast.evaluation import BUDGET
 from ser_fast.evaluation.controls import PatchMeans
 from ser_fast.evaluation.elements import parse_elements
 from ser_fast.evaluation.features import spread_images
@@ -49,9 +50,6 @@ from ser_fast.evaluation.transformations import (
 )
 from ser_fast.io import printable
 from ser_fast.lattice import LatticeMap, Size
-
-BUDGET = "patch means"
-"""In the tables: an encoder of mean colors, whose error is the resampling's own."""
 
 _METRICS = {
     "relative_error": "Relative error (0: equivariant, 1: no better than the mean token)",
