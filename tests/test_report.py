@@ -110,7 +110,8 @@ class Parsed(HTMLParser):
 
     def table(self, title: str) -> list[list[str]]:
         """The data-value of the rows of cells below a heading."""
-        start = next(i for i, text in enumerate(self.texts) if text[0] in ("h2", "h3") and text[1].strip() == title)
+        headings = (i for i, text in enumerate(self.texts) if text[0] in ("h2", "h3") and text[1].strip() == title)
+        *_, start = headings  # figures of the same come before
         rows: list[list[str]] = []
         for tag, attributes in self.tags[start + 1 :]:
             if tag in ("h2", "h3", "script"):
@@ -177,7 +178,7 @@ def test_the_headline_has_a_row_a_run_and_one_of_random_weights(page: Path) -> N
     errors = [f"error on {of}, {at}" for at in ("split", "last block") for of in ("D4", "scales")]
     classes = ["[CLS] error on D4", "[CLS] error on scales"]
     retrieval = ["retrieval, split", "retrieval, last block"]
-    assert columns == ["run", *errors, *retrieval, *classes, "kNN top-1", "linear top-1", "loss"] + ["option"]
+    assert columns == ["run", *errors, *retrieval, *classes, "kNN top-1", "linear top-1", "loss", "option"]
     *rows, random = parsed.table("Headline")
     assert [row[0] for row in rows] == list(WEIGHTS)
     for weight, row in zip(WEIGHTS.values(), rows, strict=True):
@@ -283,7 +284,8 @@ onload = () => {{
   const headings = texts("h1, h2, h3"), folded = seen("details table").length;
   for (const details of page.querySelectorAll("details")) details.open = true;
   const knn = seen("h3").find(heading => heading.innerText === "Accuracy of k nearest neighbors").closest("details");
-  const table = () => [...knn.querySelectorAll("tbody tr")].map(row => [...row.cells].map(cell => cell.innerText.trim()));
+  const table = () => [...knn.querySelectorAll("tbody tr")].map(
+    row => [...row.cells].map(cell => cell.innerText.trim()));
   const result = {{
     title: page.title, headings: headings, folded: folded, legend: texts(".legend li"), table: table(),
     colors: seen(".legend .swatch").map(element => frame.getComputedStyle(element).backgroundColor),
