@@ -221,6 +221,34 @@ def test_a_folder_that_compares_models_has_a_row_for_each(tmp_path: Path) -> Non
     assert [name for name, _ in rows] == [f"{here}: one", f"{here}: two", *controls]
 
 
+def test_wide_figures_take_the_whole_width(folders: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folders[0], run)
+    figure = Figure(figsize=(6, 2))
+    figure.subplots()
+    figure.savefig(run / "wide.png")
+    page = write_report(read_runs([run]), tmp_path / "report.html")
+    figures = [attributes for tag, attributes in Parsed(page).tags if tag in ("figure", "img")]
+    wide = [image["alt"] for figure, image in zip(figures[::2], figures[1::2], strict=True) if figure.get("class")]
+    assert wide == ["wide.png of run"]
+
+
+def test_controls_that_agree_are_one_row(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    head = "model,head,top1\nrandom,linear,0.25\n"
+    (tmp_path / "one" / "linear.csv").write_text(head)
+    (tmp_path / "two" / "linear.csv").write_text(head)
+    (tmp_path / "two" / "knn.csv").write_text("model,k,top1\nrandom,20,0.5\n")
+    page = write_report(read_runs([tmp_path / "one", tmp_path / "two"]), tmp_path / "report.html")
+    assert Parsed(page).table("Headline")[-1] == ["random weights", "0.5", "0.25"]
+    (tmp_path / "two" / "linear.csv").write_text(head.replace("25", "26"))
+    page = write_report(read_runs([tmp_path / "one", tmp_path / "two"]), tmp_path / "report.html")
+    assert [row[0] for row in Parsed(page).table("Headline")[-2:]] == [
+        f"random weights, as of {n}" for n in ("one", "two")
+    ]
+
+
 def test_long_tables_are_folded_below_what_is_read_first(page: Path) -> None:
     tags = [tag for tag, _ in Parsed(page).tags]
     assert tags.count("details") == 5

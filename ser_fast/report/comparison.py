@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ser_fast.report.engine import data_uri, render, to_png, write_page
+from ser_fast.report.engine import aspect, data_uri, render, to_png, write_page
 from ser_fast.report.headline import headline
 from ser_fast.report.runs import Run
 from ser_fast.report.tables import csv_tables, end_of_log, metrics, options, title_of
+
+_WIDE = 2.0  # a figure's width over its height from which it takes the page's whole width
 
 # A click on a heading sorts its table: numbers by value, before text, before nothing.
 _SCRIPT = """
@@ -51,7 +53,11 @@ def write_report(runs: Sequence[Run], path: Path) -> Path:
         shown=[table for table in shown if table.rows],
         curves={name: data_uri(to_png(_curves(runs, name))) for name in metrics(runs)},
         images=[
-            (title_of(name), name, [(run, data_uri(run.images[name])) for run in runs if name in run.images])
+            (
+                title_of(name),
+                name,
+                [(run, data_uri(png), aspect(png) > _WIDE) for run in runs if (png := run.images.get(name))],
+            )
             for name in pictures
         ],
         folded=[(file, table) for file, table in folded if table.rows],

@@ -21,8 +21,8 @@ _Rows = Sequence[dict[str, str]]
 def headline(runs: Sequence[Run]) -> Table:
     """One row for each run, or each model of a folder that compares several, then one for each random control.
 
-    Controls that have the same numbers, as runs of one architecture and data have, are one row. A column that no run
-    has a number for is left out.
+    Controls with the same numbers, as far as both have them, are one row: those of runs of one architecture. A column
+    that no run has a number for is left out.
     """
     rows: list[tuple[Cell, dict[str, Cell]]] = []
     controls: list[tuple[Cell, dict[str, Cell]]] = []
@@ -33,8 +33,13 @@ def headline(runs: Sequence[Run]) -> Table:
             name = run.name if len(own) < 2 else f"{run.name}: {model}"
             rows.append((Cell(name, run=run), _measures(run, model) | _losses(run)))
         for model in models:
-            cells = _measures(run, model)
-            if model.startswith(CONTROL) and cells and all(cells != other for _, other in controls):
+            if not model.startswith(CONTROL) or not (cells := _measures(run, model)):
+                continue
+            for _, other in controls:
+                if (common := other.keys() & cells.keys()) and all(other[name] == cells[name] for name in common):
+                    other.update(cells)
+                    break
+            else:
                 controls.append((Cell(f"{model} weights, as of {run.name}"), cells))
     if len(controls) == 1:
         controls = [(Cell(f"{CONTROL} weights"), controls[0][1])]
