@@ -249,6 +249,14 @@ def test_controls_that_agree_are_one_row(tmp_path: Path) -> None:
     ]
 
 
+def test_runs_stand_together_and_the_identity_last(page: Path, folders: list[Path]) -> None:
+    rows = Parsed(page).table("Equivariance of tokens, by layer and element")
+    keys = [tuple(row[1:5]) for row in rows]
+    assert [row[0] for row in rows] == list(WEIGHTS) * (len(rows) // len(folders))
+    assert all(len(set(keys[i : i + 3])) == 1 for i in range(0, len(keys), 3))
+    assert [key[3] for key in keys].index("identity") == len(keys) - 27  # 3 models of 3 layers in 3 runs
+
+
 def test_long_tables_are_folded_below_what_is_read_first(page: Path) -> None:
     tags = [tag for tag, _ in Parsed(page).tags]
     assert tags.count("details") == 5

@@ -141,8 +141,10 @@ def csv_tables(runs: Sequence[Run]) -> Iterable[tuple[str, Table]]:
         rows = [(run, row) for run in runs for row in run.csv.get(file, [])[:ROWS]]
         for _, row in rows:
             places.setdefault(tuple(row.get(name, "") for name in keys), len(places))
-        if keys:
-            rows.sort(key=lambda pair: places[tuple(pair[1].get(name, "") for name in keys)])
+        if keys:  # the identity last: its errors are 0
+            rows.sort(
+                key=lambda pair: (pair[1].get("group") == "identity", places[tuple(pair[1].get(n, "") for n in keys)])
+            )
         cut = [f"{run.name} {len(run.csv[file])}" for run in runs if len(run.csv.get(file, [])) > ROWS]
         note = f"The first {ROWS} rows of a run; there are: {', '.join(cut)}." if cut else ""
         cells = [[_name(run), *(Cell(row.get(name, "")) for name in columns)] for run, row in rows]
