@@ -1,535 +1,26 @@
-"""The command line: `ser-fast COMMAND`, of which `ser-fast --help` tells the names."""
-
-# A command imports what it needs when it runs, so that each starts as fast as it can.
+"""The command line: `ser-fast COMMAND`."""
 
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib.metadata import version
 from io import TextIOWrapper
-from pathlib import Path
-from typing import Any, Literal
 
 from ser_fast import extras
-from ser_fast.data import MAX_PIXELS
-from ser_fast.evaluation import RATES, TOKEN_RATES
-from ser_fast.sensitivity import VARIANTS
+from ser_fast.io import printable
 
 try:
     import tyro
     from rich.console import Console
+
+    from ser_fast.commands import evaluations, results, training
 except ModuleNotFoundError as error:
     sys.exit(extras.advice(error))
 
-
-def train() -> None:
-    """Pretrain a vision transformer with an invariance objective and equivariance terms (also under torchrun)."""
-    from ser_fast.training.options import parse
-
-    config = parse(sys.argv[2:])
-    from ser_fast.training.trainer import train as run_training
-
-    run_training(config)
-
-
-def sweep() -> None:
-    """Train with several values of some options and several seeds, and say which differences are more than chance."""
-    from ser_fast.sweep.command import parse
-
-    arguments, options = parse(sys.argv[2:])
-    from ser_fast.sweep.evaluation import run_sweep
-
-    console = Console()
-    result = run_sweep(arguments=arguments, console=console, **options)
-    result.print(console)
-    console.print(f"written: {options['out'] / 'sweep.csv'}, {options['out'] / 'report.html'}", markup=False)
-
-
-def plan() -> None:
-    """What a training would take, on a device that need not be here: memory, work, negatives, speed at most, hours.
-
-    It takes the options of `ser-fast train`, and --plan.* for the device and for what to vary.
-    """
-    from ser_fast.training.options import parse_with
-    from ser_fast.training.plan import PlanConfig, show
-    from ser_fast.training.plan import plan as make_plan
-
-    config, sections = parse_with(sys.argv[2:], "ser-fast plan", plan, {"plan": PlanConfig})
-    show(make_plan(config, sections["plan"], progress=True), config, sections["plan"])
-
-
-def demo(
-    out: Path = Path("runs/demo"),
-    data: str = "photos",
-    steps: int = 60,
-    images: int = 64,
-    image_size: int = 64,
-    patch_size: int = 8,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """Pretrain a small ViT three times (lambda 0, lambda 1, lambda 1 on crops) and compare, on held-out images.
-
-    Args:
-        out: folder of the runs, of demo.csv and of demo.png. Runs that are finished there are not repeated.
-        data: "photos", "folder:PATH" or another source, as `ser-fast train` takes it.
-        steps: optimiser steps of each run.
-        images: held-out images that the equivariance error is measured on.
-        image_size: side of the images, in pixels.
-        patch_size: side of a token, in pixels.
-        seed: of all three runs.
-        device: "auto", "cpu" or "cuda".
-    """
-    from ser_fast.demo import run_demo
-
-    sizes = {"image_size": image_size, "patch_size": patch_size}
-    result = run_demo(out, data=data, steps=steps, images=images, seed=seed, device=device, **sizes)
-    result.print()
-    table, figure = result.write(out)
-    _say(f"{figure} and {table} hold every layer and every element.")
-
-
-def equivariance(
-    checkpoints: tyro.conf.Positional[tuple[str, ...]],
-    data: str | None = None,
-    images: int = 256,
-    image_size: int | None = None,
-    elements: tuple[str, ...] = ("d4", "scales"),
-    crop_pct: float = 1.0,
-    max_pixels: int = MAX_PIXELS,
-    pairs: int = 4,
-    out: Path | None = None,
-    device: str = "auto",
-) -> None:
-    """How equivariant are checkpoints, per layer and per map g, beside random initialisations and mean colours?
-
-    Of several checkpoints on images with labels, kNN accuracy is measured, too: error against accuracy.
-
-    Args:
-        checkpoints: runs' folders, safetensors files or timm:NAME (public weights).
-        data: whose held-out images are used; default the run's own, else "photos".
-        images: how many of them, spread evenly.
-        image_size: their side in pixels; default each model's.
-        elements: the maps: d4, scales, a name such as rot90, angle:DEGREES, scale:AREA, shift:DY,DX (tokens),
-            crop:TOP,LEFT,HEIGHT,WIDTH (shares), affine:A,B,C,D[,DY,DX] (output to input, y before x).
-        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
-        max_pixels: of one picture; one of more is left out, as one that can't be read.
-        pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
-            images tests it.
-        out: folder for equivariance.csv, embedding.csv, prediction.csv and equivariance.png, and of several checkpoints
-            error_accuracy.csv and .png; default the checkpoint's, of several runs/comparison.
-        device: "auto", "cpu" or "cuda".
-    """
-    from ser_fast.evaluation.equivariance import evaluate
-
-    models, data, out = _open(checkpoints, data, out, device)
-    options: dict[str, Any] = {"images": images, "image_size": image_size, "elements": elements, "pairs": pairs}
-    options |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
-    _show(evaluate(models, data, progress=True, **options), out)
-
-
-def sensitivity(
-    checkpoints: tyro.conf.Positional[tuple[str, ...]] = (),
-    preset: Literal["quick", "full"] = "quick",
-    train: bool = False,
-    data: str = "photos",
-    images: int = 16,
-    image_size: int = 128,
-    out: Path = Path("runs/sensitivity"),
-    seed: int = 0,
-    device: str = "auto",
-    variants: tuple[str, ...] = tuple(VARIANTS),
-    seeds: int = 3,
-    steps: int = 60,
-) -> None:
-    """How much do interpolation, padding and alignment on the token lattice matter? A report with a recommendation.
-
-    Synthetic fields, pooled photographs and the features of each layer are moved by rotations, flips, scales, shifts
-    and crops, in tokens and in pixels. What is in `out` already is kept: a call that was stopped goes on.
-
-    Args:
-        checkpoints: runs' folders, encoder.safetensors files or names of timm models (pretrained weights); a random
-            initialisation of each architecture is measured with them, or that of the demo's alone.
-        preset: "quick" varies one factor at a time, "full" measures the whole grid, for hours.
-        train: train the demo's recipe with each of the variants instead, and say whether the choice matters after it.
-        data: whose held-out images are used: "photos", "folder:PATH" or another source, as `ser-fast train` takes it.
-        images: how many of them, spread evenly, and how many synthetic fields; for the trained models, four times that.
-        image_size: their side in pixels; enlarged where a model needs more.
-        out: folder for sensitivity.csv, report.html, summary.txt and the figures.
-        seed: of the fields, the random initialisations and the bootstrap.
-        device: "auto", "cpu" or "cuda".
-        variants: with --train, the settings of SERLoss.
-        seeds: with --train, how many runs of each.
-        steps: with --train, optimiser steps of a run.
-    """
-    from ser_fast.device import choose_device
-    from ser_fast.sensitivity import retraining
-    from ser_fast.sensitivity.evaluation import REPORT, TABLE, SensitivityResult, evaluate
-    from ser_fast.sensitivity.sources import open_model
-
-    if train:
-        protocol: dict[str, Any] = {"variants": variants, "seeds": seeds, "steps": steps, "images": 4 * images}
-        trained = retraining.evaluate(out / "runs", data, device=device, **protocol)
-        trained.print()
-        _say(f"written: {', '.join(map(str, trained.write(out)))}")
-        if not (out / TABLE).exists():
-            return
-        result = SensitivityResult.read(out)
-    else:
-        models = {name: open_model(name) for name in checkpoints}
-        options: dict[str, Any] = {"preset": preset, "images": images, "image_size": image_size, "seed": seed}
-        result = evaluate(models, data, folder=out, device=choose_device(device), progress=True, **options)
-    result.print()
-    result.write(out)
-    _say(f"written: {out / TABLE}, {out / REPORT}")
-
-
-def knn(
-    checkpoints: tyro.conf.Positional[tuple[str, ...]],
-    data: str | None = None,
-    k: tuple[int, ...] = (1, 5, 10, 20, 50),
-    temperature: float = 0.07,
-    image_size: int | None = None,
-    crop_pct: float = 1.0,
-    max_pixels: int = MAX_PIXELS,
-    out: Path | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str = "auto",
-) -> None:
-    """k nearest neighbours classify held-out images by a checkpoint's embeddings, beside a random initialisation.
-
-    Args:
-        checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
-        data: whose training images vote and whose held-out images are classified; default the run's own, else "photos".
-        k: numbers of neighbours.
-        temperature: of the neighbours' votes.
-        image_size: side of the images in pixels; default each model's.
-        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
-        max_pixels: of one picture; one of more is left out, as one that can't be read.
-        out: folder for knn.csv, knn.png, knn_confusion.csv and knn_confusion.png; default the checkpoint's,
-            of several runs/comparison.
-        batch_size: images at a time.
-        workers: processes that load images.
-        device: "auto", "cpu" or "cuda".
-    """
-    from ser_fast.evaluation.knn import evaluate
-
-    models, data, out = _open(checkpoints, data, out, device)
-    loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
-    _show(evaluate(models, data, k=k, temperature=temperature, progress=True, **loading), out)
-
-
-def linear(
-    checkpoints: tyro.conf.Positional[tuple[str, ...]],
-    data: str | None = None,
-    heads: tuple[Literal["linear", "mlp"], ...] = ("linear",),
-    blocks: int | None = None,
-    rates: tuple[float, ...] = RATES,
-    epochs: int = 100,
-    hidden: int = 512,
-    held_out: float = 0.1,
-    seed: int = 0,
-    image_size: int | None = None,
-    crop_pct: float = 1.0,
-    max_pixels: int = MAX_PIXELS,
-    out: Path | None = None,
-    cache: Path | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str = "auto",
-) -> None:
-    """Probes trained on a checkpoint's frozen features classify held-out images, beside a random initialisation.
-
-    Args:
-        checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
-        data: whose training images train the probe and whose held-out images are classified; default the run's own,
-            else "photos".
-        heads: "linear", and "mlp" of two layers.
-        blocks: read [CLS] of so many last blocks, concatenated (DINO's protocol: 4); default the embedding.
-        rates: learning rates, trained side by side; one is chosen on held-out training images.
-        epochs: passes over the training images.
-        hidden: width of the hidden layer of "mlp".
-        held_out: share of the training images that the rate is chosen on.
-        seed: of that share, the order and the weights.
-        image_size: side of the images in pixels; default each model's.
-        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
-        max_pixels: of one picture; one of more is left out, as one that can't be read.
-        out: folder for linear.csv, linear_rates.csv, linear_confusion.csv and linear_confusion.png; default the
-            checkpoint's.
-        cache: folder of the features, computed once for each checkpoint and data set; default OUT/features.
-        batch_size: images at a time.
-        workers: processes that load images.
-        device: "auto", "cpu" or "cuda".
-    """
-    from ser_fast.evaluation.linear_probe import evaluate
-
-    models, data, out = _open(checkpoints, data, out, device)
-    probe: dict[str, Any] = {"rates": rates, "epochs": epochs, "hidden": hidden, "held_out": held_out, "seed": seed}
-    loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
-    loading["cache"] = cache or out / "features"
-    _show(evaluate(models, data, heads=heads, blocks=blocks, progress=True, **probe, **loading), out)
-
-
-def corruptions(
-    checkpoints: tyro.conf.Positional[tuple[str, ...]],
-    data: str | None = None,
-    images: int = 128,
-    sequences: int = 32,
-    corrupted: Path | None = None,
-    perturbed: Path | None = None,
-    shifted: tuple[Path, ...] = (),
-    baseline: Path | None = None,
-    classifier: Literal["knn", "linear"] = "linear",
-    k: int = 20,
-    temperature: float = 0.07,
-    seed: int = 0,
-    image_size: int | None = None,
-    crop_pct: float = 1.0,
-    max_pixels: int = MAX_PIXELS,
-    out: Path | None = None,
-    cache: Path | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str = "auto",
-) -> None:
-    """How robust is a classifier on a checkpoint's features to corrupted, perturbed and shifted images?
-
-    It is trained on the clean training images. Beside it stands a random initialisation.
-
-    Args:
-        checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
-        data: whose training images train the classifier and whose held-out images are corrupted; default the run's
-            own, else "photos".
-        images: how many held-out images are corrupted, spread evenly: 15 kinds at 5 severities.
-        sequences: how many are perturbed, step by step: 10 kinds.
-        corrupted: folder of corrupted images instead, in the layout of ImageNet-C or CIFAR-10-C.
-        perturbed: folder of sequences instead, in the layout of ImageNet-P (videos, which take the package av)
-            or CIFAR-10-P.
-        shifted: folders of other images of the classes, as ImageNet-V2, ImageNet-R and ImageNet-Sketch.
-        baseline: corruptions.csv of another run; its checkpoint's errors make the mean corruption error relative.
-        classifier: "linear" or "knn".
-        k: number of neighbours of "knn".
-        temperature: of the neighbours' votes.
-        seed: of the corruptions and the probe.
-        image_size: side of the images in pixels; default each model's.
-        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875. Folders
-            of corrupted or perturbed images are taken as they are: they were cropped when they were made.
-        max_pixels: of one picture; one of more is left out, as one that can't be read.
-        out: folder for corruptions.csv, perturbations.csv, corruptions.png and, of shifted images, shifts.csv; default
-            the checkpoint's.
-        cache: folder of the training features; default OUT/features.
-        batch_size: images at a time.
-        workers: processes that load images.
-        device: "auto", "cpu" or "cuda".
-    """
-    from ser_fast.evaluation.robustness import evaluate
-
-    models, data, out = _open(checkpoints, data, out, device)
-    sets: dict[str, Any] = {"images": images, "sequences": sequences, "corrupted": corrupted, "perturbed": perturbed}
-    sets |= {"shifted": shifted, "baseline": baseline, "seed": seed}
-    vote: dict[str, Any] = {"classifier": classifier, "k": k, "temperature": temperature}
-    loading: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    loading |= {"crop_pct": crop_pct, "max_pixels": max_pixels, "cache": cache or out / "features"}
-    _show(evaluate(models, data, progress=True, **sets, **vote, **loading), out)
-
-
-def detection(
-    checkpoints: tyro.conf.Positional[tuple[str, ...]],
-    data: Path | None = None,
-    steps: int = 400,
-    batch_size: int = 4,
-    lr: float = 4e-3,
-    image_size: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    out: Path | None = None,
-    save_every: int = 50,
-    workers: int = 0,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """The COCO mAP of a Faster R-CNN on a frozen checkpoint, beside one on a random initialisation.
-
-    Only the pyramid and the heads are trained. What is interrupted goes on from the heads in out/detection.
-
-    Args:
-        checkpoints: runs' folders, safetensors files or timm:NAME (public weights), side by side.
-        data: a folder in COCO's layout: annotations/instances_train*.json and instances_val*.json, and the images in
-            folders named like the part behind "instances_"; default materials in shapes on photographs, written to
-            out/detection.
-        steps: to train each of the two heads.
-        batch_size: images a step.
-        lr: the largest learning rate.
-        image_size: of an image's shorter side in the detector, in pixels; default twice each model's.
-        max_pixels: of one image; more is an error, since a detector is scored on all of them.
-        out: folder for detection.csv, detection.png and detection/ (heads, predictions); default the checkpoint's,
-            of several runs/comparison.
-        save_every: steps between two writes of a head.
-        workers: processes that load images.
-        seed: of the heads' weights, the order of the images and the generated set.
-        device: "auto", "cpu" or "cuda".
-    """
-    from ser_fast.evaluation.detection import evaluate
-
-    models, _, out = _open(checkpoints, None, out, device)
-    head: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed, "save_every": save_every}
-    head |= {"image_size": image_size, "max_pixels": max_pixels, "heads": out / "detection"}
-    _show(evaluate(models, data, workers=workers, progress=True, **head), out)
-
-
-def segmentation(
-    checkpoints: tyro.conf.Positional[tuple[str, ...]],
-    data: Path | None = None,
-    layers: tuple[int, ...] = (),
-    rates: tuple[float, ...] = TOKEN_RATES,
-    epochs: int = 10,
-    held_out: float = 0.1,
-    k: int = 30,
-    temperature: float = 0.02,
-    bank: int = 20_000,
-    images: int | None = None,
-    image_size: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    out: Path | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
-    """The mean IoU of a linear head and of the nearest training tokens, on frozen tokens of checkpoints.
-
-    Beside them stand random initialisations, the mean colors of patches, and a guess.
-
-    Args:
-        checkpoints: runs' folders, .safetensors files or timm:NAME; several are compared.
-        data: a folder as Pascal VOC has it (JPEGImages, SegmentationClass, ImageSets/Segmentation/train.txt and
-            val.txt) or in COCO's layout (annotations/instances_train*.json and instances_val*.json with polygons or
-            run lengths); default materials in shapes on photographs, written to out/segmentation.
-        layers: blocks before the tokens; default the last.
-        rates: learning rates of the linear head, trained side by side; one is chosen on held-out training images.
-        epochs: passes over the training images.
-        held_out: share of the training images that the rate is chosen on.
-        k: number of nearest training tokens.
-        temperature: of their weights.
-        bank: training tokens that are kept for it, at most.
-        images: of the training images and of the held-out ones, at most, spread evenly; default all.
-        image_size: side of the square that pictures are stretched to, in pixels; default twice the model's, at most
-            512 unless the model's is more.
-        max_pixels: of one picture; more is an error, since all of them are scored.
-        out: folder for segmentation.csv, segmentation_classes.csv and segmentation.png; default the checkpoint's, or
-            runs/comparison.
-        batch_size: images a step of the linear head.
-        seed: of the held-out share, the order, the kept tokens, the intervals and the generated set.
-        device: "auto", "cpu" or "cuda".
-    """
-    from ser_fast.evaluation.segmentation import evaluate
-
-    models, _, out = _open(checkpoints, "photos", out, device)  # what they were trained on doesn't matter
-    head: dict[str, Any] = {"rates": rates, "epochs": epochs, "held_out": held_out, "batch_size": batch_size}
-    vote: dict[str, Any] = {"k": k, "temperature": temperature, "bank": bank}
-    sets: dict[str, Any] = {"images": images, "image_size": image_size, "seed": seed, "folder": out / "segmentation"}
-    sets["max_pixels"] = max_pixels
-    _show(evaluate(models, data, layers=layers or None, progress=True, **head, **vote, **sets), out)
-
-
-def show(
-    checkpoints: tyro.conf.Positional[tuple[str, ...]],
-    data: str | None = None,
-    images: int = 3,
-    elements: tuple[str, ...] = ("rot90", "angle:30"),
-    layers: tuple[int, ...] = (),
-    image_size: int | None = None,
-    crop_pct: float = 1.0,
-    max_pixels: int = MAX_PIXELS,
-    tokens: int = 6,
-    out: Path | None = None,
-    device: str = "auto",
-) -> None:
-    """Draw token maps: principal components as colours for x, g x and rho(g) f(x), and where tokens are found in g x.
-
-    Several checkpoints, such as one with and one without SER, stand side by side, beside random initialisations.
-
-    Args:
-        checkpoints: runs' folders, .safetensors files or timm:NAME.
-        data: whose held-out images are drawn; default the run's own, else "photos".
-        images: how many of them, spread evenly.
-        elements: maps g, such as rot90, hflip, angle:30, scale:0.7 or crop:0,0,0.5,0.5.
-        layers: blocks before the tokens; default at most four, from the split to the last.
-        image_size: side of the images in pixels; default the model's, at least 128.
-        crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
-        max_pixels: of one picture; one of more is left out, as one that can't be read.
-        tokens: how many tokens of each image are looked for in g x.
-        out: folder for show.html, show.csv and show/ (PNG files); default the checkpoint's, or runs/comparison.
-        device: "auto", "cpu" or "cuda".
-    """
-    from ser_fast.evaluation.pictures import evaluate
-
-    models, data, out = _open(checkpoints, data, out, device)
-    drawn: dict[str, Any] = {"images": images, "elements": elements, "image_size": image_size, "tokens": tokens}
-    drawn |= {"crop_pct": crop_pct, "max_pixels": max_pixels}
-    _show(evaluate(models, data, layers=layers or None, **drawn), out)
-
-
-def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("runs/report.html")) -> None:
-    """Compare runs in one HTML file: their curves, options, figures and every CSV file in their folders.
-
-    Args:
-        runs: folders of training runs, or any folders with CSV files.
-        out: the file, which needs no other.
-    """
-    from ser_fast.report.runs import read_runs, write_report
-
-    _say(f"written: {write_report(read_runs(runs), out)}")
-
-
-def export(
-    run: tyro.conf.Positional[Path], format: Literal["timm", "onnx", "torch"] = "onnx", out: Path | None = None
-) -> None:
-    """Write a run's encoder for another program, and compare it with the encoder.
-
-    Args:
-        run: its folder, or an encoder.safetensors.
-        format: "timm", weights that plain timm loads, where the split is 0; "onnx"; "torch", a torch.export program.
-        out: the file; default encoder_timm.safetensors, encoder.onnx or encoder.pt2 beside the weights.
-    """
-    from ser_fast.export import export as export_encoder
-
-    _say(f"written: {export_encoder(run, format, out)}")
-
-
-def doctor() -> None:
-    """What is installed and what can run here: versions, GPUs, and the backends of the kernels on each device."""
-    from ser_fast.doctor import backend_tables, describe_machine
-
-    for name, value in describe_machine().items():  # lines that an issue takes as they are
-        _say(f"{name:17} {value}")
-    Console().print(*backend_tables())
-
-
-def _open(checkpoints: Sequence[str], data: str | None, out: Path | None, device: str) -> tuple[Any, str, Path]:
-    """The encoders on their device, and the data and folder that an evaluation takes where it isn't told."""
-    from ser_fast.evaluation.protocol import make_folder, open_encoders
-
-    models, data, folder = open_encoders(checkpoints, data, device=device)
-    return models, data, make_folder(out or folder)
-
-
-def _show(result: Any, out: Path) -> None:
-    """Print an evaluation's result, write it, and say what was written."""
-    result.print()  # before the write, which may fail: hours of work are in it
-    written = result.write(out)
-    # Beside tables and figures, the folder of what isn't for reading.
-    shown = dict.fromkeys(path if path.parent == out else path.parent for path in written)
-    _say(f"written: {', '.join(map(str, shown))}")
-
-
-def _say(line: str) -> None:
-    """Print a line that may hold names of files: none of them is markup, or steers the terminal."""
-    from ser_fast.io import printable
-
-    Console().print(printable(line), markup=False, soft_wrap=True)
+_ABOUT = "Soft Equivariance Regularization for vision transformers: train, evaluate, compare."
 
 
 def _break(self: Console) -> None:
@@ -541,8 +32,10 @@ Console.on_broken_pipe = _break  # type: ignore[method-assign]
 _SIGPIPE = 141  # the status of a command that its closed pipe ends
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(train, sweep, plan, demo, equivariance, sensitivity, knn, linear, corruptions, detection),
-    *(segmentation, show, report, export, doctor),
+    *(training.train, training.sweep, training.plan, training.demo),
+    *(evaluations.equivariance, evaluations.sensitivity, evaluations.knn, evaluations.linear, evaluations.corruptions),
+    *(evaluations.detection, evaluations.segmentation, evaluations.show),
+    *(results.report, results.export, results.doctor),
 )
 
 
@@ -551,8 +44,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # not one that a test put there
             stream.reconfigure(errors="backslashreplace")  # what the locale or UTF-8 can't say is no end of the work
-    from ser_fast.io import printable
-
     try:
         try:
             _run(sys.argv[1:])
@@ -597,8 +88,20 @@ def _run(arguments: Sequence[str]) -> None:
         print(f"ser-fast {version('ser-fast')}")
     elif name in ("train", "sweep", "plan"):  # options that depend on the objective
         commands[name]()
+    elif name in commands or name.startswith("-") or not name:
+        for command in COMMANDS:
+            command.__doc__ = _joined(command.__doc__ or "")
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="ser-fast", description=_ABOUT)
     else:
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, description=__doc__)
+        hint = "".join(f"; did you mean {close}?" for close in get_close_matches(name, commands, 1))
+        print(f"ser-fast: command: got {printable(name)}, takes {', '.join(commands)}{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _joined(text: str) -> str:
+    """A docstring whose paragraphs and arguments are a line each: tyro keeps some of its line breaks."""
+    text = re.sub(r"(?m)^( {8}\w+: .*(?:\n {12}\S.*)+)", lambda match: re.sub(r"\n +", " ", match[1]), text)
+    return re.sub(r"(?<=\S)\n {4}(?=\S)(?!Args:)", " ", text)
 
 
 if __name__ == "__main__":

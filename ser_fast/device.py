@@ -1,4 +1,4 @@
-"""The choice of a device by name, and how to get there without waiting."""
+"""The choice of a device by name, how to get there without waiting, and what layout a tensor has there."""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ def send(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
         tensor = tensor.pin_memory()
     # Compiled, a copy that is not waited for may be read too early.
     return tensor.to(device, non_blocking=device.type != "cpu" and not torch.compiler.is_compiling())
+
+
+def require_dense(name: str, x: Tensor) -> None:
+    """Raise TypeError for a tensor that is sparse, nested or otherwise not laid out by strides."""
+    if x.layout != torch.strided:
+        layout = str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: got a tensor of the layout {layout}, takes a dense one (see x.to_dense())")
 
 
 def choose_device(name: str) -> torch.device:

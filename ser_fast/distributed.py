@@ -39,12 +39,12 @@ def imagined_ranks(count: int) -> Iterator[None]:
 
 
 def world_size() -> int:
-    """The number of ranks; 1 where torch.distributed isn't initialised."""
+    """The number of ranks; 1 where torch.distributed isn't initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank; 0 where torch.distributed isn't initialised."""
+    """This process's rank; 0 where torch.distributed isn't initialized."""
     return dist.get_rank() if world_size() > 1 else 0
 
 

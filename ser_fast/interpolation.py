@@ -1,11 +1,11 @@
 """The 1-D resampling kernels, and the rows of weights they give on one axis of a lattice.
 
-A position y on an axis of n tokens (token i has its centre at i + 1/2) takes the value  sum_i W[y, i] x_i. The
+A position y on an axis of n tokens (token i has its center at i + 1/2) takes the value  sum_i W[y, i] x_i. The
 kernel k, the padding and antialiasing only decide W:
 
     W[y, i] = sum over taps t that padding folds onto i of  k((t + 1/2 - y) / s) / sum_t k((t + 1/2 - y) / s)
 
-where s = 1, or with antialias s = max(1, step): the kernel is stretched to the distance `step` between neighbouring
+where s = 1, or with antialias s = max(1, step): the kernel is stretched to the distance `step` between neighboring
 output tokens, as PIL and torch's antialias do, but to MOST_STRETCH times the lattice at most. Sources: F.grid_sample,
 F.interpolate; Keys 1981 (bicubic), Mitchell and Netravali 1988, PIL (lanczos3), adaptive_avg_pool (area).
 """
@@ -75,15 +75,15 @@ def axis_weights(
 
     Args:
         position: (B, T) in lattice coordinates: token i covers [i, i+1]. Farther out than FARTHEST is that far.
-        step: (B,) distance between neighbouring output tokens, in input tokens; on the device of `position`, or on the
+        step: (B,) distance between neighboring output tokens, in input tokens; on the device of `position`, or on the
             CPU, so that the number of taps is known without waiting for a GPU.
-        exact: (B,) bool, on either device: the map carries centres onto centres (D4 and whole shifts). Every kernel
+        exact: (B,) bool, on either device: the map carries centers onto centers (D4 and whole shifts). Every kernel
             copies there, also mitchell, which would blur.
         size: n, the number of tokens on the axis.
         interpolation: one of INTERPOLATIONS. "bicubic" with antialias uses a = -0.5, as torch does. "area" is the
             mean of the tokens touched, as adaptive_avg_pool; it follows `step` by itself.
         padding: one of PADDINGS: "zeros" drops the taps outside, "border" repeats the edge token, "reflection"
-            mirrors about the edge. With antialias or area, "border" cuts the kernel at the edge and renormalises it,
+            mirrors about the edge. With antialias or area, "border" cuts the kernel at the edge and renormalizes it,
             as torch and PIL do; positions past the edge take the edge's value.
         antialias: stretch the kernel by max(1, step).
 
@@ -100,13 +100,13 @@ def axis_weights(
     if antialias and interpolation == "bicubic":
         interpolation = "catmull_rom"
     stretch = step.clamp(min=1) if antialias else torch.ones_like(step)
-    reach = (step + 1) / 2 - TOLERANCE if area else _KERNELS[interpolation][1] * stretch  # farthest centre with weight
+    reach = (step + 1) / 2 - TOLERANCE if area else _KERNELS[interpolation][1] * stretch  # farthest center with weight
     cut = padding == "border" and (area or antialias)
     if cut:
         # On the far edge "nearest" would want the token past it, and be left with none.
         position = position.clamp(0, size - 2 * TOLERANCE if interpolation == "nearest" else size)
 
-    # Taps in unfolded coordinates: every centre within `reach` of the position, (B, T, K).
+    # Taps in unfolded coordinates: every center within `reach` of the position, (B, T, K).
     taps = torch.arange(int(2 * reach.max()) + 2, device=position.device)
     reach, stretch = (send(value, position.device, position.dtype) for value in (reach, stretch))
     exact = send(exact, position.device)

@@ -1,14 +1,14 @@
 """`LatticeMap`: an affine map of the image plane, acting on a lattice of tokens or of pixels.
 
-Coordinates (y down, x right). A lattice of H x W tokens covers [0, H] x [0, W]; token (i, j) has its centre at
+Coordinates (y down, x right). A lattice of H x W tokens covers [0, H] x [0, W]; token (i, j) has its center at
 (i + 1/2, j + 1/2). Pixels likewise. With patches of p pixels, u_token = u_pixel / p, so the same map moves pixels and
 tokens; a resize to h x w is u' = u * (h/H, w/W), which is PyTorch's half-pixel convention (align_corners=False).
 
-A map is stored the way resampling needs it, from OUTPUT to INPUT, about the two lattices' centres:
+A map is stored the way resampling needs it, from OUTPUT to INPUT, about the two lattices' centers:
 
     u_in - (H, W)/2  =  linear (u_out - (h, w)/2) + offset
 
-About the centres the elements of D4 (rotations by 90 degrees and flips) have entries 0 and +-1, token centres are
+About the centers the elements of D4 (rotations by 90 degrees and flips) have entries 0 and +-1, token centers are
 half-integers, and all arithmetic on them is exact.
 
 A composed map is one affine map, and knows besides which part of its output was seen: `ser_fast.frames`.
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map  # where the docs of default_collate register types
 
-from ser_fast.device import send
+from ser_fast.device import require_dense, send
 from ser_fast.frames import cat_frames, frame_of_lattice, frames_through, in_frames, join_frames
 
 Size = tuple[int, int]
 
-# A centre this close to the edge of the lattice (in tokens) lies in it; a position this close to the border between
+# A center this close to the edge of the lattice (in tokens) lies in it; a position this close to the border between
 # two tokens lies on it. Far above the rounding of composed maps, far below anything an image shows.
 TOLERANCE = 1e-4
 
@@ -36,6 +36,7 @@ TOLERANCE = 1e-4
 # finite. A position farther out than FARTHEST tokens counts as that far: float64 has 20 bits left for the place within
 # a token there.
 LARGEST = 1e100
+MOST_TOKENS = 2**31 - 1  # of a side, and of a lattice that is computed on: what indices in kernels can count
 FARTHEST = 2.0**32
 
 _ROT90 = ((0.0, 1.0), (-1.0, 0.0))
@@ -66,7 +67,7 @@ def _centers(size: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positions(linear: Tensor, offset: Tensor, size_in: Sequence[int], size_out: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where each output token's centre comes from: input lattice coordinates y and x, each (B, h*w)."""
+    """Where each output token's center comes from: input lattice coordinates y and x, each (B, h*w)."""
     y, x = _centers(size_out, linear)
     source = linear[:, :, :1] * y + linear[:, :, 1:] * x + offset[:, :, None]  # (B, 2, h*w)
     return source[:, 0] + size_in[0] / 2, source[:, 1] + size_in[1] / 2
@@ -127,6 +128,7 @@ class LatticeMap:
         for name, x in (("linear", self.linear), ("offset", self.offset)):
             if not isinstance(x, Tensor) or x.dtype != precision(x.device):
                 raise TypeError(f"{name}: got {getattr(x, 'dtype', type(x).__name__)}, takes a float64 tensor")
+            require_dense(name, x)
         if self.linear.ndim != 3 or self.linear.shape[1:] != (2, 2):
             raise ValueError(f"linear: got shape {tuple(self.linear.shape)}, takes (B, 2, 2)")
         if self.offset.shape != self.linear.shape[:2]:
@@ -134,8 +136,8 @@ class LatticeMap:
         if self.offset.device != self.linear.device:
             raise ValueError(f"offset: got device {self.offset.device}, takes that of linear, {self.linear.device}")
         for name, size in (("size_in", self.size_in), ("size_out", self.size_out)):
-            if len(size) != 2 or any(isinstance(n, float) or n < 0 for n in size):
-                raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least 0")
+            if len(size) != 2 or any(isinstance(n, float) or not 0 <= n <= MOST_TOKENS for n in size):
+                raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers from 0 to 2^31 - 1")
         if (frames := self.frames) is not None:
             if not isinstance(frames, Tensor) or (frames.dtype, frames.device) != (self.linear.dtype, self.device):
                 raise TypeError(
@@ -154,7 +156,7 @@ class LatticeMap:
     @classmethod
     def rot90(cls, size: Size, k: int | Tensor, *, batch: int = 1) -> "LatticeMap":
         """torch.rot90(x, k, dims=(H, W)): counter-clockwise quarter turns; k is an int or (B,) integers."""
-        return cls.d4(size, (_integers("k", k, batch) % 4))
+        return cls.d4(size, _integers("k", k % 4 if isinstance(k, int) else k, batch) % 4)
 
     @classmethod
     def hflip(cls, size: Size, *, batch: int = 1) -> "LatticeMap":
@@ -173,6 +175,8 @@ class LatticeMap:
         Raises:
             ValueError: a code outside 0..7, or turns that would give one batch two sizes (H x W and W x H).
         """
+        if isinstance(code, int) and not 0 <= code <= 7:
+            raise ValueError(f"code: got {code}, takes 0..7 (k + 4 f)")
         size, code = _size("size", size), _integers("code", code, batch)
         if code.numel() and not 0 <= int(code.min()) <= int(code.max()) <= 7:
             raise ValueError(f"code: got {int(code.min())} to {int(code.max())}, takes 0..7 (k + 4 f)")
@@ -191,11 +195,11 @@ class LatticeMap:
 
     @classmethod
     def rotate(cls, size: Size, angle: float | Tensor, *, batch: int = 1) -> "LatticeMap":
-        """Rotate about the centre, counter-clockwise, within the same frame; degrees, a float or (B,)."""
-        angle = _exact(angle)
+        """Rotate about the center, counter-clockwise, within the same frame; degrees, a float or (B,)."""
+        angle = _exact("angle", angle)
         if angle.ndim > 1 or not bool(torch.isfinite(angle).all()):
             raise ValueError(f"angle: got {angle}, takes finite degrees, a float or (B,)")
-        radians = torch.deg2rad(angle.expand(batch) if angle.ndim == 0 else angle)
+        radians = torch.deg2rad(angle.expand(_batch(batch)) if angle.ndim == 0 else angle)
         # 15 decimals make quarter turns exact (cos(pi/2) is 6e-17) and change no other angle that float32 can tell.
         cos, sin = radians.cos().round(decimals=15) + 0.0, radians.sin().round(decimals=15) + 0.0
         return cls.affine(size, torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2)))
@@ -214,7 +218,7 @@ class LatticeMap:
             ValueError: wrong shapes, values that are not finite, no height or width, or a box outside the lattice.
         """
         size, size_out = _size("size", size), _size("size_out", size_out, least=1)
-        box = _exact(box)
+        box = _exact("box", box)
         if box.ndim not in (1, 2) or box.shape[-1] != 4:
             raise ValueError(f"box: got shape {tuple(box.shape)}, takes (B, 4): top, left, height, width")
         box = box.reshape(-1, 4)
@@ -286,7 +290,7 @@ class LatticeMap:
     def affine(
         cls, size: Size, linear: Tensor, offset: Tensor | None = None, size_out: Size | None = None
     ) -> "LatticeMap":
-        """Any invertible affine map, output to input about the lattices' centres.
+        """Any invertible affine map, output to input about the lattices' centers.
 
         Args:
             size: (H, W) of the input lattice.
@@ -299,7 +303,7 @@ class LatticeMap:
         """
         size = _size("size", size)
         size_out = size if size_out is None else _size("size_out", size_out)
-        linear = _exact(linear)
+        linear = _exact("linear", linear)
         if linear.ndim not in (2, 3) or linear.shape[-2:] != (2, 2):
             raise ValueError(f"linear: got shape {tuple(linear.shape)}, takes (B, 2, 2)")
         linear = linear.reshape(-1, 2, 2)
@@ -471,10 +475,11 @@ class LatticeMap:
         return torch.cat([linear, (self.offset.flip(-1) / half_in)[:, :, None]], -1).to(dtype)
 
     def valid(self) -> Tensor:
-        """(B, h*w) bool: the preimage of the token's centre lies in the input lattice and in all frames.
+        """(B, h*w) bool: the preimage of the token's center lies in the input lattice and in all frames.
 
         Edges are included. So at least half of a valid token shows the picture, save at the corner of a frame.
         """
+        require_countable("size_out", self.size_out)
         y, x = positions(self.linear, self.offset, self.size_in, self.size_out)
         height, width = self.size_in
         inside_y = (y >= -TOLERANCE) & (y <= height + TOLERANCE)
@@ -484,29 +489,42 @@ class LatticeMap:
         return inside & in_frames(self.frames, *_centers(self.size_out, self.linear), TOLERANCE)
 
 
+def require_countable(name: str, size: Size) -> None:
+    """Raise ValueError for a lattice of more tokens than an index counts."""
+    if size[0] * size[1] > MOST_TOKENS:
+        raise ValueError(f"{name}: got {size}, takes a lattice of fewer than 2^31 tokens to compute on")
+
+
 def _size(name: str, size: Size, least: int = 0) -> Size:
     try:
         height, width = (int(n) for n in size)
-        if (height, width) != tuple(size) or min(height, width) < least:
+        if (height, width) != tuple(size) or min(height, width) < least or max(height, width) > MOST_TOKENS:
             raise ValueError
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers of at least {least}") from None
+        raise ValueError(f"{name}: got {size}, takes (H, W), whole numbers from {least} to 2^31 - 1") from None
     return height, width
 
 
-def _exact(values: float | Sequence[float] | Tensor) -> Tensor:
+def _batch(batch: int) -> int:
+    if not isinstance(batch, int) or not 0 <= batch <= MOST_TOKENS:
+        raise ValueError(f"batch: got {batch}, takes a whole number from 0 to 2^31 - 1")
+    return batch
+
+
+def _exact(name: str, values: float | Sequence[float] | Tensor) -> Tensor:
     """The values in the precision of maps, where they are."""
+    if isinstance(values, Tensor):
+        require_dense(name, values)
     dtype = precision(values.device) if isinstance(values, Tensor) else torch.float64
     return torch.as_tensor(values, dtype=dtype)
 
 
 def _integers(name: str, value: int | Tensor, batch: int) -> Tensor:
     if isinstance(value, int):
-        if batch < 0:
-            raise ValueError(f"batch: got {batch}, takes a whole number of at least 0")
-        return torch.full((batch,), value)
+        return torch.full((_batch(batch),), value)
     if not isinstance(value, Tensor) or value.ndim != 1 or value.is_floating_point() or value.dtype == torch.bool:
         raise ValueError(f"{name}: got {value!r}, takes an int or (B,) integers")
+    require_dense(name, value)
     if batch not in (1, len(value)):
         raise ValueError(f"batch: got {batch} with {len(value)} values of {name}")
     return value.long()

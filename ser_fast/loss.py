@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ser_fast.device import require_dense
 from ser_fast.distributed import all_gather_rows, all_gather_views, gather_counts, rank, world_size
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
 from ser_fast.lattice import LatticeMap, Size
@@ -361,6 +362,7 @@ def _lattice(name: str, tokens: Tensor | None, map_name: str, g: LatticeMap, dim
     """The lattice of a view's tokens, checked against the map that made the view."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{name}: got {type(tokens).__name__}, takes a tensor")
+    require_dense(name, tokens)
     if not isinstance(g, LatticeMap):
         raise TypeError(f"{map_name}: got {type(g).__name__}, takes a LatticeMap")
     shape, size = tuple(tokens.shape), g.size_out

@@ -229,7 +229,7 @@ class SplitViT(nn.Module):
         """What an image needs before `forward`, in JSON's types; it is recorded in every file.
 
         Pixels in [0, 1], (pixels - mean) / std a channel; image_size is height and width, for which the shorter side is
-        resized with antialiased `interpolation`, and the centre cut out.
+        resized with antialiased `interpolation`, and the center cut out.
         """
         return {
             "mean": list(IMAGENET_MEAN),

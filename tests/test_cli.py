@@ -401,6 +401,46 @@ def test_knn_names_what_it_refuses(run: Path, options: list[str]) -> None:
     assert options[0].strip("-").split("=")[0].replace("-", "_") in refusal("knn", run, *options)
 
 
+@pytest.mark.parametrize(("images", "ks"), [(3, (1,)), (20, (1, 5, 10, 20)), (50, (1, 5, 10, 20, 50))])
+def test_the_default_ks_are_those_that_fit(images: int, ks: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
+    assert knn.choose_ks(None, 0.07, images) == ks
+    left_out = ", ".join(map(str, knn.DEFAULT_KS[len(ks) :]))
+    told = [f"k: left out {left_out}, since there are {images} training images"] if left_out else []
+    assert caplog.messages == told
+    with pytest.raises(
+        ValueError, match=rf"^k: got \({images + 1},\), takes 1 to {images}, the number of training images"
+    ):
+        knn.choose_ks((images + 1,), 0.07, images)
+
+
+def test_small_folders_take_the_defaults(tmp_path: Path, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path / "small/train", 6)
+    write_images(tmp_path / "small/val", 4)
+    data = ("--data", f"folder:{tmp_path}/small", "--device=cpu")
+    run_cli("knn", run, "--out", tmp_path / "out", *data)
+    assert {row["k"] for row in rows(tmp_path / "out" / "knn.csv")} == {"1", "5"}
+    assert "k: left out 10, 20, 50, since there are 6 training images" in caplog.messages
+    asked: list[int] = []
+
+    def vote(*sets: Any, k: int, temperature: float) -> Any:
+        asked.append(k)
+        raise ValueError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robustness, "_voter", vote)
+        refusal("corruptions", run, "--out", tmp_path / "out", "--classifier=knn", "--images=2", "--sequences=1", *data)
+    assert asked == [6]
+
+
+def test_the_prediction_of_g_can_be_left_out(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equivariance, "predict_transformations", None)
+    # Two images would be too few to fit, to choose and to test on.
+    options = ("--no-predict", "--images=2", "--elements", "rot90", "--device=cpu", "--out", tmp_path)
+    run_cli("equivariance", run, *options)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"equivariance.csv", "embedding.csv", "equivariance.png"}
+
+
 def test_a_checkpoint_that_is_none_is_refused(run: Path, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere", run / "log.jsonl", RunFolder(run).list_checkpoints()[0]):
         assert refusal("knn", path) == (

@@ -361,7 +361,7 @@ def test_a_class_folder_is_graded_among_its_own_classes(tmp_path: Path, names: t
 
     graded = folder.grade(classify, batch_size=2)
     assert (graded.top1.value, graded.images) == (1, 3)
-    assert graded.confusion.tolist() == [[0] * 4, [0, 1, 0, 0], [0] * 4, [0, 0, 0, 2]]
+    assert graded.confusion.to_dense().tolist() == [[0] * 4, [0, 1, 0, 0], [0] * 4, [0, 0, 0, 2]]
 
 
 def no_arrays(folder: Path) -> None:

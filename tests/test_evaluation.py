@@ -125,9 +125,9 @@ def brute_force_knn(train: Tensor, labels: Tensor, test: Tensor, test_labels: Te
     return correct / len(test)
 
 
-@pytest.mark.parametrize("similarities", [knn.SIMILARITIES, 100, 1])  # one chunk; 3 rows each; 1 row each
+@pytest.mark.parametrize("similarities", [knn.ENTRIES, 100, 1])  # one chunk; 3 rows each; 1 row each
 def test_knn_is_the_brute_force_vote(similarities: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "SIMILARITIES", similarities)
+    monkeypatch.setattr(knn, "ENTRIES", similarities)
     centres = torch.randn(4, 6)
     labels, test_labels = torch.randint(4, (33,)), torch.randint(4, (20,))
     train = centres[labels] + 1.5 * torch.randn(33, 6)

@@ -95,6 +95,8 @@ LEARNED = LatticeMap(G.linear.clone().requires_grad_(), G.offset, (4, 6), (4, 6)
         (TypeError, "x: got .*int64", {"x": X.long()}),
         (TypeError, "x: got .*complex64", {"x": X.to(torch.complex64)}),
         (TypeError, "x: got .*list", {"x": X.tolist()}),
+        (TypeError, "x: got a tensor of the layout sparse_coo, takes a dense one", {"x": X.to_sparse()}),
+        (ValueError, r"g.size_out: got \(65536, 65536\), takes .*fewer than 2", {"g": G.on((4, 6), (2**16, 2**16))}),
         (TypeError, "g: got .*Tensor", {"g": torch.eye(2)}),
         (TypeError, "g: got .*NoneType", {"g": None}),
         (ValueError, r"x: got shape \(2, 6, 4, 3\).*size_in \(4, 6\)", {"x": X.transpose(1, 2)}),

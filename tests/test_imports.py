@@ -18,6 +18,7 @@ LAYERS = (
     ("training",),
     ("evaluation", "sensitivity", "sweep", "report", "doctor"),
     ("demo",),
+    ("commands",),
     ("cli",),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

@@ -532,6 +532,12 @@ NAN, INF = math.nan, math.inf
         (lambda: LatticeMap.rot90((3, 3), torch.tensor([1, 2]), batch=5), "batch", "5"),
         (lambda: LatticeMap.identity((3, 3), batch=-1), "batch", "-1"),
         (lambda: LatticeMap.identity(3), "size", "3"),  # type: ignore[arg-type]
+        (lambda: LatticeMap.d4((3, 3), 2**70), "code", str(2**70)),
+        (lambda: LatticeMap.identity((3, 3), batch=2**70), "batch", str(2**70)),
+        (lambda: LatticeMap.rotate((3, 3), 1.0, batch=2.5), "batch", "2.5"),  # type: ignore[arg-type]
+        (lambda: LatticeMap.identity((2**31, 3)), "size", r"\(2147483648, 3\), takes .* to 2\^31 - 1"),
+        (lambda: LatticeMap.identity((3, 3)).on((3, 3), (3, 2**70)), "size_out", str(2**70)),
+        (lambda: LatticeMap.resize((3, 3), (2**16, 2**16)).valid(), "size_out", "fewer than 2"),
         (lambda: LatticeMap.identity((0, 3)).on((2, 2), (2, 2)), "size_out", "empty"),
         (lambda: LatticeMap.affine((3, 3), torch.eye(2) * INF), "linear", "finite"),
         (lambda: LatticeMap.affine((3, 3), torch.eye(2), torch.tensor([0, NAN])), "offset", "finite"),
@@ -541,6 +547,24 @@ NAN, INF = math.nan, math.inf
 def test_constructors_name_the_argument(build: Callable[[], LatticeMap], argument, got):
     with pytest.raises(ValueError, match=rf"(?s){argument}\b.*: .*{got}"):
         build()
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("k", lambda x: LatticeMap.rot90((3, 3), x.long())),
+        ("angle", lambda x: LatticeMap.rotate((3, 3), x)),
+        ("box", lambda x: LatticeMap.crop((3, 3), x, (3, 3))),
+    ],
+)
+def test_sparse_arguments_are_refused(name: str, build: Callable[[Tensor], LatticeMap]) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: got a tensor of the layout sparse_coo, takes a dense one"):
+        build(torch.ones(4).to_sparse())
+
+
+@pytest.mark.parametrize("turns", [2**70 + 1, -(2**70) + 1])
+def test_turns_of_any_number_are_taken(turns: int) -> None:
+    assert LatticeMap.rot90((3, 3), turns).d4_code.tolist() == [1]
 
 
 @pytest.mark.parametrize("index", [0, -1, torch.tensor(0), (slice(None), 0)])
@@ -593,6 +617,8 @@ LINEAR, OFFSET = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1), torch.zeros(
     [
         (TypeError, "linear: got torch.float32, takes a float64 tensor", {"linear": LINEAR.float()}),
         (TypeError, "linear: got list, takes", {"linear": LINEAR.tolist()}),
+        (TypeError, "linear: got a tensor of the layout sparse_coo, takes a dense", {"linear": LINEAR.to_sparse()}),
+        (ValueError, r"size_in: got \(2, 2147483648\), takes", {"size_in": (2, 2**31)}),
         (TypeError, "offset: got torch.int64, takes", {"offset": OFFSET.long()}),
         (ValueError, r"linear: got shape \(2, 2\), takes \(B, 2, 2\)", {"linear": LINEAR[0]}),
         (ValueError, r"linear: got shape \(3, 2, 3\), takes", {"linear": LINEAR.new_zeros(3, 2, 3)}),

@@ -725,6 +725,7 @@ X0, X1 = torch.zeros(2, 4, 4, DIM), torch.zeros(2, 2, 6, DIM)
     ("arguments", "error", "message"),
     [
         ((X0.numpy(), X1, G0, G1), TypeError, "tokens0: got ndarray, takes a tensor"),
+        ((X0, X1.to_sparse(), G0, G1), TypeError, "tokens1: got a tensor of the layout sparse_coo, takes a dense one"),
         ((X0, None, G0, G1), TypeError, "tokens1: got NoneType, takes a tensor"),
         ((X0, X1, G0.linear, G1), TypeError, "g0: got Tensor, takes a LatticeMap"),
         ((X0, X1, G0, None), TypeError, "g1: got NoneType, takes a LatticeMap"),

@@ -2,19 +2,25 @@
 
 import csv
 import os
+import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from scipy.stats import binom
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ser_fast.data.loader import make_loader
 from ser_fast.data.sources import ImageDataset, open_dataset
-from ser_fast.evaluation import transformations
+from ser_fast.evaluation import figures, knn, linear_probe, transformations
 from ser_fast.evaluation.classification import grade, rank, share_of
 from ser_fast.evaluation.features import embed, embed_cached, embedder, spread_items
 from ser_fast.evaluation.figures import plot_confusion
@@ -44,8 +50,65 @@ def test_the_confusion_matrix_counts_truth_by_prediction() -> None:
     ranked = torch.tensor([[0], [1], [1], [2], [-1], [0]])
     labels = torch.tensor([0, 0, 0, 2, 1, 3])  # the fifth image has no prediction, class 3 was never seen
     graded = grade(ranked, labels, 3)
-    assert graded.confusion.tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
+    assert graded.confusion.to_dense().tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
     assert graded.top1.value == graded.top5.value == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize("classes", [20, 21, 10_000])
+def test_a_confusion_is_drawn_so_that_its_names_can_be_read(classes: int, tmp_path: Path) -> None:
+    labels = torch.arange(classes)
+    predicted = labels.clone()
+    predicted[:3] = torch.tensor([1, 2, 2])
+    labels = torch.cat([labels, torch.tensor([0, 0, 1])])
+    predicted = torch.cat([predicted, torch.tensor([1, 2, 2])])
+    rows = [({"model": "a", "k": k}, grade(torch.roll(predicted, k - 1)[:, None], labels, classes)) for k in (1, 2)]
+    names = [f"class {number} with a name that is long" for number in range(classes)]
+    texts: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", lambda figure, path: texts.extend(t.get_text() for t in figure.findobj(Text)))
+        plot_confusion(rows, names, tmp_path / "confusion.png")
+    if classes == 20:
+        assert "model a, k 1" in texts
+        assert "model a, k 2" in texts
+        assert "class 0 with a name tha…" in texts
+    else:
+        assert "most confused, model a, k 1" in texts  # k 2 is right less often
+        pairs = {re.sub(r"\D+", " ", text).strip() for text in texts if " as class" in text}
+        assert pairs == {"0 1", "0 2", "1 2"}
+
+
+def test_ten_thousand_classes_take_memory_for_the_pairs_that_occur(tmp_path: Path) -> None:
+    # K^2 numbers would be 100 million, images x classes 20 million.
+    classes, images, largest = 10_000, 2000, [0]
+
+    class Watch(TorchDispatchMode):
+        """The largest tensor that an operation makes, in entries."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for made in tree_leaves(result):
+                if isinstance(made, Tensor) and made.layout == torch.strided:
+                    largest[0] = max(largest[0], made.numel())
+            return result
+
+    bound = 2**21
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(knn, "ENTRIES", bound)
+        patch.setattr(linear_probe, "ENTRIES", bound)
+        labels = torch.arange(images) % classes
+        train = torch.randn(1000, 8)
+        ranked = knn_predictions(train, labels[-1000:], torch.randn(images, 8), k=[1, 5])
+        head = nn.Linear(8, classes)
+        probed = probe_scores(head, torch.randn(images, 8), "cpu", rows=linear_probe._rows(classes), read=rank)
+        rows = [({"model": "a", "k": k}, grade(found, labels, classes)) for k, found in {**ranked, 0: probed}.items()]
+        tracemalloc.start()
+        plot_confusion(rows, list(map(str, range(classes))), tmp_path / "confusion.png")
+        write_confusion(rows, list(map(str, range(classes))), tmp_path / "confusion.csv")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert largest[0] <= bound
+    assert peak < 64 * 2**20
+    assert len((tmp_path / "confusion.csv").read_text().splitlines()) == 1 + sum(len(r.pairs()) for _, r in rows)
 
 
 def test_a_class_without_a_score_is_no_prediction() -> None:

@@ -409,6 +409,28 @@ def test_what_hugging_face_cannot_open_is_said_in_a_line(tmp_path, hugging_face,
         HuggingFace("hf:x", location.format(tmp_path), train=True)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_hub_that_is_not_reached_is_asked_once(hugging_face, monkeypatch, asked):
+    requests = []
+
+    class Session:
+        def head(self, url, timeout):
+            requests.append(url)
+            raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", not asked)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    monkeypatch.setattr("socket.getaddrinfo", None)  # nothing else asks
+    reason = r"https://huggingface\.co can't be reached \(no route\)" if asked else "HF_HUB_OFFLINE is set"
+    with pytest.raises(ValueError, match=rf"^data: got 'hf:x', [^\n]*: {reason}, and it is not in the cache$"):
+        HuggingFace("hf:x", "nobody/no-such-set", train=True)
+    assert requests == ["https://huggingface.co"] * asked
+    import datasets
+    import huggingface_hub
+
+    assert (False, not asked) == (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
+
+
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"got 'hf:x', takes pip install 'ser-fast\[hf\]'"):

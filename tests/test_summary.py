@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from ser_fast import progress
 from ser_fast.training import summary
 from ser_fast.training.config import ModelConfig, OptimConfig, TrainConfig
 from ser_fast.training.options import parse
@@ -78,3 +79,16 @@ def test_the_small_training_is_one_of_the_demos() -> None:
     assert replace(config, out=demos.out, resume=demos.resume) == demos
     model = config.build()
     assert "note:" not in summarize(config, model, pictures=3752, canvas=64, steps=60, device="cpu")
+
+
+def test_long_work_tells_on_stderr_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 10 * next(clock))
+    assert list(progress.track(range(5), "counting", show=True)) == [0, 1, 2, 3, 4]
+    assert list(progress.track(iter("ab"), "reading", show=True)) == ["a", "b"]
+    assert list(progress.track(range(5), "silent", show=False)) == [0, 1, 2, 3, 4]
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["counting: 1 of 5", "counting: 3 of 5", "reading: 1"]
+    assert told.out == ""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -381,6 +382,58 @@ def test_what_is_not_finite_stops_the_run(tiny: TrainConfig, monkeypatch: pytest
     assert_same_bits(seen["after"], seen["before"])
     assert [line["step"] for line in read_log(tiny.out)] == [1, 2]
     assert [path.name for path in RunFolder(tiny.out).list_checkpoints()] == ["step_00000002.pt"]
+
+
+@pytest.mark.parametrize(
+    ("clip_grad", "way_out"),
+    [
+        (3.0, "lower optim.lr or optim.clip_grad and give --resume auto"),
+        (0.0, "lower optim.lr, or set optim.clip_grad (0 never clips), and give --resume auto"),
+    ],
+)
+def test_the_way_out_of_a_failed_step_is_one(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, clip_grad: float, way_out: str
+) -> None:
+    forward = Pretraining.forward
+
+    def poison(self: Pretraining, views: Views, progress: float) -> dict[str, Tensor]:
+        record = forward(self, views, progress)
+        return record | {"loss": record["loss"] / 0}
+
+    config = with_options(tiny, {"optim.steps": 2, "optim.clip_grad": clip_grad})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pretraining, "forward", poison)
+        with pytest.raises(NonFiniteLossError) as error:
+            train(config)
+    assert str(error.value).endswith(f"the last checkpoint is none; to go on, {way_out}")
+    train(with_options(config, {"optim.lr": config.optim.lr / 2, "resume": "auto"}))
+
+
+def test_a_log_that_lost_its_first_steps_is_named(tiny: TrainConfig) -> None:
+    options = with_options(tiny, {"optim.steps": 3, "save_every": 1, "keep_checkpoints": 9})
+    train(options)
+    first = RunFolder(tiny.out)
+    elsewhere = with_options(
+        options, {"out": tiny.out.with_name("elsewhere"), "resume": str(first.list_checkpoints()[0]), "save_every": 1}
+    )
+    train(elsewhere)  # whose log begins with step 2, as it should
+
+    def note(config: TrainConfig) -> str:
+        run = Trainer(replace(config, resume="auto"), torch.device("cpu"))
+        with ExitStack() as stack:
+            run._occupy(stack)
+            assert run.log is not None
+            return run.log.note
+
+    assert [line["step"] for line in read_log(elsewhere.out)] == [2, 3]
+    assert note(elsewhere) == note(options) == ""
+    whole = first.log.read_text()
+    first.log.write_text("".join(whole.splitlines(True)[2:]))
+    assert note(options) == f"log: steps 1 to 2 are missing from {first.log}; the run itself is whole"
+    first.log.unlink()
+    assert note(options) == f"log: steps 1 to 3 are missing from {first.log}; the run itself is whole"
+    RunFolder(elsewhere.out).log.write_text("")
+    assert " 2 to 3 are missing" in note(elsewhere)
 
 
 # ---------------------------------------------------------------- a whole run

@@ -1,7 +1,8 @@
 """Pictures of a Hugging Face data set: on disk, in Parquet files, or by its name on the Hub."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ser_fast.data.listing import HELD_OUT, hash_entries, split_options, stamp
 from ser_fast.data.pictures import Picture, UnreadableImageError, decode, read_image
 
 _OPTIONS = ("split", "val", "image", "label", "config")
+_SECONDS = 5  # that the Hub has to answer
 
 
 class HuggingFace:
@@ -110,13 +112,50 @@ def _load(datasets: Any, source: str, name: str, config: str | None) -> Any:
             return datasets.load_from_disk(str(path))
         if path.is_file():
             return datasets.load_dataset("parquet", data_files=str(path))
-        return datasets.load_dataset(str(path) if path.exists() else name, config)
+        if path.exists():
+            return datasets.load_dataset(str(path), config)
+        with _without_retries(datasets):
+            return datasets.load_dataset(name, config)
     except Exception as error:  # of the library, of the Hub, of Arrow and of the network
         reason = " ".join(str(error).split())
         raise ValueError(
             f"data: got {source!r}, takes a folder of save_to_disk, Parquet files, or a name that is in the cache or "
             f"on the Hub, where that can be reached: {reason}"
         ) from error
+
+
+@contextmanager
+def _without_retries(datasets: Any) -> Iterator[None]:
+    """Take the Hub for offline, as HF_HUB_OFFLINE=1 does, where one quick request doesn't reach it.
+
+    The library asks six times, for 25 seconds, before it looks for a data set in its cache.
+
+    Raises:
+        ConnectionError: the data set isn't in the cache, either.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+        except Exception as error:  # of its HTTP library, another one in each version
+            reason = f"{constants.ENDPOINT} can't be reached ({error})"
+        else:
+            yield
+            return
+    switches = [(datasets.config, datasets.config.HF_HUB_OFFLINE), (constants, constants.HF_HUB_OFFLINE)]
+    try:
+        for module, _ in switches:
+            module.HF_HUB_OFFLINE = True
+        yield
+    except ConnectionError as error:
+        raise ConnectionError(f"{reason}, and it is not in the cache") from error
+    finally:
+        for module, before in switches:
+            module.HF_HUB_OFFLINE = before
 
 
 def _choose_split(source: str, loaded: Any, options: dict[str, str], *, train: bool) -> Any:

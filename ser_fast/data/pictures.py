@@ -98,7 +98,7 @@ def most_bytes(max_pixels: int) -> int:
 def decode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Tensor:
     """Decode an image file's bytes to upright 8-bit RGB.
 
-    Grey, palette, CMYK, 16-bit and transparent images become RGB. Damage in what stands beside the pixels (EXIF, texts,
+    Gray, palette, CMYK, 16-bit and transparent images become RGB. Damage in what stands beside the pixels (EXIF, texts,
     profiles) is passed over. JPEG and 8-bit PNG are decoded by torchvision, the
     others, and what it refuses, by PIL.
 
@@ -175,9 +175,9 @@ def _upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image, *, upright: bool = True) -> Tensor:
     """A PIL image, turned as its EXIF says where `upright`, as uint8 (3, H, W)."""
     image = _upright(image) if upright else image
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255; PIL's 16-bit RGB is 8-bit already
+    if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255; PIL's 16-bit RGB is 8-bit already
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "F":  # floating point TIFF: in [0, 1] as a rule, else grey levels
+    if image.mode == "F":  # floating point TIFF: in [0, 1] as a rule, else gray levels
         values = np.nan_to_num(np.asarray(image))
         scale = 255 if values.size and values.max() <= 1 else 1
         image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))

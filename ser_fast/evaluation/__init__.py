@@ -14,8 +14,13 @@ Example:
     >>> result.write(Path("runs/a"))  # knn.csv, knn.png, knn_confusion.csv, knn_confusion.png
 """
 
-# Here, and not beside the probes: the command line shows them before it loads what a probe takes.
+# Here, and not beside the probes: the command line and the report read them without what a probe takes.
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Learning rates that a linear probe tries."""
 TOKEN_RATES = (0.001, 0.003, 0.01, 0.03)
 """Learning rates that the linear head of the segmentation tries."""
+
+CONTROL = "random"
+"""What the names of random controls begin with."""
+BUDGET = "patch means"
+"""In the tables: an encoder of mean colors, whose error is the resampling's own."""

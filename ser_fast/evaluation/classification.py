@@ -6,6 +6,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+ENTRIES = 2**26  # of test images x training images, or x classes, in memory at a time: 256 MiB
 _BEST = 5
 
 
@@ -23,13 +24,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Classification:
-    """How a classifier did on labelled images.
+    """How a classifier did on labeled images.
 
     Attributes:
         top1: the share of images whose class is predicted first.
         top5: the share of images whose class is among the first five.
         confusion: (K, K) int64, entry (i, j) the number of images of class i predicted as class j. Images without any
-            prediction are in no entry.
+            prediction are in no entry. Sparse and coalesced, since of K^2 pairs of classes at most as many occur as
+            there are images; `confusion.to_dense()` is the matrix, of 8 K^2 bytes.
         images: how many.
     """
 
@@ -37,6 +39,11 @@ class Classification:
     top5: Interval
     confusion: Tensor
     images: int
+
+    def pairs(self) -> list[tuple[int, int, int]]:
+        """(class, predicted class, number of images) of the pairs that occur, by class."""
+        counts = self.confusion.values().tolist()
+        return [(*pair, count) for pair, count in zip(self.confusion.indices().T.tolist(), counts, strict=True)]
 
     def columns(self) -> dict[str, float]:
         """A row of a table: top1, top1_low, top1_high, top5, top5_low, top5_high, images."""
@@ -102,5 +109,7 @@ def grade(ranked: Tensor, labels: Tensor, classes: int) -> Classification:
     size = max(classes, int(labels.max()) + 1)
     first = ranked[:, 0]
     predicted = first >= 0
-    counts = torch.bincount(labels[predicted] * size + first[predicted], minlength=size * size)
-    return Classification(share_of(hits[:, 0]), share_of(hits.any(1)), counts.view(size, size), len(labels))
+    occurring, counts = torch.unique(torch.stack([labels[predicted], first[predicted]]), dim=1, return_counts=True)
+    with torch.sparse.check_sparse_tensor_invariants(True):
+        confusion = torch.sparse_coo_tensor(occurring, counts, (size, size), is_coalesced=True)
+    return Classification(share_of(hits[:, 0]), share_of(hits.any(1)), confusion, len(labels))

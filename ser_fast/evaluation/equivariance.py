@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ser_fast.data import MAX_PIXELS
 from ser_fast.data.sources import open_dataset
+from ser_fast.evaluation import BUDGET
 from ser_fast.evaluation.controls import PatchMeans
 from ser_fast.evaluation.elements import parse_elements
 from ser_fast.evaluation.features import spread_images
@@ -49,9 +50,6 @@ from ser_fast.evaluation.transformations import (
 )
 from ser_fast.io import printable
 from ser_fast.lattice import LatticeMap, Size
-
-BUDGET = "patch means"
-"""In the tables: an encoder of mean colors, whose error is the resampling's own."""
 
 _METRICS = {
     "relative_error": "Relative error (0: equivariant, 1: no better than the mean token)",
@@ -155,7 +153,7 @@ class EquivarianceResult:
         records: of each layer and element, by model; those of BUDGET, for each size of images and patches, are what the
             resampling alone costs.
         embeddings: of each embedding and element, by model.
-        predictions: of each layer, target and regressor, by model.
+        predictions: of each layer, target and regressor, by model; empty where they were not asked for.
         splits: blocks before the prefix tokens enter, by model.
         accuracy: kNN top-1 by model, where several were given and the images have labels.
     """
@@ -167,14 +165,14 @@ class EquivarianceResult:
     accuracy: dict[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write equivariance.csv, embedding.csv, prediction.csv and equivariance.png, and where accuracies were
-        measured error_accuracy.csv and error_accuracy.png; returns their paths.
+        """Write equivariance.csv, embedding.csv and equivariance.png, where g was predicted prediction.csv, and where
+        accuracies were measured error_accuracy.csv and error_accuracy.png; returns their paths.
         """
         splits = set(self.splits.values())
         written = [
             write_table(self.records, folder / "equivariance.csv"),
             write_table(self.embeddings, folder / "embedding.csv"),
-            write_table(self.predictions, folder / "prediction.csv"),
+            *([write_table(self.predictions, folder / "prediction.csv")] if self.predictions else []),
             plot(self.records, folder / "equivariance.png", split=splits.pop() if len(splits) == 1 else None),
         ]
         if self.accuracy:
@@ -200,7 +198,8 @@ class EquivarianceResult:
         console = console or Console()
         print_table(self.records, console)
         self._print_embeddings(console)
-        print_predictions(self.predictions, console)
+        if self.predictions:
+            print_predictions(self.predictions, console)
         for name, (accuracy, errors) in self.softness().items():
             said = ", ".join(f"{group} {error:.3f}" for group, error in errors.items())
             console.print(f"{printable(name)}: kNN top-1 {accuracy:.3f}, error at the split: {said}", markup=False)
@@ -245,6 +244,7 @@ def evaluate(
     elements: Sequence[str] = ("d4", "scales"),
     crop_pct: float = 1.0,
     max_pixels: int = MAX_PIXELS,
+    predict: bool = True,
     pairs: int = 4,
     progress: bool = False,
 ) -> EquivarianceResult:
@@ -258,8 +258,8 @@ def evaluate(
         elements: what images are moved by; names as `parse_elements` takes them.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
         max_pixels: of one picture; one of more is left out, as one that can't be read.
-        pairs: scales and angles of each image, for the prediction of g from pairs of images; the last quarter of the
-            images tests it.
+        predict: also predict g from the tokens of x and g x, which trains regressors for each layer: most of the time.
+        pairs: scales and angles of each image for it; the last quarter of the images tests it.
         progress: show bars on the terminal.
 
     Raises:
@@ -286,7 +286,8 @@ def evaluate(
         chosen = held_out[image_size_of(vit, image_size)]
         lattice = check_images(vit, chosen)
         maps[lattice] = check_elements(parse_elements(elements, lattice), lattice)
-        check_prediction(len(chosen), pairs=pairs)
+        if predict:
+            check_prediction(len(chosen), pairs=pairs)
     records: dict[str, list[LayerRecord]] = {}
     embeddings: dict[str, list[EmbeddingRecord]] = {}
     predictions: dict[str, list[Prediction]] = {}
@@ -299,7 +300,8 @@ def evaluate(
         moved = maps[check_images(vit, own)]
         records[name] = equivariance_errors(vit, own, elements=moved, progress=progress)
         embeddings[name] = embedding_errors(vit, own, elements=moved, progress=progress)
-        predictions[name] = predict_transformations(vit, own, pairs=pairs, progress=progress)
+        if predict:
+            predictions[name] = predict_transformations(vit, own, pairs=pairs, progress=progress)
     for size, patch_size in patches:
         means, own = PatchMeans(patch_size), held_out[size]
         lattice = check_images(means, own)

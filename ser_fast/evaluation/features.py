@@ -131,7 +131,7 @@ def embed_cached(
 
     Args:
         model: on `device`.
-        dataset: labelled images.
+        dataset: labeled images.
         device: where the model runs.
         cache: folder of the files, made where it is missing; None keeps no files.
         blocks: None for the model's pooled embedding (C = embed_dim); n for [CLS] of the last n blocks, concatenated

@@ -1,9 +1,10 @@
 """k-nearest-neighbor classification of frozen features."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from ser_fast.data import MAX_PIXELS
 from ser_fast.data.loader import make_loader
 from ser_fast.data.sources import open_dataset
-from ser_fast.evaluation.classification import Rows, grade, rank
+from ser_fast.evaluation.classification import ENTRIES, Rows, grade, rank
 from ser_fast.evaluation.features import check_labelled, embed, evaluating, spread_items
 from ser_fast.evaluation.figures import plot_confusion, save
 from ser_fast.evaluation.protocol import (
@@ -34,8 +35,11 @@ from ser_fast.evaluation.tables import print_rows, write_confusion, write_rows
 from ser_fast.views.pixels import normalize
 from ser_fast.vit import SplitViT
 
+DEFAULT_KS = (1, 5, 10, 20, 50)
+"""Numbers of neighbors where none are asked for."""
 _NEIGHBORS = 20
-SIMILARITIES = 2**26  # test x train entries in memory at a time: 256 MiB
+
+_logger = logging.getLogger(__name__)
 
 
 def knn_accuracy(
@@ -87,9 +91,10 @@ def knn_predictions(
         ValueError: as `knn_scores`.
     """
     ranked: dict[int, list[Tensor]] = {}
-    for queries in test_features.split(max(1, SIMILARITIES // max(1, len(train_features)))):
-        for count, scores in knn_scores(train_features, train_labels, queries, k=k, temperature=temperature).items():
-            ranked.setdefault(count, []).append(rank(scores))
+    for queries in test_features.split(max(1, ENTRIES // max(1, len(train_features)))):
+        found = _search(train_features, train_labels, queries, k=k, temperature=temperature)
+        for count in found.ks:
+            ranked.setdefault(count, []).extend(map(rank, found.scores(count)))
     return {count: torch.cat(parts) for count, parts in ranked.items()}
 
 
@@ -120,6 +125,35 @@ def knn_scores(
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4;
     DINO's eval_knn uses the same.
     """
+    found = _search(train_features, train_labels, test_features, k=k, temperature=temperature)
+    return {count: torch.cat(list(found.scores(count))) for count in found.ks}
+
+
+class _Neighbors(NamedTuple):
+    """The nearest training images of test images.
+
+    Attributes:
+        ks: numbers of neighbors.
+        vote: (M, max k) int64, their classes, nearest first.
+        weight: (M, max k), of their votes.
+        classes: K.
+    """
+
+    ks: list[int]
+    vote: Tensor
+    weight: Tensor
+    classes: int
+
+    def scores(self, count: int) -> Iterator[Tensor]:
+        """The votes (B, K) of `count` neighbors, as `knn_scores`, so many images at a time that memory is bounded."""
+        rows = max(1, ENTRIES // self.classes)
+        for vote, weight in zip(self.vote[:, :count].split(rows), self.weight[:, :count].split(rows), strict=True):
+            yield weight.new_zeros(len(vote), self.classes).scatter_add_(1, vote, weight).log_()
+
+
+def _search(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, *, k: int | Sequence[int], temperature: float
+) -> _Neighbors:
     ks = [k] if isinstance(k, int) else list(k)
     check_labelled("train", train_features, train_labels)
     check_labelled("test", test_features)
@@ -135,9 +169,23 @@ def knn_scores(
     similarity, neighbor = (test @ train.T).topk(max(ks))  # (M, max k), nearest first
     # Relative to the nearest, so that no small temperature overflows.
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
-    vote = train_labels[neighbor]  # (M, max k)
-    none = weight.new_zeros(len(test), int(train_labels.max()) + 1)
-    return {count: none.scatter_add(1, vote[:, :count], weight[:, :count]).log() for count in ks}
+    return _Neighbors(ks, train_labels[neighbor], weight, int(train_labels.max()) + 1)
+
+
+def choose_ks(k: Sequence[int] | None, temperature: float, neighbors: int) -> tuple[int, ...]:
+    """The numbers of neighbors that vote: those asked for, else those of DEFAULT_KS that there are images for.
+
+    What is left out of the default is logged in a line.
+
+    Raises:
+        ValueError: as `check_vote`.
+    """
+    chosen = tuple(count for count in DEFAULT_KS if count <= neighbors) if k is None else tuple(k)
+    check_vote(chosen, temperature, neighbors)
+    if k is None and (left_out := DEFAULT_KS[len(chosen) :]):
+        told = ", ".join(map(str, left_out))
+        _logger.warning("k: left out %s, since there are %d training images", told, neighbors)
+    return chosen
 
 
 def check_vote(k: int | Sequence[int], temperature: float, neighbors: int) -> None:
@@ -273,7 +321,7 @@ def evaluate(
     models: Models,
     data: str = DEFAULT_DATA,
     *,
-    k: Sequence[int] = (1, 5, 10, 20, 50),
+    k: Sequence[int] | None = None,
     temperature: float = 0.07,
     image_size: int | None = None,
     crop_pct: float = 1.0,
@@ -287,7 +335,7 @@ def evaluate(
     Args:
         models: on their device: one, called "checkpoint", or several by name. Random initializations stand beside them.
         data: whose training images vote and whose held-out images are classified, as `open_dataset` takes it.
-        k: numbers of neighbors.
+        k: numbers of neighbors; default those of DEFAULT_KS that there are training images for.
         temperature: of the neighbors' votes.
         image_size: side of the images in pixels; default each model's own.
         crop_pct: share of a picture's shorter side that the center crop shows; ImageNet's protocol has 0.875.
@@ -309,7 +357,7 @@ def evaluate(
     sizes = [check_image_size(encoder, image_size) for encoder in name_models(models).values()]
     sets = {size: open_labelled(data, size, crop_pct=crop_pct, max_pixels=max_pixels) for size in sizes}
     train_set = sets[sizes[0]][0]
-    check_vote(k, temperature, len(train_set))
+    k = choose_ks(k, temperature, len(train_set))
     loading: dict[str, Any] = {"batch_size": batch_size, "train": False, "workers": workers}
     loaders = {size: [make_loader(dataset, **loading) for dataset in pair] for size, pair in sets.items()}
     rows: Rows = []

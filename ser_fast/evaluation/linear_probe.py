@@ -1,6 +1,6 @@
 """Linear and two-layer probes of frozen features, the learning rate chosen on held-out training images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ser_fast.data import MAX_PIXELS
 from ser_fast.evaluation import RATES
-from ser_fast.evaluation.classification import Rows, grade, rank
+from ser_fast.evaluation.classification import ENTRIES, Rows, grade, rank
 from ser_fast.evaluation.features import check_labelled, embed_cached, embedder
 from ser_fast.evaluation.figures import plot_confusion
 from ser_fast.evaluation.protocol import (
@@ -130,27 +130,46 @@ def train_probe(
 
     accuracy = {}
     for rate, head in zip(rates, fit(rest, rates, "learning rates"), strict=True):
-        predicted = probe_scores(head, train_features[validation], device).argmax(1)
+        predicted = probe_scores(head, train_features[validation], device, rows=_rows(classes), read=_likeliest)
         accuracy[rate] = (predicted == train_labels[validation]).float().mean().item()
     rate = max(accuracy, key=lambda rate: accuracy[rate])
     (head,) = fit(order, [rate], "probe")
     return Probe(head, rate, accuracy)
 
 
-def probe_scores(head: nn.Module, features: Tensor, device: torch.device | str, *, rows: int = 8192) -> Tensor:
-    """The scores of a probe.
+def probe_scores(
+    head: nn.Module,
+    features: Tensor,
+    device: torch.device | str,
+    *,
+    rows: int = 8192,
+    read: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The scores of a probe, or what is read from them.
 
     Args:
         head: features (B, C) to scores (B, K), on `device`.
         features: (M, C), on the CPU, may be memory-mapped.
         device: of the head.
         rows: how many features at a time.
+        read: scores (B, K) to what is kept of them, (B, ...), as `rank`; default all. With many classes M x K scores
+            are more than memory holds.
 
     Returns:
-        (M, K), on the CPU.
+        (M, K) or (M, ...), on the CPU.
     """
     with torch.no_grad():
-        return torch.cat([head(part.float().to(device)).cpu() for part in features.split(rows)])
+        parts = (head(part.float().to(device)).cpu() for part in features.split(rows))
+        return torch.cat([part if read is None else read(part) for part in parts])
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    return scores.argmax(1)
+
+
+def _rows(classes: int) -> int:
+    """How many images are scored at a time."""
+    return max(1, min(8192, ENTRIES // classes))
 
 
 def check_probe(
@@ -312,7 +331,8 @@ def evaluate(
                 device=device,
                 progress=progress,
             )
-            graded = grade(rank(probe_scores(probe.head, features, device)), labels, len(classes))
+            ranked = probe_scores(probe.head, features, device, rows=_rows(len(classes)), read=rank)
+            graded = grade(ranked, labels, len(classes))
             best = probe.held_out[probe.rate]
             rows.append(({"model": name, "head": head, "rate": probe.rate, "held_out_top1": best}, graded))
             tried.setdefault(name, []).extend(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ser_fast.data import MAX_PIXELS
 from ser_fast.data.sources import ImageDataset, Squares, open_dataset
 from ser_fast.device import choose_device
+from ser_fast.evaluation import CONTROL
 from ser_fast.evaluation.controls import TokenMaps
 from ser_fast.evaluation.features import evaluating
 from ser_fast.io import printable
@@ -23,8 +24,6 @@ from ser_fast.training.run_folder import RunFolder, find_encoder
 from ser_fast.vit import SplitViT, load_split_vit
 
 DEFAULT_DATA = "photos"
-CONTROL = "random"
-"""What the names of random controls begin with."""
 Models = SplitViT | Mapping[str, SplitViT]
 """One encoder, or several by name."""
 _NAMED = 3  # of the images that could not be read

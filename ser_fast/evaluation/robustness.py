@@ -354,7 +354,7 @@ def evaluate(
     shifted: Sequence[Path] = (),
     baseline: Path | None = None,
     classifier: Literal["knn", "linear"] = "linear",
-    k: int = 20,
+    k: int | None = None,
     temperature: float = 0.07,
     seed: int = 0,
     image_size: int | None = None,
@@ -379,7 +379,7 @@ def evaluate(
         shifted: folders of other images of the classes, as ImageNet-V2, ImageNet-R and ImageNet-Sketch.
         baseline: corruptions.csv of another run; its checkpoint's errors make the mean corruption error relative.
         classifier: "linear" or "knn".
-        k: number of neighbors of "knn".
+        k: number of neighbors of "knn"; default 20, or all where there are fewer training images.
         temperature: of the neighbors' votes.
         seed: of the corruptions and the probe.
         image_size: side of the images in pixels; default the models', where all have the same.
@@ -408,6 +408,7 @@ def evaluate(
     if others:
         raise ValueError(f"image_size: got models of {', '.join(map(str, (size, *others)))} pixels; give one for all")
     train_set, test_set = open_labelled(data, size, crop_pct=crop_pct, max_pixels=max_pixels)
+    k = min(20, len(train_set)) if k is None else k
     if classifier == "knn":
         check_vote(k, temperature, len(train_set))
     folders = [

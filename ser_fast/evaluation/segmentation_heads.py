@@ -167,10 +167,9 @@ def train_head(
         for _ in track(range(epochs), title, show=progress):
             for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
                 features, truth = tokens[batch].to(device), masks[batch].to(device).long()
-                # No head's gradient depends on another head: the sum trains each as it would be alone.
-                loss = torch.stack([_cross_entropy(head(features), truth) for head in heads]).sum()
                 optimizer.zero_grad()
-                loss.backward()
+                for head in heads:  # one after another: pixels x classes scores of all rates would be held at once
+                    _cross_entropy(head(features), truth).backward()
                 optimizer.step()
                 schedule.step()
         return heads
@@ -265,7 +264,7 @@ class Retrieval(nn.Module):
         """Tokens (B, H, W, C) to shares of classes (B, H, W, K)."""
         queries = F.normalize(tokens.flatten(0, 2).float() - self.mean, dim=-1)
         found = []
-        for part in queries.split(max(1, _PRODUCTS // len(self.keys))):
+        for part in queries.split(max(1, _PRODUCTS // max(len(self.keys), self.k * self.shares.shape[1]))):
             cosines, rows = (part @ self.keys.T).topk(self.k, dim=1)
             weights = (cosines / self.temperature).softmax(1)
             found.append((weights[..., None] * self.shares[rows]).sum(1))

@@ -54,7 +54,7 @@ class SegmentationSet(Protocol):
 class VocFolder:
     """A folder as Pascal VOC has it.
 
-    JPEGImages/NAME.jpg and SegmentationClass/NAME.png (a palette or grey levels, whose numbers are the classes, 255
+    JPEGImages/NAME.jpg and SegmentationClass/NAME.png (a palette or gray levels, whose numbers are the classes, 255
     ignored) for each NAME that ImageSets/Segmentation/train.txt or val.txt lists. The classes are VOC's 21, or the
     lines of a file classes.txt.
 
@@ -105,7 +105,7 @@ class VocFolder:
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"data: got {mask_file}, which can't be read: {error}") from error
         if mode not in ("P", "L"):
-            raise ValueError(f"data: got {mask_file} of mode {mode}, takes a palette or 8-bit grey levels")
+            raise ValueError(f"data: got {mask_file} of mode {mode}, takes a palette or 8-bit gray levels")
         known = mask[mask != IGNORED]
         if known.numel() and int(known.max()) >= len(self.classes):
             raise ValueError(f"data: got class {int(known.max())} in {mask_file}, takes 0 to {len(self.classes) - 1}")

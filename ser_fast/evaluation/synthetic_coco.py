@@ -37,7 +37,7 @@ _RADII = (0.28, 0.45)  # of the image's side
 _OBJECTS = (2, 4)  # in an image
 _TRIES = 20  # to place an object where it hides none
 _BASE = (40, 215)  # a region's mean color, in each channel
-_CONTRAST = (20, 60)  # of a region, in grey levels: the deviation of the channel that varies most
+_CONTRAST = (20, 60)  # of a region, in gray levels: the deviation of the channel that varies most
 
 
 def write_shapes(folder: Path, *, seed: int = 0) -> None:
@@ -123,10 +123,10 @@ def draw_shape(name: str, size: int, rng: np.random.Generator) -> Tensor:
 
 
 def recolor(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """The grey levels of an image (3, S, S) uint8, along a line through a random color in a random direction."""
-    grey = image.double().mean(0)
-    grey = (grey - grey.mean()) / (grey.std() + 8)  # what is almost flat stays so
+    """The gray levels of an image (3, S, S) uint8, along a line through a random color in a random direction."""
+    gray = image.double().mean(0)
+    gray = (gray - gray.mean()) / (gray.std() + 8)  # what is almost flat stays so
     base = rng.uniform(*_BASE, size=(3, 1, 1))
     direction = rng.normal(size=(3, 1, 1))
     direction *= rng.uniform(*_CONTRAST) / np.abs(direction).max()
-    return (torch.from_numpy(base) + torch.from_numpy(direction) * grey).clamp(0, 255).byte()
+    return (torch.from_numpy(base) + torch.from_numpy(direction) * gray).clamp(0, 255).byte()

@@ -47,10 +47,10 @@ def write_confusion(rows: Rows, classes: Sequence[str], path: Path) -> Path:
             **labels,
             "truth": classes[truth],
             "predicted": classes[predicted],
-            "images": int(result.confusion[truth, predicted]),
+            "images": images,
         }
         for labels, result in rows
-        for truth, predicted in result.confusion.nonzero().tolist()
+        for truth, predicted, images in result.pairs()
     )
     return write_csv(columns, lines, path)
 

@@ -4,8 +4,9 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from ser_fast.device import require_dense
 from ser_fast.interpolation import INTERPOLATIONS, PADDINGS
-from ser_fast.lattice import LatticeMap
+from ser_fast.lattice import LatticeMap, require_countable
 from ser_fast.ops.backends import choose, implementation
 from ser_fast.ops.contract import FLOATS, GroupAction, check_group_action
 from ser_fast.ops.operator import Operator, save_arguments, saved_arguments
@@ -156,8 +157,10 @@ def group_action(
 def _check(x: Tensor, g: LatticeMap, interpolation: str, padding: str) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"x: got {getattr(x, 'dtype', type(x))}, takes a tensor of {FLOATS}")
+    require_dense("x", x)
     if not isinstance(g, LatticeMap):
         raise TypeError(f"g: got {type(g)}, takes a LatticeMap")
+    require_countable("g.size_out", g.size_out)
     lattice = (g.size_in[0] * g.size_in[1],) if x.ndim == 3 else g.size_in
     if x.ndim not in (3, 4) or tuple(x.shape[1:-1]) != tuple(lattice):
         raise ValueError(f"x: got shape {tuple(x.shape)}, takes (B, H*W, C) or (B, H, W, C) with g.size_in {g.size_in}")

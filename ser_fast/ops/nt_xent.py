@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ser_fast.device import require_dense
 from ser_fast.ops.backends import choose, implementation
 from ser_fast.ops.contract import (
     FLOATS,
@@ -194,7 +195,7 @@ def nt_xent(
     A row without negatives has loss 0 and no gradient. A row shorter than 1e-12 has no direction: it is
     as unlike every row as one at right angles, and has no gradient. NaN or Inf in a row that takes part makes NaN of
     its own loss and of that of every anchor whose positive or negative it is, and may of any row's gradient.
-    Differentiable once, in z0 and z1, in reverse mode. Never synchronises with the device.
+    Differentiable once, in z0 and z1, in reverse mode. Never synchronizes with the device.
 
     Args:
         z0, z1: (T, D) float32, bfloat16, float16 or float64, both alike; row t of each is a positive pair.
@@ -274,7 +275,7 @@ def info_nce(
     as unlike every row as one at right angles, and has no gradient. NaN or Inf in a row that takes part makes NaN of
     its own loss and of that of every query whose positive or negative it is, and may of any row's gradient.
     Differentiable once, in query and key, in reverse mode; where either needs no gradient, none is computed. Never
-    synchronises with the device.
+    synchronizes with the device.
 
     Args:
         query: (T, D) float32, bfloat16, float16 or float64.
@@ -367,6 +368,7 @@ def _check_rows(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got {x.dtype}, takes float32, bfloat16, float16 or float64")
+    require_dense(name, x)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes rows and at least one column")
 
@@ -394,6 +396,7 @@ def _check_vector(name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], 
         raise TypeError(f"{name}: got {type(x).__name__}, takes a tensor or None")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: got {x.dtype}, takes one of {', '.join(map(str, dtypes))}")
+    require_dense(name, x)
     if x.dim() != 1 or x.shape[0] != rows.shape[0]:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes ({rows.shape[0]},)")
     if x.device != rows.device:

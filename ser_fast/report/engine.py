@@ -64,6 +64,12 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
+def aspect(png: bytes) -> float:
+    """Width over height of a PNG file; 1 of one that is damaged."""
+    width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+    return width / height if width and height else 1.0
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)

@@ -55,7 +55,7 @@ def _what(rows: Sequence[Row]) -> str:
     return (
         f"{len(rows)} measurements, {max(row.images for row in rows if row.kind == 'equivariance')} images a source, "
         f"{len({row.element for row in rows})} elements, sources: {', '.join(sources)}; errors below are means over "
-        f"the elements that resample{'' if len(trusted(rows)) == len(rows) else ', random initialisations left out'}."
+        f"the elements that resample{'' if len(trusted(rows)) == len(rows) else ', random initializations left out'}."
     )
 
 

@@ -192,7 +192,7 @@ class ViewsConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
 
     batch_size: int = 256
     """Images a step, over all ranks and accumulated parts."""
@@ -323,11 +323,12 @@ class TrainConfig:
 
 
 # What may differ between a run and its continuation, since it changes no number.
-_FREE = (
+FREE = (
     *("out", "resume", "resume_changed", "max_skipped", "save_every", "keep_checkpoints", "log"),
     *("device", "workers", "loader_timeout", "rank_timeout"),
     *(f"evaluate.{option.name}" for option in fields(EvaluateConfig)),
 )
+"""Options that may differ between a run and its continuation, since they change no number."""
 _PARTS: dict[str, type[Any]] = {
     "model": ModelConfig,
     "views": ViewsConfig,
@@ -435,6 +436,6 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") 
         one, other = ours.get(name), theirs.get(name)
         if isinstance(one, dict) or isinstance(other, dict):
             names += differences(one or {}, other or {}, f"{prefix}{name}.")
-        elif one != other and prefix + name not in _FREE:
+        elif one != other and prefix + name not in FREE:
             names.append(prefix + name)
     return names

@@ -1,10 +1,15 @@
 """The options of `ser-fast train`: TrainConfig with a section for each add-on, and for the chosen objective."""
 
+import ast
+import inspect
+import textwrap
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields, make_dataclass, replace
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 import yaml
@@ -49,7 +54,9 @@ def parse_with(
         if known.objective not in (None, objective_name(defaults)):
             raise ValueError(f"objective: got {known.objective}, and {known.config} is of {objective_name(defaults)}")
     kind = _options(defaults, sections)
-    options = tyro.cli(kind, args=arguments, prog=prog, description=described.__doc__)
+    _describe(kind)
+    description = " ".join((described.__doc__ or "").split())
+    options = tyro.cli(kind, args=arguments, prog=prog, description=description)
     given = {part.name: getattr(options, part.name) for part in fields(TrainConfig)}
     given["objective"] = getattr(options, defaults.objective.section)
     addons = {name: getattr(options, name) for name in ADDONS}
@@ -71,6 +78,29 @@ def read_options(path: Path) -> TrainConfig:
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"config: {path} can't be read as options of a training: {reason}") from error
+
+
+def _describe(kind: type[Any]) -> None:
+    """Give the help text of each option of a dataclass, and of the dataclasses in it, its field.
+
+    It is the string below the field, as one line: read by tyro it would keep some of its line breaks.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError):  # object, and what make_dataclass made, have no text of their own
+            continue
+        assert isinstance(tree, ast.ClassDef)
+        for line, text in pairwise(tree.body):
+            if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[ast.unparse(line.target)] = " ".join(str(text.value.value).split())
+    hints = get_type_hints(kind)
+    for option in fields(kind):
+        if option.name in texts:
+            option.metadata = MappingProxyType({**option.metadata, "help": texts[option.name]})
+        if is_dataclass(hints[option.name]):
+            _describe(hints[option.name])
 
 
 def _options(defaults: TrainConfig, sections: Mapping[str, type[Any]]) -> type[Any]:

@@ -39,12 +39,15 @@ class Beginning(NamedTuple):
         path: of that checkpoint.
         notes: what the user should know about the choice.
         seen: the checkpoints in the run's folder when it was made.
+        log_begins: the steps that were done before the first in the folder's log; None for a checkpoint that doesn't
+            tell.
     """
 
     state: dict[str, Any] | None
     path: Path | None
     notes: list[str]
     seen: list[Path]
+    log_begins: int | None = 0
 
     @property
     def step(self) -> int:
@@ -106,7 +109,8 @@ def _find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
                 notes.append(str(error))
                 continue
             _require_same_run(config, identity, path, state)
-            return Beginning(state, path, [f"{note}; going on from the one before" for note in notes], seen)
+            notes = [f"{note}; going on from the one before" for note in notes]
+            return Beginning(state, path, notes, seen, state.get("log_begins"))
         if notes:
             raise ValueError(f"resume: every checkpoint of {config.out} is damaged: {'; '.join(notes)}")
         return Beginning(None, None, [], seen)
@@ -121,7 +125,7 @@ def _find_beginning(config: TrainConfig, identity: Identity) -> Beginning:
         raise ValueError(f"resume: {path} is no file; takes 'none', 'auto' or a checkpoint{hint}")
     state = load_checkpoint(path, torch.device("cpu"))
     _require_same_run(config, identity, path, state)
-    return Beginning(state, path, [], seen)
+    return Beginning(state, path, [], seen, state.get("log_begins") if own else state["step"])
 
 
 def _require_same_run(config: TrainConfig, identity: Identity, path: Path, state: dict[str, Any]) -> None:

@@ -103,14 +103,15 @@ class RunFolder:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"config: {self.config} can't be read as that of a run: {error}") from error
 
-    def open_log(self, start: int, boards: "Sequence[Board]" = ()) -> "RunLog":
+    def open_log(self, start: int, boards: "Sequence[Board]" = (), *, begins: int | None = 0) -> "RunLog":
         """The log, to go on after step `start`: what was logged after it, or cut short by a crash, is dropped.
 
         Checkpoints of later steps, of a branch that is abandoned, are set aside in a folder of their own.
 
         Args:
-            start: steps that are done.
+            start: steps done.
             boards: where the numbers are drawn besides.
+            begins: steps that were done elsewhere, before this folder's first; None where that isn't known.
 
         Returns:
             It, with what lines of it are missing: after a crash of the machine, those that were not on the disk yet.
@@ -125,12 +126,12 @@ class RunFolder:
             aside.mkdir()
             for path in later:
                 path.rename(aside / path.name)
-        gap = ""
+        kept: list[str] = []
         if self.log.exists():
             lines = self.log.read_text(errors="replace").splitlines(True)
             kept = [line for line in lines if _step_of(line) <= start]
             write_atomically(self.log, partial(Path.write_text, data="".join(kept)))
-            gap = _gap({int(_step_of(line)) for line in kept}, start)
+        gap = _gap({int(_step_of(line)) for line in kept}, begins, start)
         note = f"log: steps {gap} are missing from {self.log}; the run itself is whole" if gap else ""
         return RunLog(self.log, self.log.open("a", buffering=1), boards, note)
 
@@ -261,7 +262,8 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _gap(steps: set[int], last: int) -> str:
-    """The first and the last step that are missing between the first of `steps` and `last`."""
-    missing = sorted(set(range(min(steps), last + 1)) - steps) if steps else []
+def _gap(steps: set[int], begins: int | None, last: int) -> str:
+    """The first and the last step that are missing after `begins` (None: after the first of `steps`) up to `last`."""
+    first = min(steps, default=last + 1) if begins is None else begins + 1
+    missing = sorted(set(range(first, last + 1)) - steps)
     return f"{missing[0]} to {missing[-1]}" if missing else ""

@@ -146,6 +146,7 @@ class Trainer:
         state = {
             "step": step,
             **self.identity._asdict(),
+            "log_begins": self.beginning.log_begins,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -168,7 +169,8 @@ class Trainer:
         if self.folder.list_checkpoints() != self.beginning.seen:  # a run went on while this one began
             raise ValueError(f"out: {self.config.out} has other checkpoints than a moment ago; start again")
         boards = open_boards(self.config, self.start)
-        self.log = stack.enter_context(self.folder.open_log(self.start, boards))
+        log = self.folder.open_log(self.start, boards, begins=self.beginning.log_begins)
+        self.log = stack.enter_context(log)
 
     def _train(self) -> Path:
         config, log = self.config, self.log
@@ -318,6 +320,9 @@ class Trainer:
             hidden = {"skipped": self.overflows[1] >= MOST_OVERFLOWS}
             self.scaler.update()
         last, indices = self.last_checkpoint, indices.clone()
+        clips = self.config.optim.clip_grad > 0
+        lower = "optim.lr or optim.clip_grad" if clips else "optim.lr, or set optim.clip_grad (0 never clips),"
+        changed = " --resume-changed" if last else ""  # without a checkpoint it begins anew, whatever is changed
 
         def check(values: dict[str, float]) -> None:
             if values["skipped"]:
@@ -328,8 +333,7 @@ class Trainer:
                 raise NonFiniteLossError(
                     f"loss is {values['loss']} ({told}), the norm of its gradient {values['grad_norm']}, at step "
                     f"{step + 1} (epoch {epoch}){overflows}, on images with the indices {indices.tolist()}; the "
-                    f"last checkpoint is {last or 'none'}; to go on, lower optim.lr or optim.clip_grad and give "
-                    "--resume auto --resume-changed"
+                    f"last checkpoint is {last or 'none'}; to go on, lower {lower} and give --resume auto{changed}"
                 )
 
         return StepRecord(values | hidden, self.device, check, frozenset(hidden))

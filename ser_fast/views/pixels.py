@@ -1,4 +1,4 @@
-"""The map g applied to pixels, and the normalisation of images."""
+"""The map g applied to pixels, and the normalization of images."""
 
 import functools
 
@@ -90,10 +90,10 @@ def _along_axis(
 ) -> Tensor:
     """(B, n_out, n_in) on a device: the rows of weights of an input axis for positions along an output axis."""
     size, size_out = g.size_in[axis], g.size_out[axis_out]
-    centres = torch.arange(size_out, dtype=torch.float64, device=g.device) + (0.5 - size_out / 2)
+    centers = torch.arange(size_out, dtype=torch.float64, device=g.device) + (0.5 - size_out / 2)
     slope = g.linear[:, axis, axis_out]
-    position = slope[:, None] * centres + g.offset[:, axis, None] + size / 2
-    exact = (g.linear.abs().sum(-1) == 1).all(-1)  # centres onto centres only if along both axes
+    position = slope[:, None] * centers + g.offset[:, axis, None] + size / 2
+    exact = (g.linear.abs().sum(-1) == 1).all(-1)  # centers onto centers only if along both axes
     position = send(position, device)  # a few numbers a row go there, not the rows
     return axis_weights(
         position, slope.abs(), exact, size, interpolation=interpolation, padding=padding, antialias=antialias
