@@ -19,7 +19,8 @@ from ser_fast.evaluation.protocol import make_folder
 from ser_fast.evaluation.tables import print_rows, write_confusion
 from ser_fast.export import export
 from ser_fast.io import printable, write_text
-from ser_fast.report.runs import read_runs, write_report
+from ser_fast.report.comparison import write_report
+from ser_fast.report.runs import read_runs
 from ser_fast.sensitivity.table import COLUMNS, read_rows
 from ser_fast.training.config import ModelConfig, TrainConfig, with_options
 from ser_fast.training.trainer import train
