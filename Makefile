@@ -17,6 +17,7 @@ install: $(VENV)/installed
 # The native extensions are built against the torch installed here, so without build isolation, and torch comes first;
 # with ninja their sources compile in parallel.
 $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+	rm -f build/native
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet -c $(CONSTRAINTS) ninja setuptools wheel torch
@@ -26,10 +27,12 @@ $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*.cpp 
 	echo $(VENV) >build/native
 	touch $@
 
-# Both environments run the extensions that lie in the tree, so those of the one at hand are put there.
+# Both environments run the extensions that lie in the tree, so those of the one at hand are put there. build/native says
+# whose they are; it is gone while they change, so an interrupted change is made again.
 native: install
 	mkdir -p build
-	test "$$(cat build/native 2>/dev/null)" = $(VENV) || cp -p $(VENV)/native/*.so ser_fast
+	test "$$(cat build/native 2>/dev/null)" = $(VENV) || \
+	  { rm -f build/native ser_fast/*.so && cp -p $(VENV)/native/*.so ser_fast; }
 	echo $(VENV) >build/native
 
 demo: native
@@ -43,7 +46,7 @@ test: lint native
 	$(PYTEST) tests $(PARALLEL) --cov --cov-report=term
 
 # What triton's compiler makes of the kernels, beside the committed table of its release; a part of `make test`.
-gate: install
+gate: native
 	$(BIN)/python tools/check_triton.py --check
 
 bench: native

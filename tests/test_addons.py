@@ -61,6 +61,7 @@ def close(actual: Tensor | None, expected: Tensor, rtol: float) -> None:
     """Equal up to rtol of the largest entry; what is 0 but for rounding (a shift before batch norm), to rounding."""
     assert actual is not None
     assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
     rounding = {f64: 1e-15, f32: 1e-7}[actual.dtype]
     assert (actual - expected).abs().max() <= max(rtol * float(expected.abs().max()), rounding)
 

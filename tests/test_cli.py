@@ -556,7 +556,7 @@ def test_the_demo_compares_three_runs_and_reuses_them(
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.__name__)
 def test_every_option_has_a_help_text(command: Callable[..., None]) -> None:
-    described = re.findall(r"^        (\w+): .", command.__doc__ or "", re.MULTILINE)
+    described = re.findall(r"^    (\w+): .", inspect.getdoc(command) or "", re.MULTILINE)
     assert described == list(inspect.signature(command).parameters)
 
 

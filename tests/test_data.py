@@ -64,6 +64,18 @@ class Numbers:
         return torch.full((3, 2, 2), index, dtype=torch.uint8), -index, index
 
 
+class Watched(Numbers):
+    """Its label is the process that loaded it; `loaded` are the items that this process loaded."""
+
+    def __init__(self, length):
+        super().__init__(length)
+        self.loaded = []
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        return super().__getitem__(index)[0], os.getpid(), index
+
+
 def epoch_indices(loader, epoch=0, start=0):
     loader.sampler.set_epoch(epoch)
     loader.sampler.set_start(start)
@@ -575,20 +587,14 @@ def test_batches_are_the_same_for_any_number_of_ranks(train, world_size):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_in_the_middle_of_an_epoch(workers):
-    loaded = []
-
-    class Watched(Numbers):
-        def __getitem__(self, index):
-            loaded.append(index)
-            return super().__getitem__(index)
-
-    loader = make_loader(Watched(40), batch_size=4, train=True, seed=1, workers=workers)
+    dataset = Watched(40)
+    loader = make_loader(dataset, batch_size=4, train=True, seed=1, workers=workers)
     whole = epoch_indices(loader, epoch=2)
-    loaded.clear()
+    dataset.loaded.clear()
     assert epoch_indices(loader, epoch=2, start=7) == whole[7:]
     assert len(loader) == 3
     if workers == 0:
-        assert loaded == list(chain(*whole[7:])), "images before the start are not loaded"
+        assert dataset.loaded == list(chain(*whole[7:])), "images before the start are not loaded"
     assert epoch_indices(loader, epoch=2, start=10) == []
     loader.sampler.set_epoch(3)
     assert len(loader) == len(list(loader)) == 10, "a new epoch begins at its beginning"
@@ -597,11 +603,7 @@ def test_resume_in_the_middle_of_an_epoch(workers):
 
 
 def test_workers_are_kept_between_epochs():
-    class WorkerIds(Numbers):
-        def __getitem__(self, index):
-            return super().__getitem__(index)[0], os.getpid(), index
-
-    loader = make_loader(WorkerIds(8), batch_size=4, train=True, workers=1)
+    loader = make_loader(Watched(8), batch_size=4, train=True, workers=1)
     (worker,) = {label for _ in range(2) for batch in loader for label in batch.labels.tolist()}
     assert worker != os.getpid()
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import pickle
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,8 @@ def test_examples_have_corners_and_labels_from_one(tmp_path: Path) -> None:
     assert target["boxes"].tolist() == [[10, 5, 30, 35], [50, 40, 64, 48]]
     assert target["labels"].tolist() == [2, 1]
     assert dataset[0][1]["boxes"].shape == (0, 4)
+    sent = pickle.loads(pickle.dumps(dataset))[1][1]  # as to workers that do not fork
+    assert [sent[key].tolist() for key in ("boxes", "labels")] == [[[10, 5, 30, 35], [50, 40, 64, 48]], [2, 1]]
 
 
 @pytest.mark.parametrize(

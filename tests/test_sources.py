@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
 import tarfile
@@ -579,6 +580,17 @@ def broken_source(request, tmp_path, monkeypatch):
     for n in range(6):
         (tmp_path / f"{n}.png").write_bytes(broken_bytes(n))
     return f"folder:{tmp_path}"
+
+
+def test_a_data_set_reaches_workers_that_do_not_fork(broken_source):
+    """As none does by default from Python 3.14 on."""
+    dataset = open_dataset(broken_source, train=True, image_size=4)
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert len(sent) == 6
+    assert torch.equal(sent[4][0], dataset[4][0])
+    assert sent[4][1:] == dataset[4][1:]
+    with pytest.raises(UnreadableImageError):
+        sent[2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
