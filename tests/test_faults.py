@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -514,6 +516,16 @@ def test_handlers_are_put_back() -> None:
 # ---------------------------------------------------------------- hangs
 
 
+@pytest.fixture
+def forked_workers() -> Iterator[None]:
+    """Workers that have what a test replaced; by default they fork before Python 3.14 alone."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("fault", ["reads for ever", "stopped", "killed"])
 def test_a_worker_that_gives_nothing_is_named_with_its_file(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -574,6 +586,7 @@ def test_a_dead_worker_raises_nowhere_that_a_lock_may_be_held(
         signal.signal(signal.SIGCHLD, kept)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_what_a_worker_raises_is_one_line(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(path: str, **_: Any) -> torch.Tensor:
         if get_worker_info() is not None:
