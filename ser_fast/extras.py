@@ -5,7 +5,7 @@ EXTRAS = {
     "train": ("kornia", "PIL", "rich", "safetensors", "skimage", "tensorboard", "timm", "torchvision", "tyro", "yaml"),
     "eval": ("av", "jinja2", "matplotlib", "pycocotools", "scipy"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
-    "hf": ("datasets", "pyarrow"),
+    "hf": ("datasets", "huggingface_hub", "pyarrow"),
     "wandb": ("wandb",),
 }
 
