@@ -1,4 +1,4 @@
-"""SERLoss on a Hugging Face ViT or DINOv2, with views that are rotated: what a rotation fills is masked.
+"""SERLoss on a Hugging Face ViT or DINOv2, with views that are rotated, and masks that are stricter than the maps.
 
 python examples/hugging_face.py [--model vit] [--data folder:PHOTOGRAPHS] [--steps 100]
 
@@ -57,7 +57,7 @@ class TwoViews(Dataset):
         view = F.resized_crop(picture, *box, list(self.size), antialias=True)
         view = F.rotate(view, angle.item(), F.InterpolationMode.BILINEAR)
         g = LatticeMap.from_views(picture.shape[1:], self.size, box=torch.tensor([box]), angle=angle)
-        # The rotation turns the frame, too: a token whose center was outside of it shows what filled the corner.
+        # The map knows what the rotation filled. The mask also keeps out tokens whose partner is blended of such tokens.
         return self.colors(view), g, LatticeMap.rotate(self.tokens, angle).valid()[0]
 
 

@@ -48,7 +48,8 @@ def main() -> None:
         try:
             _run(sys.argv[1:])
         finally:
-            sys.stdout.flush()  # at the interpreter's end a pipe that nobody reads would be complained of
+            if sys.stdout is not None:  # it was closed from the beginning
+                sys.stdout.flush()  # at the interpreter's end a pipe that nobody reads would be complained of
     except ModuleNotFoundError as error:
         sys.exit(extras.advice(error))
     except (ValueError, OSError) as error:

@@ -36,7 +36,7 @@ def join_frames(frames: Sequence[Tensor], batch: int) -> Tensor | None:
 
 def cat_frames(frames: Sequence[Tensor | None], maps: Sequence[Tensor]) -> Tensor | None:
     """The frames of several batches of maps (their `linear`) as those of one batch."""
-    most = max((of.shape[1] for of in frames if of is not None), default=0)
+    most = max([0, *(of.shape[1] for of in frames if of is not None)])  # torch.compile knows no `default`
     if most == 0:
         return None
     padded = []

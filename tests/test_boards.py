@@ -16,6 +16,7 @@ from cases.command_line import refusal
 from cases.runs import ENVIRONMENT, patterns, read_log, tiny_config
 
 from ser_fast.training.config import TrainConfig, to_json, with_options
+from ser_fast.training.run_folder import RunFolder
 from ser_fast.training.trainer import NonFiniteLossError, train
 
 
@@ -110,6 +111,24 @@ def test_a_run_that_fails_is_marked_as_failed(wandb: FakeWandb, config: TrainCon
     with pytest.raises(NonFiniteLossError):
         train(with_options(config, {"optim.lr": 1e30, "optim.warmup": 0.0, "optim.clip_grad": 0.0}))
     assert wandb.runs[0].statuses == [1]
+
+
+def test_every_board_is_closed_whichever_fails(tmp_path: Path) -> None:
+    closed = []
+
+    class Board:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def write(self, step: int, values: object) -> None: ...
+
+        def close(self, status: int) -> None:
+            closed.append((self.name, status))
+            raise OSError(self.name)
+
+    with pytest.raises(OSError, match="first"), RunFolder(tmp_path).open_log(0, [Board("first"), Board("second")]):
+        raise SystemExit
+    assert closed == [("second", 0), ("first", 0)]
 
 
 def test_a_run_that_is_stopped_says_by_what(

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -607,6 +608,12 @@ def test_a_closed_pipe_ends_a_command_quietly(argv: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "ser_fast.cli", *argv], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_command_without_an_output_ends_as_it_should() -> None:
+    command = f"{shlex.quote(sys.executable)} -m ser_fast.cli --version >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_pipe_that_breaks_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -557,7 +557,7 @@ def test_a_worker_that_gives_nothing_is_named_with_its_file(
         assert torch.equal(load_file(RunFolder(config.out).encoder)[name], value)
 
 
-@pytest.mark.parametrize("installed", ["none", "torch's", "a user's"])
+@pytest.mark.parametrize("installed", ["none", "torch's", "a user's", "a user's without a module"])
 def test_a_dead_worker_raises_nowhere_that_a_lock_may_be_held(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, installed: str
 ) -> None:
@@ -571,16 +571,17 @@ def test_a_dead_worker_raises_nowhere_that_a_lock_may_be_held(
 
     def users(number: int, frame: Any) -> None: ...
 
+    users.__module__ = None if installed.endswith("module") else users.__module__  # type: ignore[assignment]
     monkeypatch.setattr(Trainer, "step", look)
     try:
-        signal.signal(signal.SIGCHLD, users if installed == "a user's" else signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, users if installed.startswith("a user's") else signal.SIG_DFL)
         monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # it is installed once a process
         if installed == "torch's":
             next(iter(DataLoader(range(2), num_workers=1)))
             assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
         before = signal.getsignal(signal.SIGCHLD)
         train(with_options(config, {"workers": 1}))
-        assert seen == [users if installed == "a user's" else signal.SIG_DFL] * 6
+        assert seen == [users if installed.startswith("a user's") else signal.SIG_DFL] * 6
         assert signal.getsignal(signal.SIGCHLD) is before
     finally:
         signal.signal(signal.SIGCHLD, kept)

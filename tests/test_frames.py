@@ -207,11 +207,14 @@ def test_pinned_maps_pin_their_frames(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_frames_compile_without_a_graph_break() -> None:
-    def seen(g0: LatticeMap, g1: LatticeMap) -> Tensor:
-        return LatticeMap.relative(g0, g1).on((TOKENS, TOKENS), (TOKENS, TOKENS)).valid()
+    def seen(g0: LatticeMap, g1: LatticeMap, plain: LatticeMap) -> Tensor:
+        both = LatticeMap.cat([LatticeMap.relative(g0, g1), plain])
+        return both.on((TOKENS, TOKENS), (TOKENS, TOKENS)).valid()
 
     g0, g1 = compose(some_steps(3)), compose(some_steps(3))
-    assert torch.equal(torch.compile(seen, fullgraph=True, backend="aot_eager")(g0, g1), seen(g0, g1))
+    plain = LatticeMap.resize(g0.size_out, g1.size_out)
+    assert plain.frames is None
+    assert torch.equal(torch.compile(seen, fullgraph=True, backend="aot_eager")(g0, g1, plain), seen(g0, g1, plain))
 
 
 # ---------------------------------------------------------------- pixels

@@ -1,7 +1,10 @@
 """Sweeps: which cells there are, what is trained and kept, and which differences are called more than chance."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +15,11 @@ from scipy import stats
 
 from ser_fast.evaluation.knn import SampledImages
 from ser_fast.evaluation.scores import rankme, score_encoder
+from ser_fast.sweep import runs
 from ser_fast.sweep.analysis import cell_means, differences, judged, residual_deviation, shared_seeds
 from ser_fast.sweep.cells import Cell, make_cells
 from ser_fast.sweep.evaluation import RANDOM, SweepResult, run_sweep
+from ser_fast.training.options import parse
 from ser_fast.vit import SplitViT
 
 TINY = [
@@ -57,6 +62,10 @@ def test_a_flag_is_true_or_false() -> None:
     assert on.arguments == ["--views.share-color"]
     assert off.arguments == ["--views.no-share-color"]
     assert make_cells([], [["a", "compile=false"]])[0].arguments == ["--no-compile"]
+    options = [f"ser.both-directions={value}" for value in ("true", "False", "None")]
+    cells = make_cells([], [[option, option, "compile=true"] for option in options])
+    found = [parse([*TINY, *cell.arguments]).addons["ser"].both_directions for cell in cells]
+    assert found == [True, False, None]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +235,25 @@ def test_runs_in_processes_of_their_own_give_the_same(tmp_path: Path) -> None:
     assert values(apart) == pytest.approx(values(here), rel=1e-4)
 
 
+def test_the_next_runs_start_before_those_that_ended_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+    sleeper = [sys.executable, "-c", "pass"]
+
+    def start(run: Any, *_: object) -> "subprocess.Popen[bytes]":
+        told.append(("start", run.seed))
+        process = subprocess.Popen(sleeper)
+        process.wait()
+        return process
+
+    monkeypatch.setattr(runs, "_start", start)
+    planned = runs.plan_runs(tmp_path, TINY, [Cell("a", ())], seeds=4)
+    runs.train_runs(planned, processes=2, finished=lambda run, _: told.append(("score", run.seed)))
+    first = [("start", 0), ("start", 1), ("start", 2), ("start", 3), ("score", 0), ("score", 1)]
+    assert told == [*first, ("score", 2), ("score", 3)]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     data = classes(tmp_path / "data")
@@ -245,6 +273,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         ((), "vary: got nothing"),
         (("--vary", "seed", "1", "2"), "cell: seed=1 changes seed, which the sweep decides"),
         (("--cell", "a", "--seeds", "0"), "seeds: got 0"),
+        (
+            ("--cell", "random crops", "--cell", "a", "ser.weight=0"),
+            "cell: got 'random crops'; names that begin with 'random'",
+        ),
         (("--cell", "a", "--baseline", "b"), "baseline: got 'b', takes one of a"),
         (("--cell", "a", "--layer", "3"), "layer: got 3, takes 1 to 2"),
         (("--cell", "a", "--images", "0"), "equivariance: got 0"),

@@ -277,7 +277,7 @@ def _without_torchs_handler() -> Iterator[None]:
     if handler is None or threading.current_thread() is not threading.main_thread():
         yield  # there is none that Python could set, as on Windows
         return
-    torchs = getattr(handler, "__module__", "").startswith("torch.utils.data.")
+    torchs = (getattr(handler, "__module__", None) or "").startswith("torch.utils.data.")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs else handler)
     try:
         yield

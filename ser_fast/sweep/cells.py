@@ -4,6 +4,9 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_type_hints
+
+from ser_fast.addons import ADDONS
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ def _words(option: str, value: str) -> list[str]:
     if value.lower() not in ("true", "false"):
         return [f"--{option}", *value.split(",")]
     group, dot, name = option.rpartition(".")
+    if group in ADDONS and get_type_hints(ADDONS[group]).get(name.replace("-", "_")) == bool | None:
+        return [f"--{option}", value.capitalize()]  # with a third value it is no flag
     return [f"--{group}{dot}{'no-' if value.lower() == 'false' else ''}{name}"]
 
 

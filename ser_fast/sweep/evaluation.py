@@ -229,6 +229,8 @@ def run_sweep(
     check_positive(train=train, test=test, equivariance=equivariance, layer=layer)
     runs = plan_runs(out, arguments, cells, seeds=seeds)
     names = [cell.name for cell in cells]
+    if taken := [name for name in names if name.startswith(RANDOM)]:
+        raise ValueError(f"cell: got {taken[0]!r}; names that begin with {RANDOM!r} are those of the random controls")
     if (chosen := baseline or names[0]) not in names:
         raise ValueError(f"baseline: got {chosen!r}, takes one of {', '.join(names)}")
     base = runs[names.index(chosen)].config

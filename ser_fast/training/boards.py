@@ -91,7 +91,9 @@ def require_boards(names: Sequence[str]) -> None:
     for name in names:
         if name not in BOARDS:
             raise ValueError(f"log: got {name!r}, takes {' and '.join(map(repr, BOARDS))}")
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        # W&B leaves a folder of its name where it ran, which is no package.
+        if spec is None or (spec.origin is None and spec.submodule_search_locations is not None):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 

@@ -6,7 +6,7 @@ import re
 import socket
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -194,15 +194,16 @@ class RunLog:
         Args:
             status: what the process will end with.
         """
-        self.lines.close()
-        for board in self.boards:
-            board.close(status)
+        with ExitStack() as stack:  # each of them, whichever fails
+            for board in self.boards:
+                stack.callback(board.close, status)
+            self.lines.close()
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        status = 0 if error is None else error.code if isinstance(error, SystemExit) else 1
+        status = 0 if error is None else (error.code or 0) if isinstance(error, SystemExit) else 1
         self.close(status if isinstance(status, int) else 1)
 
 

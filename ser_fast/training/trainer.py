@@ -169,7 +169,12 @@ class Trainer:
         if self.folder.list_checkpoints() != self.beginning.seen:  # a run went on while this one began
             raise ValueError(f"out: {self.config.out} has other checkpoints than a moment ago; start again")
         boards = open_boards(self.config, self.start)
-        log = self.folder.open_log(self.start, boards, begins=self.beginning.log_begins)
+        try:
+            log = self.folder.open_log(self.start, boards, begins=self.beginning.log_begins)
+        except BaseException:
+            for board in boards:
+                board.close(1)
+            raise
         self.log = stack.enter_context(log)
 
     def _train(self) -> Path:
