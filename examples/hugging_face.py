@@ -57,7 +57,7 @@ class TwoViews(Dataset):
         view = F.resized_crop(picture, *box, list(self.size), antialias=True)
         view = F.rotate(view, angle.item(), F.InterpolationMode.BILINEAR)
         g = LatticeMap.from_views(picture.shape[1:], self.size, box=torch.tensor([box]), angle=angle)
-        # The map knows what the rotation filled. The mask also keeps out tokens whose partner is blended of such tokens.
+        # The map knows what the rotation filled; the mask also keeps out tokens whose partner is blended of such ones.
         return self.colors(view), g, LatticeMap.rotate(self.tokens, angle).valid()[0]
 
 
