@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
+from inspect import cleandoc
 from io import TextIOWrapper
 
 from ser_fast import extras
@@ -101,8 +102,9 @@ def _run(arguments: Sequence[str]) -> None:
 
 def _joined(text: str) -> str:
     """A docstring whose paragraphs and arguments are a line each: tyro keeps some of its line breaks."""
-    text = re.sub(r"(?m)^( {8}\w+: .*(?:\n {12}\S.*)+)", lambda match: re.sub(r"\n +", " ", match[1]), text)
-    return re.sub(r"(?<=\S)\n {4}(?=\S)(?!Args:)", " ", text)
+    text = cleandoc(text)  # as Python 3.13 and later keep it
+    text = re.sub(r"(?m)^( {4}\w+: .*(?:\n {8}\S.*)+)", lambda match: re.sub(r"\n +", " ", match[1]), text)
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", text)
 
 
 if __name__ == "__main__":
