@@ -13,12 +13,13 @@ from cases.command_line import refusal, rows, run_cli
 from cases.runs import patterns
 from scipy import stats
 
+from ser_fast.evaluation import CONTROL
 from ser_fast.evaluation.knn import SampledImages
 from ser_fast.evaluation.scores import rankme, score_encoder
 from ser_fast.sweep import runs
 from ser_fast.sweep.analysis import cell_means, differences, judged, residual_deviation, shared_seeds
 from ser_fast.sweep.cells import Cell, make_cells
-from ser_fast.sweep.evaluation import RANDOM, SweepResult, run_sweep
+from ser_fast.sweep.evaluation import SweepResult, run_sweep
 from ser_fast.training.options import parse
 from ser_fast.vit import SplitViT
 
@@ -185,7 +186,7 @@ def test_a_sweep_goes_on_and_grows(tmp_path: Path) -> None:
     assert {(row.cell, row.seed) for row in first.rows} == {
         ("ser.weight=0", 0),
         ("ser.weight=2", 0),
-        (RANDOM, 0),
+        (CONTROL, 0),
     }
     assert SweepResult.read(out).rows == first.rows
     encoder = out / "runs" / "ser.weight=0" / "0" / "encoder.safetensors"
@@ -218,7 +219,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     result = run_sweep(tmp_path / "sweep", shared, cells, seeds=1, baseline="tame", **COUNTS)
     assert list(result.failed) == ["wild, seed 0"]
     assert "is nan" in result.failed["wild, seed 0"] or "is inf" in result.failed["wild, seed 0"]
-    assert {row.cell for row in result.rows} == {"tame", RANDOM}
+    assert {row.cell for row in result.rows} == {"tame", CONTROL}
     assert any(line.startswith("failed: wild, seed 0") for line in result.words())
 
 

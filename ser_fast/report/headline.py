@@ -6,6 +6,7 @@ from statistics import fmean
 from ser_fast.evaluation import BUDGET, CONTROL
 from ser_fast.report.runs import Run
 from ser_fast.report.tables import Cell, Table, is_loss, last_means
+from ser_fast.training.config import ModelConfig
 
 _NEIGHBORS = 20
 _GROUPS = {"D4": "D4", "resampled": "scales"}
@@ -103,11 +104,10 @@ def _losses(run: Run) -> dict[str, Cell]:
 def _split(run: Run) -> int | None:
     """Blocks before [CLS] of the run's model; None where its options don't tell."""
     given = run.options.get("model.split", "")
-    if given.isdigit():
-        return int(given)
-    if given != "None":
+    if given != "None" and not given.isdigit():
         return None
-    return 3 if run.options.get("model.pretrained", "none") == "none" else 0  # as ModelConfig.blocks_before_cls
+    split = None if given == "None" else int(given)
+    return ModelConfig(split=split, pretrained=run.options.get("model.pretrained", "none")).blocks_before_cls
 
 
 def _mean(rows: _Rows, column: str, chosen: Callable[[dict[str, str]], bool]) -> float | None:

@@ -16,6 +16,7 @@ from rich.table import Table as PrintedTable
 
 from ser_fast.csv_files import read_csv, write_csv
 from ser_fast.device import choose_device
+from ser_fast.evaluation import CONTROL
 from ser_fast.evaluation.knn import SampledImages
 from ser_fast.evaluation.protocol import check_positive, make_folder, open_encoder
 from ser_fast.evaluation.scores import MEASURES, OF_A_LAYER, ScoreRecord, score_encoder
@@ -27,7 +28,6 @@ from ser_fast.sweep.runs import SweepRun, plan_runs, train_runs
 from ser_fast.training.config import TrainConfig, objective_name
 
 TABLE, PROTOCOL = "sweep.csv", "sweep.json"
-RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class SweepResult:
         """
         table: dict[str, dict[int, float]] = {}
         for row in self.rows:
-            if row.cell.startswith(RANDOM) == controls and row.record.name == measure:
+            if row.cell.startswith(CONTROL) == controls and row.record.name == measure:
                 table.setdefault(row.cell, {})[row.seed] = row.record.value
         return table
 
@@ -130,7 +130,7 @@ class SweepResult:
     @property
     def options(self) -> dict[str, dict[str, str]]:
         """What each trained cell changes."""
-        return {row.cell: row.options for row in self.rows if not row.cell.startswith(RANDOM)}
+        return {row.cell: row.options for row in self.rows if not row.cell.startswith(CONTROL)}
 
     def write(self, folder: Path) -> list[Path]:
         """Write sweep.csv with its sweep.json, the figures and report.html; returns their paths."""
@@ -229,8 +229,8 @@ def run_sweep(
     check_positive(train=train, test=test, equivariance=equivariance, layer=layer)
     runs = plan_runs(out, arguments, cells, seeds=seeds)
     names = [cell.name for cell in cells]
-    if taken := [name for name in names if name.startswith(RANDOM)]:
-        raise ValueError(f"cell: got {taken[0]!r}; names that begin with {RANDOM!r} are those of the random controls")
+    if taken := [name for name in names if name.startswith(CONTROL)]:
+        raise ValueError(f"cell: got {taken[0]!r}; names that begin with {CONTROL!r} are those of the random controls")
     if (chosen := baseline or names[0]) not in names:
         raise ValueError(f"baseline: got {chosen!r}, takes one of {', '.join(names)}")
     base = runs[names.index(chosen)].config
@@ -282,7 +282,7 @@ def run_sweep(
             result.rows.extend(SweepRow(name, run.seed, {}, record) for record in records)
     # As the cells are named, not as runs ended; those of an earlier call after them.
     place = {name: number for number, name in enumerate(names)}
-    result.rows.sort(key=lambda row: (row.cell.startswith(RANDOM), place.get(row.cell, len(place)), row.seed))
+    result.rows.sort(key=lambda row: (row.cell.startswith(CONTROL), place.get(row.cell, len(place)), row.seed))
     result.write(out)
     return result
 
@@ -293,7 +293,7 @@ def _controls(runs: Sequence[SweepRun], cells: Sequence[Cell]) -> list[tuple[Swe
     for run in runs:
         first.setdefault((run.config.model, objective_name(run.config), run.seed), run)
     several = len({(model, objective) for model, objective, _ in first}) > 1
-    return [(run, f"{RANDOM} ({run.cell.name})" if several else RANDOM) for run in first.values()]
+    return [(run, f"{CONTROL} ({run.cell.name})" if several else CONTROL) for run in first.values()]
 
 
 def _short(value: Interval) -> str:
